@@ -1,0 +1,115 @@
+"""What a step costs: time as a ratio to a baseline, and memory at its peak."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.training import Learner
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of median times, and the quartiles of the ratios seen round by round."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def time_ratios(
+    steps: Mapping[str, Step], *, baseline: str, rounds: int = 7, block: int = 50, device: str = "cpu"
+) -> dict[str, Ratio]:
+    """Time of each step over the baseline's: ratio of medians over interleaved rounds.
+
+    A round times `block` steps of every method in turn, so that a slow moment of the machine meets all of them; the
+    block is as long as the period at which estimators refresh what they cache, so that its cost is in.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for name in order:
+        _seconds(steps[name], 3, device)  # warm-up
+    for index in range(rounds):
+        for name in order if index % 2 == 0 else reversed(order):
+            seconds[name].append(_seconds(steps[name], block, device))
+    base = seconds[baseline]
+    return {name: _ratio(times, base) for name, times in seconds.items()}
+
+
+def _seconds(step: Step, repeats: int, device: str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _ratio(times: list[float], base: list[float]) -> Ratio:
+    each = [t / b for t, b in zip(times, base, strict=True)]
+    low, _, high = statistics.quantiles(each, n=4, method="inclusive")
+    return Ratio(statistics.median(times) / statistics.median(base), low, high)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> int:
+    """Peak bytes of one training step above the parameters, the batch and the base optimizer's state.
+
+    Counted from before the learner exists, so that gradients, activations, guesses, temporaries and whatever a method
+    keeps between steps are all in. The step measured is the second one: nothing is being set up or refreshed. The
+    model must exist before: `make_learner` only wraps it.
+    """
+    learners: list[Learner] = []
+
+    def prepare() -> None:
+        learners.append(make_learner())
+        learners[0].step(x, y)
+        learners[0].optimizer.zero_grad()
+
+    recorder = _cuda_peak if x.is_cuda else _cpu_peak
+    kept, _ = recorder(prepare)
+    _, peak = recorder(lambda: learners[0].step(x, y))
+    return kept + peak - _adamw_state_bytes(learners[0])
+
+
+def _cpu_peak(work: Step) -> tuple[int, int]:
+    """Bytes that `work` leaves allocated, and the most it held at once, from the CPU allocator's own events."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()  # negative where memory is given back
+        peak = max(peak, live)
+    return live, peak
+
+
+def _cuda_peak(work: Step) -> tuple[int, int]:
+    """The same on a GPU, from the caching allocator's counters."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+
+
+def _adamw_state_bytes(learner: Learner) -> int:
+    """AdamW's state for this model: two moments the size of each parameter, and a step count of four bytes."""
+    return sum(2 * parameter.nbytes + 4 for parameter in learner.model.parameters())

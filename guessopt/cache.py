@@ -1,0 +1,51 @@
+"""Prepared per-site state (a truncated SVD) and its age."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class SiteCache:
+    """States by key, each made anew once it is ``refresh`` steps old. Refreshes of different sites are spread over time,
+    so that no step pays for all of them.
+
+    >>> cache = SiteCache()
+    >>> cache.get("a", step=0, refresh=50, make=lambda: "first")
+    'first'
+    >>> cache.get("a", step=49, refresh=50, make=lambda: "second")
+    'first'
+    >>> cache.get("a", step=50, refresh=50, make=lambda: "second")
+    'second'
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[int, Any]] = {}
+
+    def get(self, key: str, *, step: int, refresh: int, make: Callable[[], Any]) -> Any:
+        """The state, made by ``make`` if it is missing or due."""
+        found = self._states.get(key)
+        if found is None:
+            # The n-th site is refreshed first after refresh - 7n (mod refresh) steps: sites take turns.
+            found = (step - 7 * len(self._states) % refresh, make())
+            self._states[key] = found
+        elif step - found[0] >= refresh:
+            found = (step, make())
+            self._states[key] = found
+        return found[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, tensors included."""
+        return {key: {"step": step, "state": state} for key, (step, state) in self._states.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        self._states = {key: (entry["step"], entry["state"]) for key, entry in state.items()}
+
+    def copy(self) -> dict[str, tuple[int, Any]]:
+        """A snapshot for ``restore``."""
+        return dict(self._states)
+
+    def restore(self, states: dict[str, tuple[int, Any]]) -> None:
+        """Back to a snapshot."""
+        self._states = states

@@ -1,0 +1,263 @@
+"""The pass: run the closure once in forward mode, guesses in, directional derivatives out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.engine.levels import Level
+from guessopt.errors import ClosureError
+from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
+from guessopt.tracing.interceptor import Interceptor, stops_gradient, tensors_in
+
+Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | None"]
+Saved = dict[int, tuple[Tensor, Tensor]]
+
+
+class Departure(BaseException):
+    """The closure did something else than the graph says. Not an ``Exception``: a closure must not swallow it."""
+
+
+class Pass(Interceptor):
+    """The closure's calls, each handled as the graph says.
+
+    Args:
+        params: ``id`` of each trainable parameter to its position.
+        graph: of an earlier run; a run that departs from it raises ``Departure``.
+        level: where tangents live.
+        guess: the tangent for a site, from its output without tangent and the values kept aside; None for no tangent.
+        directions: tangents for parameters, by position.
+        saved: tensors of the user's that the closure writes, with their values before; added to.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[int, int],
+        graph: SiteGraph,
+        level: Level,
+        guess: Guess,
+        directions: Mapping[int, Tensor],
+        saved: Saved,
+    ) -> None:
+        super().__init__(params)
+        self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
+        self.values: dict[int, Tensor] = dict(graph.constants)
+        self.guesses: dict[int, Tensor] = {}
+        self.visits: list[Visit] = []
+        self.leaves: dict[int, Tensor] = {}
+        self.duals: dict[int, Tensor] = {}
+        self.result: Tensor | None = None
+
+    def call(
+        self,
+        index: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        mine: list[Tensor],
+    ) -> Any:
+        graph = self.graph
+        if index >= len(graph.functions) or graph.functions[index] != fn:
+            raise Departure
+        kind = graph.kinds[index]
+        if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
+            raise Departure
+        reads = graph.reads[index]
+        if (mine or reads) and frozenset().union(*(self.positions(m) for m in mine)) != reads:
+            raise Departure
+        if index in graph.mutations:
+            self._save([tensors[k] for k in graph.mutations[index]])
+        watch = graph.watch.get(index, ())
+        for where, k, value in watch:
+            if where == "in":
+                self.values[value] = self.level.primal(tensors[k])
+
+        out = self._run(index, kind, fn, args, kwargs, tensors, mine)
+
+        cuts = graph.cuts_at.get(index)
+        if watch or cuts or (graph.returned is not None and index == graph.returned[0]):
+            results = tensors_in((out,)) if out is not None else tensors[:1]
+            for where, k, value in watch:
+                if where == "out":
+                    self.values[value] = self.level.primal(results[k])
+            for number, cut in cuts or ():
+                if tuple(results[cut.output].shape) != cut.shape:
+                    raise Departure
+                with self.no_grad:
+                    after, leaf = self.level.cut(number, results[cut.output], shared=cut.shared, clone=cut.clone)
+                self.leaves[number] = leaf
+                out = _put(out, results[cut.output], after)
+                results[cut.output] = after
+            if graph.returned is not None and index == graph.returned[0]:
+                self.result = results[graph.returned[1]]
+        return out
+
+    def _run(
+        self,
+        index: int,
+        kind: Kind,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        mine: list[Tensor],
+    ) -> Any:
+        if kind is Kind.PLAIN:
+            with self.no_grad:
+                return self.level.call(fn, args, kwargs)
+        if kind is Kind.SITE:
+            with self.no_grad:
+                return self._site(index, fn, args, kwargs, tensors, mine)
+        if kind is Kind.EXPRESSION:
+            out = fn(*args, **kwargs)
+            self.express(out, mine)
+            if self.duals:
+                self._express_duals(fn, args, kwargs, out)
+            return out
+        if kind is Kind.STOPPED:
+            args, kwargs = _map(args, self.level.primal), _map(kwargs, self.level.primal)
+        return fn(*args, **kwargs)
+
+    def _site(
+        self,
+        index: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        mine: list[Tensor],
+    ) -> Any:
+        sites = self.graph.sites_at[index]
+        in_place = sites[0].call.in_place
+        wanted = [k for k, t in enumerate(tensors) if any(t is m for m in mine) and not self._is_directed(t)]
+        if wanted:
+            primal: Callable[[Tensor], Tensor] = self.level.primal
+            kept_args, kept_kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
+            if in_place:
+                kept_args = (kept_args[0].clone(), *kept_args[1:])
+            variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
+            self.visits.append(Visit(sites[0].call, kept_args, kept_kwargs, wanted, variables))
+        if self.duals:
+            args, kwargs = self._substituted(args, kwargs)
+        out = self.level.call(fn, args, kwargs)
+        results = tensors_in((out,)) if out is not None else tensors[:1]
+        for site in sites:
+            s = results[site.output]
+            if tuple(s.shape) != site.shape:
+                raise Departure
+            y = self.guess(site, self.level.primal(s), self.values)
+            if y is not None:
+                self.guesses[site.index] = y
+                after = self.level.inject(s, y, in_place)
+                out = _put(out, s, after)
+        return out
+
+    def plain(self, t: Tensor) -> Tensor:
+        return self.level.plain(t)
+
+    def _is_directed(self, t: Tensor) -> bool:
+        return bool(self.duals) and self.positions(t) <= self.directions.keys()
+
+    def _substituted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def swap(t: Tensor) -> Tensor:
+            return self.duals.get(id(t), t)
+
+        return _map(args, swap), _map(kwargs, swap)
+
+    def _express_duals(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """The same expression with tangents, for the sites; the loss reads the plain one."""
+        args, kwargs = self._substituted(args, kwargs)
+        with self.no_grad:
+            duals = tensors_in((fn(*args, **kwargs),))
+        for plain, dual in zip(tensors_in((out,)), duals, strict=True):
+            self.duals[id(plain)] = dual
+
+    def _save(self, tensors: list[Tensor]) -> None:
+        for t in tensors:
+            if id(t) not in self.saved:
+                self.saved[id(t)] = (t, t.detach().clone())
+
+    def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
+        """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the closure raises."""
+
+        def body() -> Tensor:
+            self.duals = {id(params[p]): self.level.substitute(params[p], v) for p, v in self.directions.items()}
+            loss = self.run(closure)
+            if loss is not self.result:
+                raise Departure
+            return self.level.plain(loss)
+
+        plain = self.level.run(body)
+        graph = self.graph
+        leaves = [self.leaves[number] for number in range(len(graph.cuts))]
+        own = [p for p in sorted(graph.loss_params) if p in params]
+        total = plain if plain.dim() == 0 else plain.mean()
+        found: list[Tensor | None] = []
+        if leaves or own:
+            if not total.requires_grad:
+                raise ClosureError(
+                    "the loss lost its connection to the network's output inside the closure; a value written in place "
+                    "is probably read under its old name: use what the operation returns"
+                )
+            variables = [*leaves, *(params[p] for p in own)]
+            found = list(torch.autograd.grad(total, variables, allow_unused=True))
+        errors = [torch.zeros_like(v) if e is None else e for v, e in zip(leaves, found, strict=False)]
+        exact = {p: e for p, e in zip(own, found[len(leaves) :], strict=True) if e is not None}
+        tangents = [self.level.tangents.get(number) for number in range(len(leaves))]
+        d = directional_derivatives(graph, errors, tangents)
+        return ForwardRecord(
+            loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses, visits=self.visits,
+            exact=exact, params=dict(self.directions),
+        )  # fmt: skip
+
+
+def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
+    """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example): ``[N]``, or ``[1]``
+    where some cut's examples cannot be told apart. Equal to the derivative of each example's share of the loss."""
+    parts = [
+        cut.layout.sum_examples(_wide(e) * _wide(t), graph.batch)
+        for cut, e, t in zip(graph.cuts, errors, tangents, strict=True)
+        if t is not None
+    ]
+    if not parts:
+        return torch.zeros(1)
+    if len({part.shape[0] for part in parts}) > 1:
+        parts = [part.sum().reshape(1) for part in parts]
+    d = parts[0]
+    for part in parts[1:]:
+        d = d + part
+    return d
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _put(out: Any, old: Tensor, new: Tensor) -> Any:
+    """``out`` with one tensor replaced."""
+    if out is old:
+        return new
+    if isinstance(out, tuple):
+        items = [_put(item, old, new) for item in out]
+        return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+    if isinstance(out, list):
+        return [_put(item, old, new) for item in out]
+    return out
+
+
+def _map(
+    node: Any, f: Callable[[Tensor], Tensor], tensors: list[Tensor] | None = None, keep: list[Tensor] | None = None
+) -> Any:
+    """Apply to every tensor but those to keep."""
+    if isinstance(node, Tensor):
+        return node if keep is not None and any(node is k for k in keep) else f(node)
+    if isinstance(node, (tuple, list)):
+        items = [_map(item, f, tensors, keep) for item in node]
+        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+    if isinstance(node, dict):
+        return {key: _map(item, f, tensors, keep) for key, item in node.items()}
+    return node

@@ -1,0 +1,74 @@
+"""From directional derivatives to parameter gradients: ``D_n -> g^_i -> site rule -> gradients``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from guessopt.sites import ForwardRecord, SiteGraph
+
+
+def estimated_cotangents(graph: SiteGraph, record: ForwardRecord) -> dict[int, Tensor]:
+    """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index."""
+    found: dict[int, Tensor] = {}
+    for site in reversed(graph.sites):
+        if site.shares is not None:
+            found[site.index] = found[site.shares]
+        elif (y := record.guesses.get(site.index)) is not None:
+            found[site.index] = site.layout.spread(record.d, site.shape).to(y.dtype) * y
+        elif site.cut is not None:
+            found[site.index] = record.errors[site.cut]
+    return found
+
+
+def parameter_gradients(
+    graph: SiteGraph, record: ForwardRecord, cotangents: Mapping[int, Tensor], params: Mapping[int, Tensor], ids: Mapping[int, int]
+) -> dict[int, Tensor]:
+    """Each site's own transposed rule, then any expression of parameters back to the parameters themselves.
+
+    Args:
+        params: trainable parameters by position; ids: ``id`` to position.
+
+    Returns:
+        Gradients by position; parameters that nothing consumed are absent.
+    """
+    found: dict[int, Tensor] = {}
+    expressions: list[Tensor] = []
+    their_gradients: list[Tensor] = []
+
+    def add(position: int, gradient: Tensor) -> None:
+        found[position] = found[position] + gradient if position in found else gradient
+
+    for visit in record.visits:
+        for site in graph.sites_at[visit.call.index]:
+            g = cotangents.get(site.index)
+            if g is None:
+                continue
+            gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
+            for variable, gradient in zip(visit.variables, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if id(variable) in ids:
+                    add(ids[id(variable)], gradient)
+                else:
+                    expressions.append(variable)
+                    their_gradients.append(gradient.to(variable.dtype))
+    if expressions:
+        positions = [p for p in params if p not in record.params]
+        through = torch.autograd.grad(
+            expressions, [params[p] for p in positions], their_gradients, allow_unused=True, retain_graph=True
+        )
+        for position, gradient in zip(positions, through, strict=True):
+            if gradient is not None:
+                add(position, gradient)
+    if record.params:
+        total = record.d.sum()
+        for position, v in record.params.items():
+            add(position, total.to(v.dtype) * v)  # grad = D v (Baydin 2022; Singhal A.2)
+    for position, gradient in record.exact.items():
+        add(position, gradient)
+    return found
+
+

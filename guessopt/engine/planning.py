@@ -1,0 +1,256 @@
+"""Closure to plan: trace, find the examples, and keep the result for the runs that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.engine.forward import Departure, Pass, Saved
+from guessopt.engine.levels import make_level
+from guessopt.engine.probe import Found, find_layouts
+from guessopt.errors import ClosureError
+from guessopt.rng import RandomState
+from guessopt.sites import Layout, Site, SiteGraph
+from guessopt.tracing.graph import Analysis
+from guessopt.tracing.tape import Tape
+
+
+@dataclass
+class Plan:
+    """A graph in use. ``loss``: of the trace, until a pass has confirmed it; ``uses``: passes so far."""
+
+    graph: SiteGraph
+    analysis: Analysis | None
+    sites: tuple[Site, ...]
+    coupled_before: frozenset[int]
+    given: int | None
+    loss: Tensor | None
+    uses: int = 0
+
+
+class Transaction:
+    """Puts back what runs of the closure change: tensors written in place, and global random states."""
+
+    def __init__(self, devices: tuple[int, ...]) -> None:
+        self.random = RandomState.capture(devices)
+        self.saved: Saved = {}
+
+    def rewind(self) -> None:
+        """As before the first run."""
+        with torch.no_grad():
+            for tensor, value in self.saved.values():
+                tensor.copy_(value)
+        self.random.restore()
+
+
+def trace(
+    closure: Callable[[], Any],
+    params: Mapping[int, Tensor],
+    ids: Mapping[int, int],
+    names: Sequence[str],
+    engine: str,
+    transaction: Transaction,
+) -> Plan:
+    """Run the closure, as often as it takes to know it, leaving everything as it was.
+
+    Raises:
+        ClosureError: what it returns is no loss, or no parameter has a part in it.
+    """
+    as_expression: frozenset[int] = frozenset()
+    while True:
+        tape = Tape(ids, as_expression)
+        try:
+            loss = tape.run(closure)
+        finally:
+            transaction.saved.update({k: v for k, v in tape.saved.items() if k not in transaction.saved})
+        check_loss(loss)
+        analysis = Analysis(tape, tape.value(loss))
+        sites = analysis.sites()
+        check_finite(loss)
+        check_examples(sites, analysis)
+        transaction.rewind()
+        given = int(loss.shape[0]) if loss.dim() == 1 else None
+        found = layouts_of(closure, analysis, sites, params, ids, engine, transaction, given)
+        constant = constant_calls(analysis, sites, found)
+        if constant <= as_expression:
+            break
+        as_expression |= constant
+    graph = analysis.graph(sites, found.layouts, found.batch)
+    if not graph.sites and not graph.loss_params:
+        raise ClosureError(independent(names, graph))
+    plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
+    plan.analysis = analysis if found.batch > 1 else None
+    _forget_tensors(tape)
+    return plan
+
+
+def layouts_of(
+    closure: Callable[[], Any],
+    analysis: Analysis,
+    sites: Sequence[Site],
+    params: Mapping[int, Tensor],
+    ids: Mapping[int, int],
+    engine: str,
+    transaction: Transaction,
+    given: int | None,
+) -> Found:
+    """Probe the closure for where its examples lie."""
+    graph = analysis.graph(list(sites), {}, 1, segments=False)
+
+    def push(tangents: dict[int, Callable[[Tensor], Tensor]]) -> list[Tensor | None]:
+        def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+            return tangents[site.index](s) if site.index in tangents else None
+
+        run = Pass(ids, graph, make_level(engine), guess, {}, transaction.saved)
+        try:
+            return run.execute(closure, params).tangents
+        except Departure:
+            raise unstable() from None
+        finally:
+            transaction.rewind()
+
+    return find_layouts(
+        sites, graph.cuts, push, given=given, coupled=frozenset(analysis.coupled_by_batch_norm())
+    )
+
+
+def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> frozenset[int]:
+    """Calls that read a parameter and another tensor but hold no examples (``F.embedding(arange(T), W)``): parameter
+    expressions after all."""
+    if found.batch <= 1:
+        return frozenset()
+    return frozenset(
+        site.call.index
+        for site in sites
+        if not any(v in analysis.active for v in site.call.inputs)
+        and Layout.candidates(site.shape, found.batch)[0] is Layout.COUPLED
+        and site.cut is None
+    )
+
+
+def reprobe(
+    plan: Plan,
+    closure: Callable[[], Any],
+    params: Mapping[int, Tensor],
+    ids: Mapping[int, int],
+    engine: str,
+    transaction: Transaction,
+) -> None:
+    """Look again: a site whose tangents could not reach the loss (a zero-initialised head) may have come alive."""
+    assert plan.analysis is not None
+    found = layouts_of(closure, plan.analysis, plan.sites, params, ids, engine, transaction, plan.given)
+    graph = plan.graph
+    plan.graph = replace(
+        graph,
+        batch=found.batch,
+        sites=tuple(replace(site, layout=found.layouts[site.value]) for site in graph.sites),
+        cuts=tuple(replace(cut, layout=found.layouts[cut.value]) for cut in graph.cuts),
+    )
+
+
+def is_due_for_probe(uses: int) -> bool:
+    """Before the second pass, the fourth, the eighth, ...: often while weights move fast, seldom later."""
+    return uses > 0 and uses & (uses + 1) == 0
+
+
+def _forget_tensors(tape: Tape) -> None:
+    """The analysis stays for later probes; the batch that it was made from need not."""
+    tape.expressions.clear()
+    tape.saved = {}
+    tape.outside = {v: t for v, t in tape.outside.items() if isinstance(t, torch.nn.Parameter)}
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ``ClosureError`` unless it is a scalar or ``[N]`` floating tensor."""
+    if not isinstance(loss, Tensor):
+        raise ClosureError(
+            f"the closure must return the loss as a tensor, scalar or one per example [N]; it returned "
+            f"{'None (a missing return?)' if loss is None else type(loss).__name__}"
+        )
+    if loss.dim() > 1:
+        raise ClosureError(
+            f"the closure returned a tensor of shape {list(loss.shape)}; return a scalar, or losses of shape [N]: "
+            "reduce the other dimensions"
+        )
+    if not loss.is_floating_point():
+        raise ClosureError(f"the closure returned a loss of dtype {loss.dtype}; it must be a floating-point tensor")
+    if loss.is_inference():
+        raise ClosureError(
+            "the loss was made inside torch.inference_mode(), where derivatives are silently lost; remove it"
+        )
+
+
+def check_finite(loss: Tensor, d: Tensor | None = None) -> None:
+    """Raise ``ClosureError`` unless the loss (and the directional derivatives) are finite. One host sync."""
+    if loss.numel() == 0:
+        raise ClosureError("the closure returned no losses (shape [0]): the batch is empty; skip it")
+    both = loss.sum() if d is None else loss.sum() + d.sum().to(loss.device)
+    if bool(torch.isfinite(both)):
+        return
+    if bool(torch.isfinite(loss).all()):
+        raise ClosureError(
+            "the directional derivative of the loss is not finite although the loss is; look for sqrt, log or a "
+            "division at zero in the closure, or lower the learning rate"
+        )
+    raise ClosureError(
+        f"the loss is not finite ({loss.detach().mean().item()}); nothing was updated. Check the batch (an empty one gives "
+        "nan), lower the learning rate, or pass check_finite=False"
+    )
+
+
+def check_examples(sites: Sequence[Site], analysis: Analysis) -> None:
+    for site in sites:
+        if 0 in site.shape:
+            raise ClosureError(
+                f"the batch is empty: {site.op} gave an output of shape {list(site.shape)}; skip such a batch"
+            )
+
+
+def independent(names: Sequence[str], graph: SiteGraph) -> str:
+    few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    why = " (they are read only under torch.no_grad() or through detach())" if graph.stopped_params else ""
+    return (
+        f"the loss does not depend on any parameter handed to the optimizer ({few}){why}; return the loss itself, computed "
+        "from the model inside the closure, not a detached copy"
+    )
+
+
+def unstable() -> ClosureError:
+    return ClosureError(
+        "the closure does not repeat: run twice with the same random state it made different torch calls; compute the "
+        "loss from fixed inputs (draw the batch outside the closure, and keep caches out of it)"
+    )
+
+
+def check_repeats(first: Tensor, second: Tensor) -> None:
+    """Raise ``ClosureError`` if two runs from the same random state gave different losses."""
+    a, b = first.double(), second.detach().double()
+    tolerance = 1e-3 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    if not torch.allclose(a, b, rtol=tolerance, atol=1e-6):
+        raise ClosureError(
+            f"the closure does not repeat: a second pass from the same random state gave the loss {b.item():.6g} in place "
+            f"of {a.item():.6g}; draw the batch outside the closure and use torch's, numpy's or random's global generators"
+        )
+
+
+def warn_of_coupling(plan: Plan, warn: Callable[[str], None]) -> None:
+    """One warning if examples interact, or cannot be told apart."""
+    graph = plan.graph
+    coupled = [s for s in graph.sites if s.layout is Layout.COUPLED and s.shares is None and s.cut is None]
+    if graph.batch > 1 and coupled:
+        ops = ", ".join(sorted({site.op for site in coupled}))
+        warn(
+            f"examples interact after {len(coupled)} of {len(graph.sites)} sites ({ops}), as batch normalisation in training "
+            "mode makes them: these sites take the scalar derivative of the whole batch, which is valid but far noisier"
+        )
+    elif graph.batch == 1 and any(s.shape and s.shape[0] > 1 for s in graph.sites):
+        warn(
+            "the closure's examples could not be told apart: every site takes the scalar derivative, which is valid but "
+            "far noisier; keep the batch in the first or second dimension"
+        )
+
+

@@ -1,0 +1,40 @@
+"""Directional descent: guess the parameters' gradient itself (Singhal A.2; Baydin 2022; Wang's weight perturbation)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from guessopt.estimators.base import Estimator, check_noise, register_estimator
+from guessopt.tracing.local import Local
+
+
+@register_estimator("directional_descent")
+@dataclass(frozen=True)
+class DirectionalDescent(Estimator):
+    """``v ~ N(0, I)`` on the parameters; ``grad = D v`` with ``D = sum_n D_n``. Unbiased; its variance grows with P.
+
+    Args:
+        scaled: divide ``v`` by ``sqrt(P)``, P the number of trainable entries, as Singhal A.2 does; the estimate then
+            shrinks by P in expectation.
+        noise: kind of ``v``'s entries.
+
+    >>> DirectionalDescent().unbiased
+    True
+    """
+
+    scaled: bool = False
+    noise: str = "normal"
+    space: ClassVar[str] = "parameters"
+
+    def __post_init__(self) -> None:
+        check_noise(self.noise)
+
+    @property
+    def unbiased(self) -> bool:
+        return not self.scaled and self.noise != "uniform"
+
+    def sample(self, state: Any, local: Local) -> Tensor:
+        raise TypeError("DirectionalDescent guesses parameters, not a site's cotangent")

@@ -1,0 +1,495 @@
+"""``GuessGradOptimizer``: a ``torch.optim`` optimizer whose gradients are guessed in a forward pass."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from guessopt.cache import SiteCache
+from guessopt.engine.forward import Departure, Pass
+from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
+from guessopt.engine.levels import make_level
+from guessopt.engine.planning import (
+    Plan,
+    Transaction,
+    check_finite,
+    check_repeats,
+    is_due_for_probe,
+    reprobe,
+    trace,
+    unstable,
+    warn_of_coupling,
+)
+from guessopt.errors import GuessWarning
+from guessopt.estimators.base import Estimator, describe, make_estimator
+from guessopt.rng import NoiseSource
+from guessopt.sites import ForwardRecord, Site
+from guessopt.tracing.local import Local, draw
+
+#: Plans kept: one per branch taken and shape met.
+MAX_PLANS = 16
+
+
+class GuessGradOptimizer(Optimizer):
+    """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``, ``base`` does the update.
+
+    Args:
+        params: parameters, named parameters, or groups; a group may carry its own ``"estimator"``.
+        base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an optimizer built
+            on the same parameters.
+        estimator: an estimator, its class or its registered name.
+        guesses: independent guesses averaged per step, each a forward pass.
+        exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
+        memory: ``"store"`` keeps every site's input until the directional derivatives are known.
+        engine: ``"dual"`` (fast) or ``"func"`` (``torch.func.jvp``, the reference).
+        seed: of the guesses; None follows ``torch.manual_seed``.
+        check_finite: refuse a step on a non-finite loss (one device sync a step).
+
+    Raises:
+        ValueError, TypeError: bad arguments, by name.
+
+    A complete loop; only the two lines with ``opt`` differ from ordinary training:
+
+    >>> import torch, torch.nn.functional as F
+    >>> from guessopt import GuessGradOptimizer, WPerp
+    >>> _ = torch.manual_seed(0)
+    >>> x, y = torch.randn(64, 8), torch.randint(2, (64,))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    >>> opt = GuessGradOptimizer(model.parameters(), base=torch.optim.AdamW, estimator=WPerp(k=2), lr=1e-2)
+    >>> losses = [opt.step(lambda: F.cross_entropy(model(x), y)).item() for _ in range(50)]
+    >>> losses[-1] < losses[0]
+    True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base: Any = torch.optim.AdamW,
+        estimator: Any = "w_perp",
+        *,
+        guesses: int = 1,
+        exact_last: bool | None = None,
+        memory: str = "store",
+        engine: str = "dual",
+        seed: int | None = None,
+        check_finite: bool = True,
+        **base_kwargs: Any,
+    ) -> None:
+        if not isinstance(guesses, int) or guesses < 1:
+            raise ValueError(f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}")
+        if memory != "store":
+            raise ValueError(f"memory: {memory!r} is not one of store")
+        make_level(engine)
+        self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
+        self.check_finite = check_finite
+        self._default = make_estimator(estimator)
+        groups = _groups(params, self._default)
+        self.base = _build(base, groups, base_kwargs, self._default)
+        super().__init__([{"params": list(g["params"])} for g in self.base.param_groups], {})
+        self._noise = NoiseSource(seed)
+        self._cache = SiteCache()
+        self._steps = 0
+        self._pending = False
+        self._warned: set[str] = set()
+        self._trainable: tuple[bool, ...] = ()
+        self._refresh()
+
+    # --- the path of a step -------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """With a closure: zero the gradients, estimate them, update; returns the loss (before the update). Without:
+        update from the gradients that ``estimate`` has added.
+
+        Args:
+            closure: computes the loss (a scalar, or per-example losses ``[N]``, of which the mean is taken) and nothing
+                else; may run more than once, with random states replayed and buffers changed once.
+
+        Raises:
+            ClosureError: no gradient can be estimated; everything is as before.
+            RuntimeError: nothing estimated, or estimated gradients pending.
+        """
+        if closure is None:
+            if all(p.grad is None for p in self._params):
+                raise RuntimeError(
+                    "step() found no gradient: call estimate(closure) before it, or pass the closure: step(closure)"
+                )
+            self._update()
+            return None
+        if self._pending and any(p.grad is not None for p in self._params):
+            raise RuntimeError(
+                "step(closure) would discard the gradients that estimate(closure) has added: call step() to apply them or "
+                "zero_grad() to drop them"
+            )
+        loss, gradients = self._estimate(closure)
+        for position, p in enumerate(self._params):
+            p.grad = gradients.get(position)
+        self._update()
+        return loss
+
+    def estimate(self, closure: Callable[[], Any]) -> Tensor:
+        """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss. ``step()`` applies them."""
+        loss, gradients = self._estimate(closure)
+        for position, gradient in gradients.items():
+            p = self._params[position]
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        self._pending = True
+        return loss
+
+    def _estimate(self, closure: Callable[[], Any]) -> tuple[Tensor, dict[int, Tensor]]:
+        """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients."""
+        if not callable(closure):
+            raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
+        self._refresh()
+        noise, cached, steps = self._noise.state(), self._cache.copy(), self._steps
+        grads = [p.grad for p in self._params]
+        self._noise.follow()
+        transaction = Transaction(self._devices)
+        try:
+            loss, gradients = self._guess_once(closure, transaction)
+            for _ in range(self.guesses - 1):
+                transaction.rewind()
+                _, more = self._guess_once(closure, transaction)
+                gradients = {k: gradients[k] + more[k] if k in gradients else more[k] for k in {**gradients, **more}}
+            if self.guesses > 1:
+                gradients = {position: g / self.guesses for position, g in gradients.items()}
+            self._steps += 1
+            return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
+        except BaseException:
+            transaction.rewind()
+            self._noise.load(noise)
+            self._cache.restore(cached)
+            self._steps = steps
+            for p, grad in zip(self._params, grads, strict=True):
+                p.grad = grad
+            raise
+
+    def _guess_once(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
+        plan, record = self._forward(closure, transaction)
+        if self.check_finite:
+            check_finite(record.loss, record.d)
+        cotangents = estimated_cotangents(plan.graph, record)
+        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids)
+
+    def _forward(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, ForwardRecord]:
+        """One pass, by the plan that the closure keeps to; by a new one if it keeps to none."""
+        for plan in list(self._plans):
+            if is_due_for_probe(plan.uses) and plan.analysis is not None and plan is self._plans[0]:
+                try:
+                    reprobe(plan, closure, self._by_position, self._ids, self.engine, transaction)
+                except Exception:
+                    transaction.rewind()
+                    raise
+            try:
+                return plan, self._pass(plan, closure, transaction)
+            except Departure:
+                transaction.rewind()
+        plan = trace(closure, self._by_position, self._ids, self._names, self.engine, transaction)
+        self._check_plan(plan)
+        self._plans.insert(0, plan)
+        try:
+            return plan, self._pass(plan, closure, transaction)
+        except Departure:
+            self._plans.remove(plan)
+            raise unstable() from None
+
+    def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
+        run = Pass(
+            self._ids, plan.graph, make_level(self.engine), self._guess, self._directions(), transaction.saved
+        )
+        record = run.execute(closure, self._by_position)
+        if plan.loss is not None:
+            check_repeats(plan.loss, record.loss)
+            plan.loss = None
+        plan.uses += 1
+        if plan is not self._plans[0]:
+            self._plans.remove(plan)
+            self._plans.insert(0, plan)
+            del self._plans[MAX_PLANS:]
+        return record
+
+    def _guess(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+        """The guess ``y`` for a site; None where it needs none: an exact error, or a later site's guess serves."""
+        estimator = self._estimator_of(site)
+        if site.shares is not None or self._is_exact(site, estimator) or estimator.space == "parameters":
+            return None
+        local = Local(site, s, values, self._noise)
+        with torch.no_grad():
+            return estimator.sample(self._prepared(site, estimator, local), local)
+
+    def _prepared(self, site: Site, estimator: Estimator, local: Local) -> Any:
+        if site.segment is None or not estimator.prepares:
+            return None
+        key = f"{describe(estimator)} {site.segment.key}"
+        return self._cache.get(
+            key,
+            step=self._steps,
+            refresh=estimator.refresh,
+            make=lambda: estimator.prepare(site, local.weights()),
+        )
+
+    def _is_exact(self, site: Site, estimator: Estimator) -> bool:
+        wanted = estimator.exact_last if self.exact_last is None else self.exact_last
+        return wanted and site.cut is not None
+
+    def _directions(self) -> dict[int, Tensor]:
+        """Guesses for the parameters whose estimator works on these."""
+        found: dict[int, Tensor] = {}
+        for position, p in self._by_position.items():
+            estimator = self._estimators[position]
+            if estimator.space == "parameters":
+                v = draw(self._noise, estimator.noise, tuple(p.shape), p.dtype, p.device)  # type: ignore[attr-defined]
+                found[position] = v
+        return found
+
+    def _update(self) -> None:
+        """The base's own step, without the closure; its own hooks fire, the global ones have fired for this optimizer."""
+        base_step = type(self.base).step
+        plain = getattr(base_step, "__wrapped__", base_step) if getattr(base_step, "hooked", None) else base_step
+        for hook in list(self.base._optimizer_step_pre_hooks.values()):
+            hook(self.base, (), {})
+        if "step" in vars(self.base):
+            self.base.step()
+        else:
+            with torch.no_grad():
+                plain(self.base)
+        for post_hook in list(self.base._optimizer_step_post_hooks.values()):
+            post_hook(self.base, (), {})
+        self._pending = False
+
+    # --- what users of torch.optim expect -----------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        pass  # Optimizer.__init__ assigns an empty list
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        pass
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        pass
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As for any optimizer; pending estimates are dropped."""
+        self.base.zero_grad(set_to_none)
+        self._pending = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any optimizer; the group may carry its own ``"estimator"``."""
+        if not hasattr(self, "_noise"):
+            return  # Optimizer.__init__ adds groups that the base has already
+        group = dict(param_group)
+        group["estimator"] = describe(make_estimator(group.get("estimator", self._default)))
+        _check_tensors(list(_tensors(group["params"])))
+        self.base.add_param_group(group)
+        self._trainable = ()
+        self._refresh()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state, and under ``"guessopt"`` the guess stream, the prepared states and their age."""
+        packed = super().state_dict()
+        packed["guessopt"] = {
+            "steps": self._steps,
+            "noise": self._noise.state(),
+            "cache": self._cache.state_dict(),
+            "uses": max((plan.uses for plan in self._plans), default=0),
+        }
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What ``state_dict`` gave; training then continues bit for bit.
+
+        Raises:
+            ValueError: another model's or another optimizer's state.
+        """
+        if "guessopt" not in state_dict:
+            raise ValueError(
+                "state_dict has no 'guessopt' entry: it is not of a GuessGradOptimizer; load a plain optimizer's state into "
+                "opt.base"
+            )
+        own = state_dict["guessopt"]
+        for group in state_dict["param_groups"]:
+            make_estimator(group["estimator"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "guessopt"})
+        self._steps = own["steps"]
+        self._noise.load(own["noise"])
+        self._cache.load_state_dict(own["cache"])
+        self._trainable = ()
+        self._refresh()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.base.__setstate__(state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self._default)}, base={self.base!r})"
+
+    # --- bookkeeping --------------------------------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Look again at which parameters train; start over if that has changed."""
+        trainable = tuple(p.requires_grad for group in self.param_groups for p in group["params"])
+        if trainable == self._trainable:
+            return
+        self._params = [p for group in self.param_groups for p in group["params"]]
+        self._trainable = trainable
+        if not any(trainable):
+            raise ValueError(
+                f"params: none of the {len(trainable)} parameters requires a gradient: all are frozen; set "
+                "requires_grad_(True) on those to train"
+            )
+        self._names = _names(self.param_groups)
+        self._by_position = {k: p for k, p in enumerate(self._params) if p.requires_grad}
+        self._ids = {id(p): k for k, p in self._by_position.items()}
+        self._estimators: list[Estimator] = []
+        for group in self.param_groups:
+            self._estimators += [make_estimator(group["estimator"])] * len(group["params"])
+        devices = {p.device.index for p in self._params if p.device.type == "cuda"}
+        self._devices = tuple(sorted(d for d in devices if d is not None))
+        self._plans: list[Plan] = []
+
+    def _estimator_of(self, site: Site) -> Estimator:
+        """The first parameter's; parameters with guesses of their own (directional descent) come last."""
+        estimators = [self._estimators[position] for position in site.params]
+        return next((e for e in estimators if e.space == "activations"), estimators[0])
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""
+        own = [site for site in plan.graph.sites if site.shares is None]
+        by_estimator: dict[Estimator, list[Site]] = {}
+        for site in own:
+            by_estimator.setdefault(self._estimator_of(site), []).append(site)
+        for estimator, sites in by_estimator.items():
+            estimator.check(tuple(sites))
+            for site in sites:
+                note = plan.graph.blocked.get(site.index) or estimator.note(site)
+                if note:
+                    self._warn(f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}")
+        warn_of_coupling(plan, self._warn)
+        read = {p for site in plan.graph.sites for p in site.params} | set(plan.graph.loss_params)
+        unread = [self._names[k] for k in self._by_position if k not in read]
+        if unread:
+            few = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+            self._warn(f"the loss does not depend on {few}: no gradient will be estimated for them")
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, GuessWarning, stacklevel=6)
+
+
+def _tensors(params: Any) -> Iterable[Any]:
+    if isinstance(params, Tensor):
+        yield params
+        return
+    for item in params:
+        yield item[1] if isinstance(item, tuple) else item
+
+
+def _groups(params: Any, default: Estimator) -> list[dict[str, Any]]:
+    """Parameters, named parameters or groups, as groups that each name their estimator."""
+    if isinstance(params, Tensor):
+        raise TypeError("params: expected an iterable of parameters or groups, got a single tensor; wrap it in a list")
+    if isinstance(params, torch.nn.Module):
+        raise TypeError("params: expected an iterable of parameters or groups, got a module; pass model.parameters()")
+    items = list(params)
+    if not items:
+        raise ValueError("params: the list of parameters is empty")
+    groups = [dict(item) for item in items] if isinstance(items[0], dict) else [{"params": items}]
+    seen: list[Any] = []
+    for group in groups:
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["estimator"] = describe(make_estimator(group.get("estimator", default)))
+        seen += _tensors(group["params"])
+    _check_tensors(seen)
+    if not any(p.requires_grad for p in seen):
+        raise ValueError(
+            f"params: none of the {len(seen)} parameters requires a gradient: all are frozen; set requires_grad_(True) on "
+            "those to train"
+        )
+    return groups
+
+
+def _check_tensors(tensors: Sequence[Any]) -> None:
+    if not tensors:
+        raise ValueError("params: the list of parameters is empty")
+    seen: dict[int, int] = {}
+    for k, p in enumerate(tensors):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params: item {k} is {type(p).__name__}, not a tensor")
+        if id(p) in seen:
+            raise ValueError(
+                f"params: the parameter of shape {list(p.shape)} is given twice (items {seen[id(p)]} and {k}); give each once"
+            )
+        seen[id(p)] = k
+
+
+def _build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], default: Estimator) -> Optimizer:
+    if isinstance(base, Optimizer):
+        if kwargs:
+            raise TypeError(
+                f"base: an optimizer that is already built takes no further options ({', '.join(kwargs)}); set them on it"
+            )
+        given = {id(p) for group in groups for p in _tensors(group["params"])}
+        if given != {id(p) for group in base.param_groups for p in group["params"]}:
+            raise ValueError("base: the optimizer was built on other parameters than those in params; use the same")
+        own = {id(p): group["estimator"] for group in groups for p in _tensors(group["params"])}
+        for group in base.param_groups:
+            group.setdefault("estimator", own[id(group["params"][0])])
+            group["estimator"] = describe(make_estimator(group["estimator"]))
+        built = base
+    elif isinstance(base, type) and issubclass(base, Optimizer):
+        _refuse_closure_bases(base)
+        built = base(groups, **kwargs)  # type: ignore[arg-type]
+    elif callable(base):
+        built = base(groups, **kwargs)
+        if not isinstance(built, Optimizer):
+            raise TypeError(f"base: the callable returned {type(built).__name__}, not a torch.optim.Optimizer")
+        for group in built.param_groups:
+            group.setdefault("estimator", describe(default))
+    else:
+        raise TypeError(
+            f"base: expected an optimizer class, a callable from groups to an optimizer, or an optimizer, got "
+            f"{type(base).__name__}"
+        )
+    _refuse_closure_bases(type(built))
+    return built
+
+
+def _refuse_closure_bases(cls: type) -> None:
+    closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"base: {cls.__name__} evaluates the closure itself, several times a step, and needs exact gradients; choose a "
+            "base whose step() takes no closure, such as AdamW or SGD"
+        )
+
+
+def _names(groups: Sequence[dict[str, Any]]) -> list[str]:
+    found: list[str] = []
+    for group in groups:
+        given = group.get("param_names")
+        for k, p in enumerate(group["params"]):
+            found.append(given[k] if given else f"parameter {len(found)} {list(p.shape)}")
+    return found

@@ -1,0 +1,159 @@
+"""What an operation that reads parameters must know about itself, and the registry of those that do.
+
+A rule turns a site's cotangent into parameter gradients by that one operation's own transpose. A *matrix rule* also knows
+its weight as a matrix, so that ``W~`` can be built from it.
+
+Letters: b block (convolution group), o output row, i input column, r rows of a matrix used in place of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from guessopt.sites import Matrix, Shape
+
+_RULES: dict[Callable[..., Any], Rule] = {}
+
+
+class Rule:
+    """How one operation turns a cotangent into gradients of its parameters. This base serves any operation.
+
+    A complete new rule, for an operation with a weight that scales each channel:
+
+    >>> def scale(x, w):
+    ...     return torch.mul(x, w)
+    >>> class ScaleRule(Rule):
+    ...     def gradients(self, fn, args, kwargs, output, wanted, g):
+    ...         x, w = args
+    ...         return [(g * x).sum(0)]
+    >>> ScaleRule().gradients(scale, (torch.ones(2, 3), torch.ones(3)), {}, 0, [1], torch.ones(2, 3))[0]
+    tensor([2., 2., 2.])
+    """
+
+    #: Whether the operation is a linear layer or a convolution, with a weight that is a matrix.
+    is_matrix: ClassVar[bool] = False
+
+    def gradients(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: int, wanted: list[int], g: Tensor
+    ) -> list[Tensor | None]:
+        """Gradients of ``<output, g>`` with respect to some of the operation's tensors.
+
+        Args:
+            fn: the operation.
+            args, kwargs: as it was called, without tangents.
+            output: which of its outputs ``g`` belongs to (0 for a single one).
+            wanted: positions, among the tensor leaves of ``(args, kwargs)``, of the tensors to differentiate.
+            g: the cotangent, shape of that output.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        positions = [tensors[k] for k in wanted]
+        in_place = is_in_place(fn)
+
+        with torch.enable_grad():
+            variables = [leaves[p].detach().requires_grad_() for p in positions]
+            filled = list(leaves)
+            for p, v in zip(positions, variables, strict=True):
+                filled[p] = v
+            call_args, call_kwargs = tree_unflatten(filled, spec)
+            if in_place:
+                call_args = (call_args[0].clone(), *call_args[1:])
+            out = fn(*call_args, **call_kwargs)
+            out = pick_output(out if out is not None else call_args[0], output)
+            return list(torch.autograd.grad(out, variables, g.to(out.dtype), allow_unused=True))
+
+
+class MatrixRule(Rule):
+    """A rule whose operation is linear in its input through a weight: a linear layer or a convolution."""
+
+    is_matrix = True
+
+    def weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The weight among the arguments (a tensor, or its ``Value`` in a recorded call); None if not a matrix here."""
+        raise NotImplementedError
+
+    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The activation among the arguments."""
+        raise NotImplementedError
+
+    def matrix(self, matrix: Matrix, weight: Tensor) -> Tensor:
+        """The weight as ``[b, o, i]``."""
+        raise NotImplementedError
+
+    def cotangent_shape(self, matrix: Matrix, rows: Tensor, x_shape: Shape) -> Shape:
+        """The shape of the output that ``rows`` ``[b, r, i]`` in place of W would give."""
+        raise NotImplementedError
+
+    def transpose(self, matrix: Matrix, rows: Tensor, e: Tensor, x_shape: Shape) -> Tensor:
+        """``rows^T e``: a cotangent of the output (``cotangent_shape``) pulled back to the input, ``x_shape``."""
+        raise NotImplementedError
+
+    def apply(self, matrix: Matrix, rows: Tensor, x: Tensor) -> Tensor:
+        """``rows x``: the operation itself with ``rows`` in place of W, without bias."""
+        raise NotImplementedError
+
+    def rank(self, matrix: Matrix) -> int:
+        """An upper bound of the rank: the smaller side of the (stacked) weight."""
+        raise NotImplementedError
+
+    def geometry(self, call: Any) -> str:
+        """Equal for calls whose weights may be stacked."""
+        raise NotImplementedError
+
+
+def register_rule(*functions: Callable[..., Any]) -> Callable[[type[Rule]], type[Rule]]:
+    """Class decorator: let the rule serve these torch functions (as a function mode sees them).
+
+    >>> @register_rule(torch.special.expit)
+    ... class ExpitRule(Rule):
+    ...     pass
+    >>> type(rule_for(torch.special.expit)).__name__
+    'ExpitRule'
+    """
+
+    def decorate(cls: type[Rule]) -> type[Rule]:
+        rule = cls()
+        for fn in functions:
+            _RULES[fn] = rule
+        return cls
+
+    return decorate
+
+
+_GENERIC = Rule()
+
+
+def rule_for(fn: Callable[..., Any]) -> Rule:
+    """The registered rule, else the generic one (local reverse mode through that one operation)."""
+    try:
+        return _RULES.get(fn, _GENERIC)
+    except TypeError:  # unhashable callables
+        return _GENERIC
+
+
+def is_in_place(fn: Callable[..., Any]) -> bool:
+    """Whether a torch function writes its first argument (``add_``, ``__iadd__``, ``x[i] = y``)."""
+    name = getattr(fn, "__name__", "")
+    if name.startswith("__"):
+        return name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in _NOT_IN_PLACE)
+    return name.endswith("_")
+
+
+_NOT_IN_PLACE = ("__invert__", "__int__", "__index__")
+
+
+def pick_output(out: Any, output: int) -> Tensor:
+    """The ``output``-th tensor of what an operation returned."""
+    tensor = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)][output]
+    return tensor
+
+
+def pull_back_by_vjp(fn: Callable[[Tensor], Tensor], x: Tensor, e: Tensor) -> Tensor:
+    """``J^T e`` of one operation at ``x``."""
+    return vjp(fn, x)[1](e)[0]

@@ -1,0 +1,273 @@
+"""Plain data: where parameters meet activations, and how examples lie in a tensor.
+
+Index letters: n example, N batch size, T everything else that was flattened with the batch (tokens, positions).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from guessopt.rules.base import Rule
+
+Shape = tuple[int, ...]
+
+
+class Layout(enum.Enum):
+    """Where the N examples lie in a tensor.
+
+    >>> Layout.FLAT_T.sum_examples(torch.arange(6.0)[:, None], 2)
+    tensor([6., 9.])
+    """
+
+    BATCH_FIRST = "[N, ...]"
+    BATCH_SECOND = "[T, N, ...]"
+    FLAT = "[N*T, ...]"
+    FLAT_T = "[T*N, ...]"
+    COUPLED = "coupled"
+
+    def fits(self, shape: Shape, n: int) -> bool:
+        """Whether a tensor of this shape can hold ``n`` examples in this layout."""
+        if self is Layout.BATCH_FIRST:
+            return len(shape) > 0 and shape[0] == n
+        if self is Layout.BATCH_SECOND:
+            return len(shape) > 1 and shape[1] == n
+        if self is Layout.COUPLED:
+            return True
+        return len(shape) > 0 and shape[0] > n and shape[0] % n == 0
+
+    def sum_examples(self, t: Tensor, n: int) -> Tensor:
+        """Sum everything but the examples: ``t`` (shape as laid out) to ``[N]``; coupled: to ``[1]``."""
+        if self is Layout.BATCH_FIRST:
+            return t.reshape(n, -1).sum(1)
+        if self is Layout.BATCH_SECOND:
+            return t.transpose(0, 1).reshape(n, -1).sum(1)
+        if self is Layout.FLAT:
+            return t.reshape(n, -1).sum(1)
+        if self is Layout.FLAT_T:
+            return t.reshape(t.shape[0] // n, n, -1).sum((0, 2))
+        return t.sum().reshape(1)
+
+    def spread(self, d: Tensor, shape: Shape) -> Tensor:
+        """``d`` ``[N]``, one number an example, shaped to broadcast against ``shape``; coupled: their sum."""
+        if self is Layout.COUPLED:
+            return d.sum()
+        if self is Layout.BATCH_SECOND:
+            return d.reshape(1, -1, *(1,) * (len(shape) - 2))
+        if self is Layout.FLAT:
+            d = d.repeat_interleave(shape[0] // d.shape[0])
+        elif self is Layout.FLAT_T:
+            d = d.repeat(shape[0] // d.shape[0])
+        return d.reshape(-1, *(1,) * (len(shape) - 1))
+
+    @staticmethod
+    def candidates(shape: Shape, n: int) -> tuple[Layout, ...]:
+        """The layouts that a shape allows, likeliest first; ``COUPLED`` (always right, far noisier) is the last."""
+        return tuple(layout for layout in Layout if layout.fits(shape, n))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the closure, by the order in which it was first seen."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors."""
+
+    index: int
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    in_place: bool = False
+    aliases: bool = False
+
+    @property
+    def op(self) -> str:
+        """The operation's name, as a user would write it."""
+        return str(getattr(self.fn, "__name__", self.fn)).strip("_")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix site's side of W~: one or more parallel linear layers or convolutions that read the same input.
+
+    ``weights`` are the values that hold the weights; ``call`` gives stride, padding and the like.
+    """
+
+    rule: Rule
+    call: Call
+    weights: tuple[int, ...]
+    weight_shapes: tuple[Shape, ...]
+    x: int
+    x_shape: Shape
+    key: str
+
+    @property
+    def weight_shape(self) -> Shape:
+        """The first weight's own shape (stacked ones differ from it in the number of outputs only)."""
+        return self.weight_shapes[0]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """From a site's output to the input of the next matrix site(s).
+
+    ``elementwise`` lists the unary calls of the path where it is nothing else; otherwise ``program`` lists, in order,
+    the calls that lead from the site's output to the ``matrices``' inputs. ``weight_program`` computes the weights that
+    are expressions of parameters.
+    """
+
+    source: int
+    matrices: tuple[Matrix, ...]
+    elementwise: tuple[Call, ...] | None
+    program: tuple[Call, ...]
+    weight_program: tuple[Call, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Names the next matrix site(s) across traces of the same model."""
+        return " | ".join(matrix.key for matrix in self.matrices)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One output of one call that consumes trainable parameters.
+
+    ``params``: positions, in the optimizer's order, of the parameters that the call reads (through views and casts).
+    ``shares``: the index of the site whose cotangent this one shares (a bias added right after a matrix product).
+    ``exact``: the loss reads this output (or that of the site sharing it) directly, so its error is known exactly.
+    """
+
+    index: int
+    call: Call
+    output: int
+    value: int
+    rule: Rule
+    params: tuple[int, ...]
+    shape: Shape
+    dtype: torch.dtype
+    layout: Layout = Layout.COUPLED
+    segment: Segment | None = None
+    shares: int | None = None
+    cut: int | None = None
+
+    @property
+    def op(self) -> str:
+        return self.call.op
+
+    @property
+    def is_last(self) -> bool:
+        """No matrix site follows: nothing is known of the cotangent before the loss."""
+        return self.segment is None
+
+    @property
+    def rank(self) -> int:
+        """The largest useful ``k`` for a truncated basis at this site (0 for a last site)."""
+        return 0 if self.segment is None else max(m.rule.rank(m) for m in self.segment.matrices)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A value where the network ends and the loss begins."""
+
+    call: int
+    output: int
+    value: int
+    shape: Shape
+    layout: Layout = Layout.COUPLED
+    shared: bool = False
+    clone: bool = False
+
+
+class Kind(enum.IntEnum):
+    """What a call of the closure is to the engine."""
+
+    PLAIN = 0
+    EXPRESSION = 1
+    SITE = 2
+    LOSS = 3
+    STOPPED = 4
+
+
+@dataclass(frozen=True)
+class SiteGraph:
+    """All that a trace found: enough to run the closure again in one forward-mode pass.
+
+    ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run that departs from them is traced
+    anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments, ``constants`` holds those that are
+    there beforehand. ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built.
+    """
+
+    functions: tuple[Callable[..., Any], ...]
+    kinds: tuple[Kind, ...]
+    reads: tuple[frozenset[int], ...]
+    sites: tuple[Site, ...]
+    cuts: tuple[Cut, ...]
+    batch: int
+    mutations: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    watch: dict[int, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    constants: dict[int, Tensor] = field(default_factory=dict)
+    returned: tuple[int, int] | None = None
+    loss_params: frozenset[int] = frozenset()
+    stopped_params: frozenset[int] = frozenset()
+    blocked: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at: dict[int, list[Site]] = {}
+        for site in self.sites:
+            at.setdefault(site.call.index, []).append(site)
+        object.__setattr__(self, "sites_at", at)
+        cuts: dict[int, list[tuple[int, Cut]]] = {}
+        for number, cut in enumerate(self.cuts):
+            cuts.setdefault(cut.call, []).append((number, cut))
+        object.__setattr__(self, "cuts_at", cuts)
+
+    sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
+    cuts_at: dict[int, list[tuple[int, Cut]]] = field(init=False, repr=False, compare=False)
+
+
+def numel(shape: Shape) -> int:
+    """Entries of a tensor of this shape."""
+    return math.prod(shape)
+
+
+@dataclass
+class Visit:
+    """A site's call in a run: its arguments without tangents, and which of their tensors are trainable."""
+
+    call: Call
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    wanted: list[int]
+    variables: list[Tensor]
+
+
+@dataclass
+class ForwardRecord:
+    """What one forward-mode pass leaves behind.
+
+    ``loss``: scalar. ``d``: ``D_n``, ``[N]``, or their sum ``[1]`` where examples cannot be told apart. ``errors``: the
+    exact ``dL/dv`` of every cut. ``guesses``: ``y`` by site index. ``exact``: gradients of the parameters that the loss
+    reads itself, by position. ``params``: the guesses made for parameters, by position.
+    """
+
+    loss: Tensor
+    d: Tensor
+    errors: list[Tensor]
+    tangents: list[Tensor | None]
+    guesses: dict[int, Tensor]
+    visits: list[Visit]
+    exact: dict[int, Tensor]
+    params: dict[int, Tensor]

@@ -1,0 +1,332 @@
+"""From a tape to a ``SiteGraph``: where the network ends, which site feeds which, and what shares a cotangent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from guessopt.rules.base import MatrixRule, rule_for
+from guessopt.rules.elementwise import ADDITION, is_elementwise
+from guessopt.sites import Call, Cut, Kind, Layout, Matrix, Segment, Site, SiteGraph, Value, numel
+from guessopt.tracing.tape import Tape
+
+
+class _SharedMemory(Exception):
+    """A segment cannot be run by itself."""
+
+
+@dataclass
+class Analysis:
+    """What the tape says about derivatives. ``returned`` is the loss's value."""
+
+    tape: Tape
+    returned: int
+
+    def __post_init__(self) -> None:
+        tape = self.tape
+        self.active: set[int] = set()
+        self.blocked: dict[int, str] = {}
+        for call, kind in zip(tape.calls, tape.kinds, strict=True):
+            fed = any(v in self.active for v in call.inputs)
+            if kind is Kind.SITE or (kind is Kind.PLAIN and fed):
+                self.active.update(v for v in call.outputs if tape.dtypes[v].is_floating_point)
+        self.useful = self._ancestors()
+        self.loss = self._loss_calls()
+        self.cut_values = self._cut_values()
+
+    def _ancestors(self) -> set[int]:
+        """Calls through which a derivative reaches the loss."""
+        tape, found, stack, seen = self.tape, set(), [self.returned], set()
+        while stack:
+            v = stack.pop()
+            if v in seen or v not in self.active:
+                continue
+            seen.add(v)
+            call = tape.producer[v]
+            found.add(call)
+            stack += tape.calls[call].inputs
+        return found
+
+    def _loss_calls(self) -> set[int]:
+        """The calls after the network's end: neither matrix sites nor parameters, but for single numbers (a loss's
+        weight, a temperature, an L2 term), and read by nothing but the loss."""
+        tape = self.tape
+        loss: set[int] = set()
+        stack = [self.returned]
+        while stack:
+            v = stack.pop()
+            c = tape.producer.get(v)
+            if c is None or c in loss or v not in self.active or not self._passable(c):
+                continue
+            loss.add(c)
+            stack += tape.calls[c].inputs
+        while True:
+            drop = {
+                c
+                for c in loss
+                if any(
+                    user in self.useful and user not in loss
+                    for v in tape.calls[c].outputs
+                    for user in tape.consumers.get(v, ())
+                )
+            }
+            if not drop:
+                return loss
+            loss -= drop
+
+    def _passable(self, c: int) -> bool:
+        tape = self.tape
+        call = tape.calls[c]
+        if tape.kinds[c] is Kind.SITE:
+            if call.in_place and call.aliases:
+                return False
+            return all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c]) and any(
+                v in self.active for v in call.inputs
+            )
+        return self.matrix_of(call) is None and not call.aliases
+
+    def _cut_values(self) -> list[int]:
+        tape, cuts = self.tape, []
+        for c in sorted(self.loss):
+            for v in tape.calls[c].inputs:
+                if v in self.active and tape.producer[v] not in self.loss and v not in cuts:
+                    cuts.append(v)
+        if self.returned in self.active and tape.producer[self.returned] not in self.loss:
+            cuts.append(self.returned)
+        return cuts
+
+    def matrix_of(self, call: Call) -> tuple[MatrixRule, int, int] | None:
+        """The rule, the weight's and the input's value, if the call is a linear layer or convolution (frozen or not)."""
+        rule = rule_for(call.fn)
+        if not isinstance(rule, MatrixRule):
+            return None
+        try:
+            w, x = rule.weight(call.args, call.kwargs), rule.input(call.args, call.kwargs)
+        except (IndexError, KeyError):
+            return None
+        if not isinstance(w, Value) or not isinstance(x, Value) or w.id in self.active:
+            return None
+        dims = len(self.tape.shapes[w.id])
+        if rule.geometry(call) == "linear" and (dims != 2 or w.id not in self.tape.weights):
+            return None
+        return rule, w.id, x.id
+
+    def sites(self) -> list[Site]:
+        """Every output, of a call that reads trainable parameters, from which a derivative reaches the loss."""
+        tape = self.tape
+        found: list[Site] = []
+        for c in sorted(self.useful - self.loss):
+            if tape.kinds[c] is not Kind.SITE:
+                continue
+            call = tape.calls[c]
+            for k, v in enumerate(call.outputs):
+                read = any(u in self.useful for u in tape.consumers.get(v, ())) or v in self.cut_values
+                if v in self.active and read:
+                    found.append(
+                        Site(
+                            index=len(found), call=call, output=k, value=v, rule=rule_for(call.fn),
+                            params=tuple(sorted(tape.origins[c])), shape=tape.shapes[v], dtype=tape.dtypes[v],
+                            segment=self.segment(v),
+                        )
+                    )  # fmt: skip
+        return [self._shared(site, found) for site in found]
+
+    def _shared(self, site: Site, sites: list[Site]) -> Site:
+        """A bias added right after a site has the same cotangent: one guess, at the later of the two, serves both."""
+        tape, share = self.tape, None
+        users = [u for u in tape.consumers.get(site.value, ()) if u in self.useful]
+        if len(users) == 1 and site.value not in self.cut_values:
+            call = tape.calls[users[0]]
+            follower = next((s for s in sites if s.call is call), None)
+            plain_add = call.fn in ADDITION and not call.kwargs and len(call.args) == 2 and not call.aliases
+            if follower and plain_add and follower.shape == site.shape:
+                share = follower.index
+        end = site
+        while share is not None and end.value not in self.cut_values:
+            users = [u for u in tape.consumers.get(end.value, ()) if u in self.useful]
+            end = next(s for s in sites if s.call is tape.calls[users[0]])
+            if end.index == share:
+                break
+        cut = self.cut_values.index(end.value) if end.value in self.cut_values else None
+        return replace(site, shares=share, cut=cut)
+
+    def segment(self, source: int) -> Segment | None:
+        """The way from a site's output to the next matrix site(s): the first one reached, and its parallels."""
+        tape = self.tape
+        reached, nearest, stack = {source}, None, [source]
+        while stack:
+            v = stack.pop()
+            for c in tape.consumers.get(v, ()):
+                if c not in self.useful:
+                    continue
+                call = tape.calls[c]
+                if (m := self.matrix_of(call)) is not None and m[2] == v:
+                    nearest = c if nearest is None else min(nearest, c)
+                    continue
+                for o in call.outputs:
+                    if o in self.active and o not in reached:
+                        reached.add(o)
+                        stack.append(o)
+        if nearest is None:
+            return None
+        first = self.matrix_of(tape.calls[nearest])
+        assert first is not None
+        x = first[2]
+        found: dict[str, list[tuple[Call, MatrixRule, int]]] = {}
+        for c in sorted(set(tape.consumers[x])):
+            m = self.matrix_of(tape.calls[c]) if c in self.useful else None
+            if m is not None and m[2] == x:
+                shape = tape.shapes[m[1]]
+                inner = shape[1:] if m[0].geometry(tape.calls[c]) != "linear" else ()
+                found.setdefault(f"{m[0].geometry(tape.calls[c])} {inner}", []).append((tape.calls[c], m[0], m[1]))
+        matrices = tuple(
+            Matrix(
+                rule=calls[0][1], call=calls[0][0], weights=tuple(w for _, _, w in calls),
+                weight_shapes=tuple(tape.shapes[w] for _, _, w in calls), x=x, x_shape=tape.shapes[x],
+                key=";".join(self._weight_key(w) for _, _, w in calls),
+            )
+            for calls in found.values()
+        )  # fmt: skip
+        chain = self._chain(source, x)
+        try:
+            program = self._program(source, [x]) if chain is None else ()
+            weights = self._program(source, [w for m in matrices for w in m.weights])
+        except _SharedMemory as error:
+            self.blocked[source] = str(error)
+            return None
+        return Segment(source, matrices, chain, program, weights)
+
+    def _weight_key(self, w: int) -> str:
+        """Names a weight across traces: its parameter's position; else its order among the closure's tensors."""
+        outside = self.tape.outside.get(w)
+        position = self.tape.params.get(id(outside)) if outside is not None else None
+        return f"param {position}" if position is not None else f"tensor {w} {list(self.tape.shapes[w])}"
+
+    def _chain(self, source: int, x: int) -> tuple[Call, ...] | None:
+        tape, chain, v = self.tape, [], x
+        while v != source:
+            c = tape.producer.get(v)
+            if c is None:
+                return None
+            call = tape.calls[c]
+            if len(call.inputs) != 1 or call.aliases or not is_elementwise(call.fn):
+                return None
+            if tape.shapes[call.inputs[0]] != tape.shapes[v]:
+                return None
+            chain.append(call)
+            v = call.inputs[0]
+        return tuple(reversed(chain))
+
+    def _program(self, source: int, goals: list[int]) -> tuple[Call, ...]:
+        """The calls, in order, that compute the goals from the source and from what is known when the source is."""
+        tape, start, calls = self.tape, self.tape.producer[source], set()
+        stack = list(goals)
+        while stack:
+            v = stack.pop()
+            c = tape.producer.get(v)
+            if v == source or c is None or c <= start or c in calls:
+                continue
+            if tape.calls[c].aliases:
+                raise _SharedMemory(f"{tape.calls[c].op} writes into memory that other tensors share")
+            calls.add(c)
+            stack += tape.calls[c].inputs
+        return tuple(tape.calls[c] for c in sorted(calls))
+
+    def graph(self, sites: list[Site], layouts: dict[int, Layout], batch: int, *, segments: bool = True) -> SiteGraph:
+        """Freeze. ``layouts``: of each site's and cut's value. ``segments``: whether guesses will need them."""
+        tape = self.tape
+        kinds = list(tape.kinds)
+        for c in self.loss:
+            kinds[c] = Kind.LOSS
+        calls_of_sites = {site.call.index for site in sites}
+        for c, kind in enumerate(kinds):
+            if kind is Kind.SITE and c not in calls_of_sites:
+                kinds[c] = Kind.PLAIN
+        cuts = tuple(self._cut(v, layouts.get(v, Layout.COUPLED)) for v in self.cut_values)
+        final = tuple(
+            replace(
+                site,
+                layout=layouts.get(site.value, Layout.COUPLED),
+                cut=None if site.cut is None or cuts[site.cut].shared else site.cut,
+            )
+            for site in sites
+        )
+        watch, constants = self._watch(final) if segments else ({}, {})
+        return SiteGraph(
+            functions=tuple(call.fn for call in tape.calls), kinds=tuple(kinds),
+            reads=tuple(tape.origins), sites=final, cuts=cuts, batch=batch,
+            mutations=dict(tape.mutations), watch=watch, constants=constants,
+            returned=(tape.producer[self.returned], tape.calls[tape.producer[self.returned]].outputs.index(self.returned))
+            if self.returned in tape.producer else None,
+            loss_params=frozenset().union(*(tape.origins[c] for c in self._loss_parameter_calls())),
+            stopped_params=frozenset(tape.stopped),
+            blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
+        )  # fmt: skip
+
+    def _loss_parameter_calls(self) -> set[int]:
+        """Expressions of parameters alone that the loss reads."""
+        tape, found = self.tape, set(self.loss)
+        stack = [self.returned, *(v for c in self.loss for v in tape.calls[c].inputs)]
+        while stack:
+            c = tape.producer.get(stack.pop())
+            if c is not None and c not in found and tape.kinds[c] is Kind.EXPRESSION:
+                found.add(c)
+                stack += tape.calls[c].inputs
+        return found
+
+    def _cut(self, v: int, layout: Layout) -> Cut:
+        tape = self.tape
+        call = tape.calls[tape.producer[v]]
+        users = tape.consumers.get(v, ())
+        shared = any(u in self.useful and u not in self.loss for u in users)
+        clone = any(tape.calls[u].in_place for u in users if u in self.loss)
+        return Cut(call.index, call.outputs.index(v), v, tape.shapes[v], layout, shared, clone)
+
+    def _watch(self, sites: tuple[Site, ...]) -> tuple[dict[int, tuple[tuple[str, int, int], ...]], dict[int, Tensor]]:
+        """What a run must keep aside for the segments: where each value first appears; and parameters for good."""
+        tape = self.tape
+        needed: set[int] = set()
+        for site in sites:
+            if site.segment is None or site.shares is not None:
+                continue
+            calls = (*site.segment.program, *site.segment.weight_program)
+            made = {site.value, *(o for call in calls for o in call.outputs)}
+            needed.update(v for call in calls for v in call.inputs if v not in made)
+            for matrix in site.segment.matrices:
+                needed.update(w for w in matrix.weights if w not in made)
+        watch: dict[int, list[tuple[str, int, int]]] = {}
+        constants: dict[int, Tensor] = {}
+        for v in sorted(needed):
+            if v in tape.producer:
+                call = tape.calls[tape.producer[v]]
+                watch.setdefault(call.index, []).append(("out", call.outputs.index(v), v))
+            elif id(tape.outside[v]) in tape.params or v in tape.weights:
+                constants[v] = tape.outside[v]
+            else:
+                call_index, position = tape.first_use[v]
+                watch.setdefault(call_index, []).append(("in", position, v))
+                constants[v] = tape.outside[v]
+        return {c: tuple(entries) for c, entries in watch.items()}, constants
+
+
+
+    def coupled_by_batch_norm(self) -> set[int]:
+        """Values of sites upstream of a batch norm in training mode: its statistics make the examples interact."""
+        tape, seen = self.tape, set()
+        stack = [
+            v for c in self.useful if _normalises_batch(tape.calls[c]) for v in tape.calls[c].inputs if v in self.active
+        ]
+        while stack:
+            v = stack.pop()
+            if v not in seen and v in self.active:
+                seen.add(v)
+                stack += tape.calls[tape.producer[v]].inputs
+        return seen
+
+
+def _normalises_batch(call: Call) -> bool:
+    if call.fn is torch.nn.functional.batch_norm:
+        return bool(call.kwargs.get("training", call.args[5] if len(call.args) > 5 else False))
+    return call.fn is torch.batch_norm and bool(call.args[5])

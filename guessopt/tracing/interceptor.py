@@ -1,0 +1,153 @@
+"""A function mode that sees every torch call of a closure and knows which of them read trainable parameters.
+
+Parameters are recognised by identity, so ``F.linear`` in a plain function is seen as well as ``nn.Linear``. A call whose
+tensors are all parameters, or computed from parameters alone, is a *parameter expression* (``W.t()``, ``1 + w``): it
+records an ordinary autograd graph, which never contains an activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from guessopt.errors import ClosureError
+
+
+def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """The tensors among arguments, in the order of ``torch.utils._pytree``, without its cost.
+
+    >>> [t.item() for t in tensors_in(([torch.tensor(1)], torch.tensor(2)), {"a": torch.tensor(3)})]
+    [1, 2, 3]
+    """
+    found: list[Tensor] = []
+    _collect(args, found)
+    if kwargs:
+        _collect(kwargs, found)
+    return found
+
+
+def _collect(node: Any, found: list[Tensor]) -> None:
+    if isinstance(node, Tensor):
+        found.append(node)
+    elif isinstance(node, (tuple, list)):
+        for item in node:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, (tuple, list, dict)):
+                _collect(item, found)
+    elif isinstance(node, dict):
+        for item in node.values():
+            _collect(item, found)
+
+
+class Interceptor(TorchFunctionMode):
+    """Hands each torch call to ``call``, with the tensors that are trainable parameters or expressions of them.
+
+    Args:
+        params: ``id`` of each trainable parameter handed to the optimizer, to its position there.
+    """
+
+    def __init__(self, params: Mapping[int, int]) -> None:
+        super().__init__()
+        self.params = params
+        self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
+        self.count = 0
+        self.no_grad = torch.no_grad()
+
+    def __torch_function__(
+        self, fn: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if fn in _CONTROL:
+            return _CONTROL[fn](fn, args, kwargs)
+        tensors = tensors_in(args, kwargs)
+        if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
+            return out  # x.shape, x.device: no tensor, no trace
+        if torch.is_inference_mode_enabled():
+            raise ClosureError(
+                f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
+                "silently lost; use torch.no_grad() there, or move the call out of the closure"
+            )
+        mine = [t for t in tensors if id(t) in self.params or id(t) in self.expressions]
+        index = self.count
+        self.count += 1
+        return self.call(index, fn, args, kwargs, tensors, mine)
+
+    def call(
+        self,
+        index: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        mine: list[Tensor],
+    ) -> Any:
+        """One torch call: its number in the closure, its arguments, their tensors, and which of these are trainable."""
+        raise NotImplementedError
+
+    def positions(self, tensor: Tensor) -> frozenset[int]:
+        """The optimizer's parameters that ``tensor`` is, or is computed from."""
+        position = self.params.get(id(tensor))
+        return frozenset([position]) if position is not None else self.expressions[id(tensor)][1]
+
+    def plain(self, t: Tensor) -> Tensor:
+        """``t`` outside any transform."""
+        return t
+
+    def express(self, out: Any, mine: list[Tensor]) -> None:
+        """Remember the results of a parameter expression."""
+        origin: frozenset[int] | None = None
+        for t in tensors_in((out,)):
+            if self.plain(t).requires_grad and id(t) not in self.params:
+                if origin is None:
+                    origin = frozenset().union(*(self.positions(m) for m in mine))
+                self.expressions[id(t)] = (t, origin)
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        """The closure's result under this mode, with gradients enabled as a training script has them."""
+        with torch.enable_grad(), self:
+            return closure()
+
+
+def _plainly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return fn(*args, **kwargs)
+
+
+def _nothing(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]
+
+
+def _refuse(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    name = getattr(fn, "__name__", "backward")
+    what = "Tensor.backward()" if fn is Tensor.backward else f"torch.autograd.{name}()"
+    raise ClosureError(
+        f"the closure calls {what}; it must only compute the loss: return it, and let step() or estimate() fill .grad"
+    )
+
+
+# HF's gradient checkpointing sets requires_grad on activations; hooks and retain_grad speak of a graph that is not there.
+_CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._C._set_grad_enabled: _plainly,
+    Tensor.requires_grad_: _nothing,
+    Tensor.requires_grad.__set__: _nothing,  # type: ignore[attr-defined]
+    Tensor.retain_grad: _nothing,
+    Tensor.backward: _refuse,
+    torch.autograd.backward: _refuse,
+    torch.autograd.grad: _refuse,
+}
+
+_STOPPING: set[Callable[..., Any]] = {
+    Tensor.detach,
+    torch.detach,
+    Tensor.detach_,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+}
+
+
+def stops_gradient(fn: Callable[..., Any]) -> bool:
+    """``detach`` in its spellings."""
+    return fn in _STOPPING

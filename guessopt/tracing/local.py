@@ -1,0 +1,158 @@
+"""What an estimator may know at a site: its output, noise, and the way to the next matrix site(s).
+
+Letters: s the site's output, x the next matrix site's input, u a cotangent of x, y a guess (a cotangent of s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from guessopt.rng import NoiseSource, RandomState
+from guessopt.rules.elementwise import DROPOUT, derivative
+from guessopt.sites import Call, Matrix, Shape, Site, Value
+from guessopt.tracing.interceptor import tensors_in
+
+
+class Local:
+    """A site in the middle of a run, as ``Estimator.sample`` sees it.
+
+    Attributes:
+        site: the site.
+        s: its output, without tangent, ``[N, *, d_out]`` or as ``site.layout`` says.
+    """
+
+    def __init__(self, site: Site, s: Tensor, values: dict[int, Tensor], source: NoiseSource) -> None:
+        self.site, self.s, self._values, self._source = site, s, values, source
+        self._m: tuple[Tensor | None] | None = None
+
+    def noise(self, shape: Shape, kind: str = "normal") -> Tensor:
+        """Independent entries: ``"normal"``, ``"rademacher"``, ``"uniform_centred"`` (all of unit variance) or
+        ``"uniform"`` (U[0, 1), Singhal A.2)."""
+        return draw(self._source, kind, shape, self.s.dtype, self.s.device)
+
+    def weights(self) -> list[tuple[Matrix, Tensor]]:
+        """The next matrix site(s), each with its weight (parallel ones stacked) as ``[b, o, i]``."""
+        assert self.site.segment is not None
+        values = self._values
+        if self.site.segment.weight_program:
+            values = evaluate(self.site.segment.weight_program, values)
+        return [
+            (m, m.rule.matrix(m, values[m.weights[0]]) if len(m.weights) == 1 else self._stack(m, values))
+            for m in self.site.segment.matrices
+        ]
+
+    @staticmethod
+    def _stack(m: Matrix, values: dict[int, Tensor]) -> Tensor:
+        return torch.cat([m.rule.matrix(m, values[w]) for w in m.weights], dim=1)
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Nothing but elementwise operations lies between the site and the next matrix site."""
+        return self.site.segment is not None and self.site.segment.elementwise is not None
+
+    def derivative(self) -> Tensor | None:
+        """``M = phi'(s)`` of an elementwise path, shape of ``s``; None for the identity."""
+        if self._m is None:
+            assert self.site.segment is not None and self.site.segment.elementwise is not None
+            calls = self.site.segment.elementwise
+            self._m = (derivative(tuple((call.fn, _closed(call)) for call in calls), self.s),)
+        return self._m[0]
+
+    def pull_back(self, u: Tensor) -> Tensor:
+        """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone."""
+        if self.is_elementwise:
+            m = self.derivative()
+            return u if m is None else u * m
+        run = self._segment()
+        return torch.func.vjp(run, self.s)[1](u)[0]  # type: ignore[no-any-return]
+
+    def push_forward(self, v: Tensor) -> Tensor:
+        """``J v``: from ``s`` to the next matrix site's input."""
+        if self.is_elementwise:
+            m = self.derivative()
+            return v if m is None else v * m
+        return torch.func.jvp(self._segment(), (self.s,), (v,))[1]  # type: ignore[no-any-return]
+
+    def _segment(self) -> Callable[[Tensor], Tensor]:
+        segment = self.site.segment
+        assert segment is not None
+        x = segment.matrices[0].x
+
+        def run(s: Tensor) -> Tensor:
+            return evaluate(segment.program, {**self._values, segment.source: s})[x]
+
+        return run
+
+
+def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Noise of a kind; see ``Local.noise``."""
+    if kind == "normal":
+        return source.normal(shape, dtype, device)
+    u = source.uniform(shape, dtype, device)
+    if kind == "rademacher":
+        return (u < 0.5).to(dtype).mul_(2).sub_(1)
+    if kind == "uniform_centred":
+        return u.sub_(0.5).mul_(12**0.5)
+    return u
+
+
+NOISES = ("normal", "rademacher", "uniform", "uniform_centred")
+
+
+def evaluate(calls: tuple[Call, ...], values: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Run recorded calls on values, functionally: dropout passes as its mean, in-place writes go to a copy, global
+    random states are left alone."""
+    values = dict(values)
+    state = RandomState.capture() if any(_is_random(call) for call in calls) else None
+    for call in calls:
+        if call.fn in DROPOUT:
+            values[call.outputs[0]] = values[call.inputs[0]]
+            continue
+        args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
+        if call.in_place:
+            args = (args[0].clone(), *args[1:])
+        if call.fn is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**kwargs, **_attention_options(args), "dropout_p": 0.0}
+        out = call.fn(*args, **kwargs)
+        results = tensors_in((out,)) if out is not None else [args[0]]
+        values.update(zip(call.outputs, results, strict=True))
+    if state is not None:
+        state.restore()
+    return values
+
+
+def _attention_options(args: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("is_causal",), args[5:], strict=False))
+
+
+_RANDOM = ("rand", "bernoulli", "multi_head_attention", "lstm", "gru", "rnn", "rrelu", "gumbel", "normal_", "uniform_")
+
+
+def _is_random(call: Call) -> bool:
+    return any(word in getattr(call.fn, "__name__", "") for word in _RANDOM)
+
+
+def _fill(node: Any, values: dict[int, Tensor]) -> Any:
+    if isinstance(node, Value):
+        return values[node.id]
+    if isinstance(node, (tuple, list)):
+        return type(node)(_fill(item, values) for item in node)
+    if isinstance(node, dict):
+        return {key: _fill(item, values) for key, item in node.items()}
+    return node
+
+
+def _closed(call: Call) -> Callable[[Tensor], Tensor]:
+    def run(t: Tensor) -> Tensor:
+        source = t.clone() if call.in_place else t
+        args = tuple(source if isinstance(a, Value) else a for a in call.args)
+        kwargs = {k: source if isinstance(a, Value) else a for k, a in call.kwargs.items()}
+        out: Tensor = call.fn(*args, **kwargs)
+        return out
+
+    return run

@@ -1,0 +1,159 @@
+"""One run of the closure, written down: calls and the tensors that pass between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+
+from guessopt.rules.base import is_in_place
+from guessopt.sites import Call, Kind, Shape, Value
+from guessopt.tracing.interceptor import Interceptor, stops_gradient, tensors_in
+
+
+class Tape(Interceptor):
+    """Runs the closure as it stands (no derivatives, nothing kept but outlines) and records every call.
+
+    Args:
+        params: as for ``Interceptor``.
+        expressions: indices of calls to take as parameter expressions although another tensor takes part
+            (``F.embedding(arange(T), W)``: no examples in it).
+    """
+
+    def __init__(self, params: Mapping[int, int], as_expression: frozenset[int] = frozenset()) -> None:
+        super().__init__(params)
+        self.as_expression = as_expression
+        self.calls: list[Call] = []
+        self.kinds: list[Kind] = []
+        self.mine: list[tuple[int, ...]] = []
+        self.origins: list[frozenset[int]] = []
+        self.shapes: list[Shape] = []
+        self.dtypes: list[torch.dtype] = []
+        self.producer: dict[int, int] = {}
+        self.consumers: dict[int, list[int]] = {}
+        self.first_use: dict[int, tuple[int, int]] = {}
+        self.outside: dict[int, Tensor] = {}
+        self.weights: set[int] = set()
+        self.mutations: dict[int, tuple[int, ...]] = {}
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stopped: set[int] = set()
+        self._values = WeakIdKeyDictionary()
+
+    def call(
+        self,
+        index: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        mine: list[Tensor],
+    ) -> Any:
+        known = len(self.shapes)
+        inputs = tuple(self.value(t) for t in tensors)
+        for position, (t, v) in enumerate(zip(tensors, inputs, strict=True)):
+            if v >= known and v not in self.first_use:
+                self.first_use[v] = (index, position)
+                self.outside[v] = t
+            if isinstance(t, torch.nn.Parameter) or id(t) in self.expressions:
+                self.weights.add(v)
+        recorded_args, recorded_kwargs = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
+        self.mutations_of(index, fn, args, kwargs, tensors, inputs)
+
+        stopped = not torch.is_grad_enabled() or stops_gradient(fn)
+        if stopped:
+            kind = Kind.STOPPED
+            self.stopped.update(*(self.positions(m) for m in mine))
+        elif mine and (len(mine) == len(tensors) or index in self.as_expression):
+            kind = Kind.EXPRESSION
+        else:
+            kind = Kind.SITE if mine else Kind.PLAIN
+        if kind in (Kind.EXPRESSION, Kind.STOPPED):
+            out = fn(*args, **kwargs)
+        else:
+            with self.no_grad:
+                out = fn(*args, **kwargs)
+        if kind is Kind.EXPRESSION:
+            self.express(out, mine)
+
+        results = tensors_in((out,)) if out is not None else list(tensors[:1])
+        in_place = any(r is t for r in results for t in tensors) or is_in_place(fn)
+        extra = self._aliases(results, tensors) if in_place else []
+        outputs = tuple(self._new(t, index) for t in [*results, *extra])
+        for v in inputs:
+            self.consumers.setdefault(v, []).append(index)
+        self.calls.append(Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra)))
+        self.kinds.append(kind)
+        self.mine.append(tuple(k for k, t in enumerate(tensors) if any(t is m for m in mine)))
+        self.origins.append(frozenset().union(*(self.positions(m) for m in mine)))
+        return out
+
+    def value(self, t: Tensor) -> int:
+        found = self._values.get(t)
+        return found if found is not None else self._new(t, None)
+
+    def _new(self, t: Tensor, producer: int | None) -> int:
+        v = len(self.shapes)
+        self.shapes.append(tuple(t.shape))
+        self.dtypes.append(t.dtype)
+        self._values[t] = v
+        if producer is not None:
+            self.producer[v] = producer
+        return v
+
+    def _aliases(self, results: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        """Other live tensors that share memory with what was just written."""
+        if not tensors or not tensors[0].numel():
+            return []
+        storage = tensors[0].untyped_storage().data_ptr()
+        return [
+            t
+            for t in list(self._values.keys())
+            if not any(t is r for r in results) and t.numel() and t.untyped_storage().data_ptr() == storage
+        ]
+
+    def mutations_of(
+        self,
+        index: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        inputs: tuple[int, ...],
+    ) -> None:
+        """Save what the call is about to write and the closure did not make: buffers, running statistics."""
+        targets = [k for k in written(fn, args, kwargs, tensors) if inputs[k] not in self.producer]
+        for k in targets:
+            t = tensors[k]
+            if id(t) not in self.saved:
+                self.saved[id(t)] = (t, t.detach().clone())
+        if targets:
+            self.mutations[index] = tuple(targets)
+
+
+def written(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+) -> list[int]:
+    """Positions, among a call's tensors, of those that it writes."""
+    if fn in _BATCH_NORM:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        training = bound.get("training", bound.get("use_input_stats", False))
+        if not training and fn is not torch.nn.functional.instance_norm:
+            return []
+        stats = (bound.get("running_mean"), bound.get("running_var"))
+        return [k for k, t in enumerate(tensors) if any(t is s for s in stats)]
+    found = []
+    if (is_in_place(fn) or kwargs.get("inplace")) and tensors:
+        found.append(0)
+    out = kwargs.get("out")
+    if out is not None:
+        outs = tensors_in((out,))
+        found += [k for k, t in enumerate(tensors) if any(t is o for o in outs)]
+    return found
+
+
+_BATCH_NORM = {torch.nn.functional.batch_norm, torch.batch_norm, torch.nn.functional.instance_norm}
