@@ -146,8 +146,8 @@ class GuessGradOptimizer(Optimizer):
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
         self._refresh()
-        noise, cached, steps = self._noise.state(), self._cache.copy(), self._steps
-        grads = [p.grad for p in self._params]
+        noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
+        grads, plans = [p.grad for p in self._params], list(self._plans)
         self._noise.follow()
         transaction = Transaction(self._devices)
         try:
@@ -162,9 +162,9 @@ class GuessGradOptimizer(Optimizer):
             return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
         except BaseException:
             transaction.rewind()
-            self._noise.load(noise)
+            self._noise.restore(noise)
             self._cache.restore(cached)
-            self._steps = steps
+            self._steps, self._plans = steps, plans
             for p, grad in zip(self._params, grads, strict=True):
                 p.grad = grad
             raise
@@ -179,17 +179,15 @@ class GuessGradOptimizer(Optimizer):
     def _forward(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, ForwardRecord]:
         """One pass, by the plan that the closure keeps to; by a new one if it keeps to none."""
         for plan in list(self._plans):
-            if is_due_for_probe(plan.uses) and plan.analysis is not None and plan is self._plans[0]:
-                try:
-                    reprobe(plan, closure, self._by_position, self._ids, self.engine, transaction)
-                except Exception:
-                    transaction.rewind()
-                    raise
             try:
+                if is_due_for_probe(plan.uses) and plan.analysis is not None:
+                    reprobe(plan, closure, self._by_position, self._ids, self.engine, transaction)
                 return plan, self._pass(plan, closure, transaction)
             except Departure:
                 transaction.rewind()
-        plan = trace(closure, self._by_position, self._ids, self._names, self.engine, transaction)
+        plan = trace(
+            closure, self._by_position, self._ids, self._names, self.engine, transaction, finite=self.check_finite
+        )
         self._check_plan(plan)
         self._plans.insert(0, plan)
         try:
@@ -302,6 +300,7 @@ class GuessGradOptimizer(Optimizer):
             return  # Optimizer.__init__ adds groups that the base has already
         group = dict(param_group)
         group["estimator"] = describe(make_estimator(group.get("estimator", self._default)))
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         _check_tensors(list(_tensors(group["params"])))
         self.base.add_param_group(group)
         self._trainable = ()

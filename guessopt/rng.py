@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,12 +47,43 @@ class RandomState:
         random.setstate(self.python)
 
 
+@contextmanager
+def replayed(state: RandomState | None) -> Iterator[None]:
+    """The global generators as in ``state`` (None: left alone), and afterwards as they were."""
+    if state is None:
+        yield
+        return
+    now = RandomState.capture(tuple(state.devices))
+    state.restore()
+    try:
+        yield
+    finally:
+        now.restore()
+
+
+_DRAWING = (
+    "rand", "bernoulli", "multinomial", "dropout", "multi_head_attention", "scaled_dot_product", "lstm", "gru", "rnn_",
+    "rrelu", "gumbel", "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_",
+)  # fmt: skip
+
+
+def draws(fn: Callable[..., Any]) -> bool:
+    """Whether a torch function may draw from the global generators.
+
+    >>> draws(torch.rand_like), draws(torch.relu)
+    (True, False)
+    """
+    name = getattr(fn, "__name__", "")
+    return any(word in name for word in _DRAWING)
+
+
 class NoiseSource:
     """The stream that guesses are drawn from: separate from the closure's, so that dropout sees what it always saw.
 
     With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
+    >>> a.follow(); b.follow()
     >>> cpu = torch.device("cpu")
     >>> torch.equal(a.normal((3,), torch.float32, cpu), b.normal((3,), torch.float32, cpu))
     True
@@ -58,24 +91,23 @@ class NoiseSource:
 
     def __init__(self, seed: int | None) -> None:
         self.seed = seed
-        self._followed: int | None = None
+        self._seen: int | None = None
+        self._stream = 0
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def follow(self) -> None:
         """Start anew if ``torch.manual_seed`` has been called since the last step."""
         seed = torch.initial_seed() if self.seed is None else self.seed
-        if seed != self._followed:
-            self._followed = seed
+        if seed != self._seen:
+            self._seen = self._stream = seed
             self._generators = {}
 
     def generator(self, device: torch.device) -> torch.Generator:
+        """The stream on a device."""
         found = self._generators.get(device)
         if found is None:
-            if self._followed is None:
-                self.follow()
-            assert self._followed is not None
             # An odd constant keeps the stream apart from the closure's own, which starts at the seed itself.
-            found = torch.Generator(device=device).manual_seed((self._followed ^ 0x9E3779B97F4A7C15) & (2**63 - 1))
+            found = torch.Generator(device=device).manual_seed((self._stream ^ 0x9E3779B97F4A7C15) & (2**63 - 1))
             self._generators[device] = found
         return found
 
@@ -87,11 +119,24 @@ class NoiseSource:
 
     def state(self) -> dict[str, Any]:
         """Plain data (device names to state tensors) that ``load`` understands."""
+        if self._seen is None:
+            self.follow()
         states = {str(device): generator.get_state() for device, generator in self._generators.items()}
-        return {"seed": self._followed, "generators": states}
+        return {"stream": self._stream, "generators": states}
 
     def load(self, state: dict[str, Any]) -> None:
-        self._followed = state["seed"]
+        """Go on where ``state`` was taken, whatever the global seed is now; a later ``manual_seed`` is followed again."""
+        self._seen = torch.initial_seed() if self.seed is None else self.seed
+        self._stream = state["stream"]
         self._generators = {}
         for name, value in state["generators"].items():
             self.generator(torch.device(name)).set_state(value)
+
+    def snapshot(self) -> tuple[int | None, dict[str, Any]]:
+        """For ``restore``."""
+        return self._seen, self.state()
+
+    def restore(self, snapshot: tuple[int | None, dict[str, Any]]) -> None:
+        """Undo everything since the snapshot."""
+        self.load(snapshot[1])
+        self._seen = snapshot[0]

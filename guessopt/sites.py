@@ -245,13 +245,15 @@ def numel(shape: Shape) -> int:
 
 @dataclass
 class Visit:
-    """A site's call in a run: its arguments without tangents, and which of their tensors are trainable."""
+    """A site's call in a run: its arguments without tangents, which of their tensors are trainable, and the random state
+    before it if it draws."""
 
     call: Call
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     wanted: list[int]
     variables: list[Tensor]
+    random: Any = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from guessopt.engine.levels import Level
 from guessopt.errors import ClosureError
+from guessopt.rng import RandomState, draws
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import Interceptor, stops_gradient, tensors_in
 
@@ -108,7 +109,7 @@ class Pass(Interceptor):
     ) -> Any:
         if kind is Kind.PLAIN:
             with self.no_grad:
-                return self.level.call(fn, args, kwargs)
+                return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
         if kind is Kind.SITE:
             with self.no_grad:
                 return self._site(index, fn, args, kwargs, tensors, mine)
@@ -139,11 +140,12 @@ class Pass(Interceptor):
             kept_args, kept_kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
             if in_place:
                 kept_args = (kept_args[0].clone(), *kept_args[1:])
+            state = RandomState.capture() if draws(fn) else None
             variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
-            self.visits.append(Visit(sites[0].call, kept_args, kept_kwargs, wanted, variables))
+            self.visits.append(Visit(sites[0].call, kept_args, kept_kwargs, wanted, variables, state))
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
-        out = self.level.call(fn, args, kwargs)
+        out = self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
         results = tensors_in((out,)) if out is not None else tensors[:1]
         for site in sites:
             s = results[site.output]

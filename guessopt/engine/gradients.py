@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from guessopt.rng import replayed
 from guessopt.sites import ForwardRecord, SiteGraph
 
 
@@ -46,7 +47,8 @@ def parameter_gradients(
             g = cotangents.get(site.index)
             if g is None:
                 continue
-            gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
+            with replayed(visit.random):
+                gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is None:
                     continue

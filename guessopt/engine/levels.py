@@ -14,6 +14,8 @@ import torch
 import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._pytree import tree_map_only
 
 T = TypeVar("T")
 
@@ -51,8 +53,8 @@ class Level(ABC):
         """End the network at ``v``: note its tangent; return what the closure goes on with, and the leaf whose gradient
         is the exact error. ``shared``: the network goes on as well. ``clone``: the loss writes into it."""
 
-    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one plain operation."""
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
         return fn(*args, **kwargs)
 
 
@@ -147,28 +149,21 @@ class FuncLevel(Level):
                 return leaf + (v - v.detach()), self.plain(leaf)
             return (leaf.clone() if clone else leaf), self.plain(leaf)
 
-    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        if not writes:
+            return fn(*args, **kwargs)
         if fn is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        return fn(*args, **kwargs)
+            self._write(fn, args, kwargs)
+            names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+            bound = dict(zip(names, args, strict=False)) | kwargs
+            return F.batch_norm(**(bound | {"running_mean": None, "running_var": None}))
+        return self._write(fn, args, kwargs)
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """A transform refuses to write running statistics; update them from the primal instead."""
-        if not training or running_mean is None or running_var is None:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        x = self.primal(input)
-        F.batch_norm(x, running_mean, running_var, None, None, True, momentum, eps)
-        return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+    def _write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A transform refuses to write what it captured: write outside of it, from values without tangents.
+        args, kwargs = tree_map_only(Tensor, self.primal, (args, kwargs))
+        with temporarily_clear_interpreter_stack():
+            return fn(*args, **kwargs)
 
 
 _LEVELS: dict[str, type[Level]] = {"dual": DualLevel, "func": FuncLevel}

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rng import NoiseSource, RandomState
+from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.rules.elementwise import DROPOUT, derivative
+from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Call, Matrix, Shape, Site, Value
 from guessopt.tracing.interceptor import tensors_in
 
@@ -108,7 +109,12 @@ def evaluate(calls: tuple[Call, ...], values: dict[int, Tensor]) -> dict[int, Te
     """Run recorded calls on values, functionally: dropout passes as its mean, in-place writes go to a copy, global
     random states are left alone."""
     values = dict(values)
-    state = RandomState.capture() if any(_is_random(call) for call in calls) else None
+    with replayed(RandomState.capture() if any(draws(call.fn) for call in calls if call.fn not in DROPOUT) else None):
+        _run(calls, values)
+    return values
+
+
+def _run(calls: tuple[Call, ...], values: dict[int, Tensor]) -> None:
     for call in calls:
         if call.fn in DROPOUT:
             values[call.outputs[0]] = values[call.inputs[0]]
@@ -118,23 +124,13 @@ def evaluate(calls: tuple[Call, ...], values: dict[int, Tensor]) -> dict[int, Te
             args = (args[0].clone(), *args[1:])
         if call.fn is F.scaled_dot_product_attention:
             args, kwargs = args[:4], {**kwargs, **_attention_options(args), "dropout_p": 0.0}
-        out = call.fn(*args, **kwargs)
+        out = without_side_effects(call.fn)(*args, **kwargs)
         results = tensors_in((out,)) if out is not None else [args[0]]
         values.update(zip(call.outputs, results, strict=True))
-    if state is not None:
-        state.restore()
-    return values
 
 
 def _attention_options(args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(("is_causal",), args[5:], strict=False))
-
-
-_RANDOM = ("rand", "bernoulli", "multi_head_attention", "lstm", "gru", "rnn", "rrelu", "gumbel", "normal_", "uniform_")
-
-
-def _is_random(call: Call) -> bool:
-    return any(word in getattr(call.fn, "__name__", "") for word in _RANDOM)
 
 
 def _fill(node: Any, values: dict[int, Tensor]) -> Any:
