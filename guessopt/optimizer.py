@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from guessopt.engine.planning import (
 from guessopt.errors import GuessWarning
 from guessopt.estimators.base import Estimator, describe, make_estimator
 from guessopt.rng import NoiseSource
-from guessopt.sites import ForwardRecord, Site
+from guessopt.sites import ForwardRecord, Site, SiteGraph
 from guessopt.tracing.local import Local, draw
 
 #: Plans kept: one per branch taken and shape met.
@@ -141,7 +142,9 @@ class GuessGradOptimizer(Optimizer):
         self._pending = True
         return loss
 
-    def _estimate(self, closure: Callable[[], Any]) -> tuple[Tensor, dict[int, Tensor]]:
+    def _estimate(
+        self, closure: Callable[[], Any], transaction: Transaction | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients."""
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
@@ -149,7 +152,7 @@ class GuessGradOptimizer(Optimizer):
         noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
         grads, plans = [p.grad for p in self._params], list(self._plans)
         self._noise.follow()
-        transaction = Transaction(self._devices)
+        transaction = transaction or Transaction(self._devices)
         try:
             loss, gradients = self._guess_once(closure, transaction)
             for _ in range(self.guesses - 1):
@@ -197,8 +200,9 @@ class GuessGradOptimizer(Optimizer):
             raise unstable() from None
 
     def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
+        guess = partial(self._guess, plan.graph)
         run = Pass(
-            self._ids, plan.graph, make_level(self.engine), self._guess, self._directions(), transaction.saved
+            self._ids, plan.graph, make_level(self.engine), guess, self._directions(), transaction.saved
         )
         record = run.execute(closure, self._by_position)
         if plan.loss is not None:
@@ -211,10 +215,10 @@ class GuessGradOptimizer(Optimizer):
             del self._plans[MAX_PLANS:]
         return record
 
-    def _guess(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+    def _guess(self, graph: SiteGraph, site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
         """The guess ``y`` for a site; None where it needs none: an exact error, or a later site's guess serves."""
         estimator = self._estimator_of(site)
-        if site.shares is not None or self._is_exact(site, estimator) or estimator.space == "parameters":
+        if self._is_served(graph, site) or self._is_exact(site, estimator) or estimator.space == "parameters":
             return None
         local = Local(site, s, values, self._noise)
         with torch.no_grad():
@@ -230,6 +234,14 @@ class GuessGradOptimizer(Optimizer):
             refresh=estimator.refresh,
             make=lambda: estimator.prepare(site, local.weights()),
         )
+
+    def _is_served(self, graph: SiteGraph, site: Site) -> bool:
+        """A later site's guess stands for this one's as well."""
+        while site.shares is not None:
+            site = graph.sites[site.shares]
+            if self._estimator_of(site).space == "activations":
+                return True
+        return False
 
     def _is_exact(self, site: Site, estimator: Estimator) -> bool:
         wanted = estimator.exact_last if self.exact_last is None else self.exact_last

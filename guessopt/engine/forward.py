@@ -45,6 +45,7 @@ class Pass(Interceptor):
     ) -> None:
         super().__init__(params)
         self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
+        self.keeps_graph = False
         self.values: dict[int, Tensor] = dict(graph.constants)
         self.guesses: dict[int, Tensor] = {}
         self.visits: list[Visit] = []
@@ -151,12 +152,18 @@ class Pass(Interceptor):
             s = results[site.output]
             if tuple(s.shape) != site.shape:
                 raise Departure
-            y = self.guess(site, self.level.primal(s), self.values)
-            if y is not None:
-                self.guesses[site.index] = y
-                after = self.level.inject(s, y, in_place)
-                out = _put(out, s, after)
+            out = _put(out, s, self.inject(site, s, in_place))
         return out
+
+    def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
+        """The site's output with its guess for tangent."""
+        primal = self.level.primal(s)
+        with self.level.outside():
+            y = self.guess(site, primal, self.values)
+        if y is None:
+            return s
+        self.guesses[site.index] = y
+        return self.level.inject(s, y, in_place)
 
     def plain(self, t: Tensor) -> Tensor:
         return self.level.plain(t)
@@ -197,7 +204,7 @@ class Pass(Interceptor):
         graph = self.graph
         leaves = [self.leaves[number] for number in range(len(graph.cuts))]
         own = [p for p in sorted(graph.loss_params) if p in params]
-        total = plain if plain.dim() == 0 else plain.mean()
+        self.total = total = plain if plain.dim() == 0 else plain.mean()
         found: list[Tensor | None] = []
         if leaves or own:
             if not total.requires_grad:
@@ -206,7 +213,7 @@ class Pass(Interceptor):
                     "is probably read under its old name: use what the operation returns"
                 )
             variables = [*leaves, *(params[p] for p in own)]
-            found = list(torch.autograd.grad(total, variables, allow_unused=True))
+            found = list(torch.autograd.grad(total, variables, allow_unused=True, retain_graph=self.keeps_graph))
         errors = [torch.zeros_like(v) if e is None else e for v, e in zip(leaves, found, strict=False)]
         exact = {p: e for p, e in zip(own, found[len(leaves) :], strict=True) if e is not None}
         tangents = [self.level.tangents.get(number) for number in range(len(leaves))]
@@ -241,8 +248,8 @@ def _wide(t: Tensor) -> Tensor:
 
 def _put(out: Any, old: Tensor, new: Tensor) -> Any:
     """``out`` with one tensor replaced."""
-    if out is old:
-        return new
+    if old is new or out is old:
+        return new if out is old else out
     if isinstance(out, tuple):
         items = [_put(item, old, new) for item in out]
         return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)

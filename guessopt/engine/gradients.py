@@ -15,10 +15,10 @@ def estimated_cotangents(graph: SiteGraph, record: ForwardRecord) -> dict[int, T
     """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index."""
     found: dict[int, Tensor] = {}
     for site in reversed(graph.sites):
-        if site.shares is not None:
-            found[site.index] = found[site.shares]
-        elif (y := record.guesses.get(site.index)) is not None:
+        if (y := record.guesses.get(site.index)) is not None:
             found[site.index] = site.layout.spread(record.d, site.shape).to(y.dtype) * y
+        elif site.shares is not None and site.shares in found:
+            found[site.index] = found[site.shares]
         elif site.cut is not None:
             found[site.index] = record.errors[site.cut]
     return found

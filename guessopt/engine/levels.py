@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -37,8 +38,8 @@ class Level(ABC):
         """``t`` without its tangent, an ordinary tensor."""
 
     @abstractmethod
-    def plain(self, loss: Tensor) -> Tensor:
-        """The loss without tangent, still connected to the cuts in reverse mode."""
+    def plain(self, t: Tensor) -> Tensor:
+        """``t`` without tangent, still connected in reverse mode."""
 
     @abstractmethod
     def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
@@ -52,6 +53,10 @@ class Level(ABC):
     def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
         """End the network at ``v``: note its tangent; return what the closure goes on with, and the leaf whose gradient
         is the exact error. ``shared``: the network goes on as well. ``clone``: the loss writes into it."""
+
+    def outside(self) -> AbstractContextManager[Any]:
+        """Where ordinary tensors are worked on as if no pass were under way."""
+        return nullcontext()
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
@@ -70,9 +75,9 @@ class DualLevel(Level):
     def primal(self, t: Tensor) -> Tensor:
         return fw.unpack_dual(t).primal
 
-    def plain(self, loss: Tensor) -> Tensor:
+    def plain(self, t: Tensor) -> Tensor:
         with torch.enable_grad():
-            return fw.unpack_dual(loss).primal
+            return fw.unpack_dual(t).primal
 
     def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
         primal, tangent = fw.unpack_dual(s)
@@ -118,10 +123,14 @@ class FuncLevel(Level):
     def primal(self, t: Tensor) -> Tensor:
         return self.plain(t.detach())
 
-    def plain(self, loss: Tensor) -> Tensor:
-        while torch._C._functorch.is_functorch_wrapped_tensor(loss):
-            loss = torch._C._functorch.get_unwrapped(loss)
-        return loss
+    def outside(self) -> AbstractContextManager[Any]:
+        outside: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
+        return outside
+
+    def plain(self, t: Tensor) -> Tensor:
+        while torch._C._functorch.is_functorch_wrapped_tensor(t):
+            t = torch._C._functorch.get_unwrapped(t)
+        return t
 
     def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
         ty = self._scalar(y) * y
@@ -162,7 +171,7 @@ class FuncLevel(Level):
     def _write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A transform refuses to write what it captured: write outside of it, from values without tangents.
         args, kwargs = tree_map_only(Tensor, self.primal, (args, kwargs))
-        with temporarily_clear_interpreter_stack():
+        with self.outside():
             return fn(*args, **kwargs)
 
 

@@ -80,7 +80,8 @@ class WPerp(Estimator):
             return moment_through(local, self._rows(state, local), g)
         m, v = local.derivative(), state[0][0]
         vt_m_g = (g if m is None else g * m) @ v.T
-        u = torch.cholesky_solve(vt_m_g[..., None], self._factor(v, m, local.s))[..., 0] @ v
+        factor = self._factor(v, m, local.s)
+        u = torch.cholesky_solve(vt_m_g[..., None].to(factor.dtype), factor)[..., 0].to(v.dtype) @ v
         return u if m is None else u * m
 
     def note(self, site: Site) -> str | None:
@@ -116,13 +117,15 @@ class WPerp(Estimator):
         pairs = (v[:, None, :] * v[None, :, :]).reshape(k * k, -1)
         gram = (squares @ pairs.T).reshape(*s.shape[:-1], k, k)
         # An example with fewer than k active units has a singular Gram matrix: a ridge far below any real eigenvalue.
-        ridge = torch.finfo(v.dtype).eps * 10
-        return torch.linalg.cholesky_ex(gram + ridge * torch.eye(k, dtype=v.dtype, device=v.device))[0]
+        wide = gram if gram.dtype is torch.float64 else gram.float()
+        ridge = 10 * torch.finfo(v.dtype).eps * torch.eye(k, dtype=wide.dtype, device=v.device)
+        return torch.linalg.cholesky_ex(wide + ridge)[0]
 
     def _masked(self, v: Tensor, local: Local) -> Tensor:
         m = local.derivative()
         z = local.noise((*local.s.shape[:-1], v.shape[0]), self.noise)
         # L^-T z in place of (L L^T)^{-1/2} z: the two differ by a rotation of z, so y has the same distribution.
         factor = self._factor(v, m, local.s)
-        y = torch.linalg.solve_triangular(factor.mT, z[..., None], upper=True)[..., 0] @ v
+        z = torch.linalg.solve_triangular(factor.mT, z[..., None].to(factor.dtype), upper=True)[..., 0]
+        y = z.to(v.dtype) @ v
         return y if m is None else y * m

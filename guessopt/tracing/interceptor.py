@@ -8,6 +8,7 @@ records an ordinary autograd graph, which never contains an activation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Interceptor(TorchFunctionMode):
         self.params = params
         self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
         self.count = 0
-        self.no_grad = torch.no_grad()
+        self.no_grad: AbstractContextManager[Any] = torch.no_grad()
 
     def __torch_function__(
         self, fn: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

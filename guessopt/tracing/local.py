@@ -69,8 +69,9 @@ class Local:
         if self.is_elementwise:
             m = self.derivative()
             return u if m is None else u * m
-        run = self._segment()
-        return torch.func.vjp(run, self.s)[1](u)[0]  # type: ignore[no-any-return]
+        with torch.enable_grad():
+            s = self.s.detach().requires_grad_()
+            return torch.autograd.grad(self._segment()(s), s, u)[0]
 
     def push_forward(self, v: Tensor) -> Tensor:
         """``J v``: from ``s`` to the next matrix site's input."""

@@ -1,0 +1,173 @@
+"""Problems as data: name -> a function that builds (named parameters, closure), in float64, small and seeded.
+
+One row here exercises every test that is parametrised over ``PROBLEMS``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Problem:
+    """``named``: name and parameter pairs. ``batch``: N, as the engine should find it; None: any."""
+
+    named: list[tuple[str, nn.Parameter]]
+    closure: Callable[[], Tensor]
+    batch: int | None = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named]
+
+
+def of(model: nn.Module, closure: Callable[[nn.Module], Tensor], batch: int | None = None) -> Problem:
+    model.double()
+    return Problem(list(model.named_parameters()), lambda: closure(model), batch)
+
+
+def labels(n: int, classes: int) -> Tensor:
+    return torch.arange(n) % classes
+
+
+def mlp() -> Problem:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    x = torch.randn(7, 4, dtype=torch.float64)
+    return of(model, lambda m: F.cross_entropy(m(x), labels(7, 3)), 7)
+
+
+def gelu_mlp() -> Problem:
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    return of(model, lambda m: F.mse_loss(m(x), y), 6)
+
+
+def cnn() -> Problem:
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, stride=2, groups=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    return of(model, lambda m: F.cross_entropy(m(x), labels(5, 3), label_smoothing=0.1), 5)
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        h = self.bn2(self.conv2(h))
+        h += x
+        return F.relu(h)
+
+
+def residual() -> Problem:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), Block(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean, std=0.3)
+            nn.init.uniform_(m.running_var, 0.5, 1.5)
+            nn.init.normal_(m.weight)
+    model.eval()
+    x = torch.randn(4, 1, 5, 5, dtype=torch.float64)
+    return of(model, lambda m: F.cross_entropy(m(x), labels(4, 3)), 4)
+
+
+class Attention(nn.Module):
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        a = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+        x = x + self.proj(a.transpose(1, 2).reshape(n, t, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, vocabulary: int = 7, d: int = 4, tokens: int = 3, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, d)
+        self.position = nn.Embedding(tokens, d)
+        self.block = Attention(d, 2)
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
+        return self.head(self.norm(self.block(x)))
+
+
+def transformer(tied: bool = False) -> Problem:
+    ids = torch.randint(7, (5, 3))
+
+    def closure(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(ids).flatten(0, 1), ids.roll(-1, 1).flatten(), ignore_index=3)
+
+    return of(Transformer(tied=tied), closure, 5)
+
+
+def functional() -> Problem:
+    """No module at all: products, casts, views and expressions of parameters."""
+    w1, b1 = nn.Parameter(torch.randn(3, 6).double()), nn.Parameter(torch.randn(6).double())
+    w2, scale = nn.Parameter(torch.randn(6, 4).double()), nn.Parameter(torch.randn(4).double())
+    gate, temperature = nn.Parameter(torch.randn(2, 2).double()), nn.Parameter(torch.tensor(0.5).double())
+    x, y = torch.randn(6, 3, dtype=torch.float64), labels(6, 4)
+
+    def closure() -> Tensor:
+        h = torch.tanh(x @ w1 + b1)
+        h = F.linear(h, (1 + w2).t()) * scale.exp() + gate.view(-1)
+        log_p = torch.log_softmax(h * temperature, -1)
+        return -log_p[torch.arange(6), y].mean() + 0.01 * w1.square().sum()
+
+    named = {"w1": w1, "b1": b1, "w2": w2, "scale": scale, "gate": gate, "temperature": temperature}
+    return Problem(list(named.items()), closure, 6)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTM(2, 3, batch_first=False), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.backends.mkldnn.flags(enabled=False):
+            _, (h, _) = self.cell(x)
+        out: Tensor = self.head(h[0])
+        return out
+
+
+def lstm() -> Problem:
+    x = torch.randn(4, 5, 2, dtype=torch.float64)
+    return of(Recurrent(), lambda m: F.cross_entropy(m(x), labels(5, 2)), 5)
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "mlp": mlp,
+    "gelu mlp": gelu_mlp,
+    "cnn": cnn,
+    "residual, batch norm in eval mode": residual,
+    "transformer": transformer,
+    "tied transformer": lambda: transformer(tied=True),
+    "functional": functional,
+    "lstm": lstm,
+}
+
+
+def build(name: str, seed: int = 0) -> Problem:
+    torch.manual_seed(seed)
+    return PROBLEMS[name]()
+
+

@@ -1,0 +1,116 @@
+"""The engine is exact: summed over all one-hot guesses, ``D_n y`` is the gradient that autograd computes."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from guessopt import GuessGradOptimizer
+from guessopt.diagnostics import true_gradient
+from guessopt.estimators import Estimator
+from guessopt.sites import Layout, numel
+
+from .problems import PROBLEMS, Problem, build
+
+
+class OneHot(Estimator):
+    """One entry of one site, the same in every example; the others get no tangent."""
+
+    name: ClassVar[str] = "one_hot"
+    at: tuple[int, int] = (-1, 0)
+    flips: dict[int, Layout]
+
+    def sample(self, state: Any, local: Any) -> Tensor:
+        site, entry = self.at
+        y = torch.zeros(local.s.shape, dtype=local.s.dtype)
+        if site != local.site.index:
+            return y
+        layout, batch = local.site.layout, self.batch
+        if layout is Layout.COUPLED:
+            y.view(-1)[entry] = 1
+        elif layout is Layout.BATCH_FIRST:
+            y.view(batch, -1)[:, entry] = 1
+        elif layout is Layout.BATCH_SECOND:
+            y.transpose(0, 1).reshape(batch, -1)  # a view only if contiguous: index instead
+            inner = numel(tuple(y.shape[2:]))
+            y.view(y.shape[0], batch, inner)[entry // inner, :, entry % inner] = 1
+        elif layout is Layout.FLAT:
+            y.view(batch, -1)[:, entry] = 1
+        else:
+            inner = numel(tuple(y.shape[1:]))
+            y.view(-1, batch, inner)[entry // inner, :, entry % inner] = 1
+        return y
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+
+def one_hots(opt: GuessGradOptimizer) -> Iterator[tuple[int, int]]:
+    graph = opt._plans[0].graph
+    for site in graph.sites:
+        if site.shares is None:
+            entries = numel(site.shape) if site.layout is Layout.COUPLED else numel(site.shape) // graph.batch
+            yield from ((site.index, entry) for entry in range(entries))
+
+
+def sum_over_one_hots(problem: Problem, engine: str) -> tuple[dict[str, Tensor], GuessGradOptimizer]:
+    estimator = OneHot()
+    opt = GuessGradOptimizer(problem.named, torch.optim.SGD, "activation_perturbation", engine=engine, lr=0.1, seed=0)
+    opt._estimators = [estimator] * len(problem.named)
+    estimator.batch = 1  # type: ignore[attr-defined]
+    opt._estimate(problem.closure)
+    graph = opt._plans[0].graph
+    estimator.batch = graph.batch  # type: ignore[attr-defined]
+    total: dict[int, Tensor] = {}
+    runs = list(one_hots(opt))
+    for at in runs:
+        estimator.at = at
+        for k, g in opt._estimate(problem.closure)[1].items():
+            total[k] = total[k] + g if k in total else g
+    for k in graph.loss_params:  # exact in every run, not summed up over runs
+        estimator.at = (-1, 0)
+        own = opt._estimate(problem.closure)[1][k]
+        total[k] = total[k] - (len(runs) - 1) * own
+    return {opt._names[k]: total.get(k, torch.zeros_like(p)) for k, p in opt._by_position.items()}, opt
+
+
+@pytest.mark.parametrize("engine", ["dual", "func"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) -> None:
+    if engine == "func" and name == "lstm":
+        pytest.skip("torch.func.jvp has no rule for the fused LSTM's in-place steps")
+    problem = build(name)
+    total, opt = sum_over_one_hots(problem, engine)
+    reference = torch.autograd.grad(problem.closure(), problem.parameters())
+    assert opt._plans[0].graph.batch == problem.batch
+    for (parameter, _), g in zip(problem.named, reference, strict=True):
+        torch.testing.assert_close(total[parameter], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=parameter)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_diagnostic_gradient_is_the_gradient(name: str) -> None:
+    problem = build(name)
+    opt = GuessGradOptimizer(problem.named, torch.optim.SGD, "activation_perturbation", lr=0.1)
+    found = true_gradient(opt, problem.closure)
+    reference = torch.autograd.grad(problem.closure(), problem.parameters())
+    for (parameter, _), g in zip(problem.named, reference, strict=True):
+        torch.testing.assert_close(found[parameter], g, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["w_perp", "w_transpose", "activation_perturbation", "directional_descent"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_engines_agree(name: str, estimator: str) -> None:
+    """``make_dual`` against ``torch.func.jvp``: the same guesses, the same gradients."""
+    if name == "lstm":
+        pytest.skip("torch.func.jvp has no rule for the fused LSTM's in-place steps")
+    found = []
+    for engine in ("dual", "func"):
+        problem = build(name)
+        opt = GuessGradOptimizer(problem.named, torch.optim.SGD, estimator, engine=engine, lr=0.1, seed=3)
+        opt.estimate(problem.closure)
+        found.append([p.grad for p in problem.parameters()])
+    for dual, func in zip(*found, strict=True):
+        assert dual is not None and func is not None
+        torch.testing.assert_close(dual, func, rtol=1e-12, atol=1e-12 * float(func.abs().max()))
