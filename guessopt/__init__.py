@@ -1,4 +1,5 @@
-"""Train PyTorch networks without backpropagation: structured guesses, one forward-mode pass, any ``torch.optim`` base."""
+"""Train PyTorch networks without backpropagation: structured guesses, one forward-mode pass, any ``torch.optim``
+base."""
 
 from guessopt import estimators
 from guessopt.errors import ClosureError, GuessWarning

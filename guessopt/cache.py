@@ -7,8 +7,8 @@ from typing import Any
 
 
 class SiteCache:
-    """States by key, each made anew once it is ``refresh`` steps old. Refreshes of different sites are spread over time,
-    so that no step pays for all of them.
+    """States by key, each made anew once it is ``refresh`` steps old. Refreshes of different sites are spread over
+    time, so that no step pays for all of them.
 
     >>> cache = SiteCache()
     >>> cache.get("a", step=0, refresh=50, make=lambda: "first")

@@ -65,8 +65,8 @@ def estimated_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, T
 
 
 def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
-    """``E g^``: every site's true cotangent through its estimator's declared second moment (Singhal eq. 14), then through
-    the sites' own rules; by parameter name.
+    """``E g^``: every site's true cotangent through its estimator's declared second moment (Singhal eq. 14), then
+    through the sites' own rules; by parameter name.
 
     Raises:
         ValueError: an estimator declares no second moment.
@@ -119,9 +119,7 @@ def cosine(opt: GuessGradOptimizer, closure: Closure) -> Cosine:
 
 
 def _named(opt: GuessGradOptimizer, gradients: dict[int, Tensor]) -> dict[str, Tensor]:
-    return {
-        opt._names[k]: gradients[k] if k in gradients else torch.zeros_like(p) for k, p in opt._by_position.items()
-    }
+    return {opt._names[k]: gradients[k] if k in gradients else torch.zeros_like(p) for k, p in opt._by_position.items()}
 
 
 def _backpropagate(opt: GuessGradOptimizer, closure: Closure) -> tuple[SiteGraph, _ReversePass, ForwardRecord]:
@@ -181,7 +179,8 @@ class _ReversePass(Pass):
         self.locals: dict[int, Local] = {}
         if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
             raise NotImplementedError(
-                "diagnostics cannot yet separate a loss that reads parameters itself from one that reads a value which the "
+                "diagnostics cannot yet separate a loss that reads parameters itself from one that reads a "
+                "value which the "
                 "network goes on to use; leave the parameter term out of the closure for the measurement"
             )
 

@@ -38,11 +38,13 @@ MAX_PLANS = 16
 
 
 class GuessGradOptimizer(Optimizer):
-    """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``, ``base`` does the update.
+    """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``, ``base`` does the
+    update.
 
     Args:
         params: parameters, named parameters, or groups; a group may carry its own ``"estimator"``.
-        base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an optimizer built
+        base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an
+        optimizer built
             on the same parameters.
         estimator: an estimator, its class or its registered name.
         guesses: independent guesses averaged per step, each a forward pass.
@@ -83,7 +85,9 @@ class GuessGradOptimizer(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         if not isinstance(guesses, int) or guesses < 1:
-            raise ValueError(f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}")
+            raise ValueError(
+                f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}"
+            )
         if memory != "store":
             raise ValueError(f"memory: {memory!r} is not one of store")
         make_level(engine)
@@ -96,6 +100,7 @@ class GuessGradOptimizer(Optimizer):
         self._noise = NoiseSource(seed)
         self._cache = SiteCache()
         self._steps = 0
+        self._plans: list[Plan] = []
         self._pending = False
         self._warned: set[str] = set()
         self._trainable: tuple[bool, ...] = ()
@@ -124,7 +129,8 @@ class GuessGradOptimizer(Optimizer):
             return None
         if self._pending and any(p.grad is not None for p in self._params):
             raise RuntimeError(
-                "step(closure) would discard the gradients that estimate(closure) has added: call step() to apply them or "
+                "step(closure) would discard the gradients that estimate(closure) has added: call step() to "
+                "apply them or "
                 "zero_grad() to drop them"
             )
         loss, gradients = self._estimate(closure)
@@ -134,7 +140,8 @@ class GuessGradOptimizer(Optimizer):
         return loss
 
     def estimate(self, closure: Callable[[], Any]) -> Tensor:
-        """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss. ``step()`` applies them."""
+        """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss. ``step()`` applies
+        them."""
         loss, gradients = self._estimate(closure)
         for position, gradient in gradients.items():
             p = self._params[position]
@@ -201,9 +208,7 @@ class GuessGradOptimizer(Optimizer):
 
     def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
         guess = partial(self._guess, plan.graph)
-        run = Pass(
-            self._ids, plan.graph, make_level(self.engine), guess, self._directions(), transaction.saved
-        )
+        run = Pass(self._ids, plan.graph, make_level(self.engine), guess, self._directions(), transaction.saved)
         record = run.execute(closure, self._by_position)
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss)
@@ -258,7 +263,8 @@ class GuessGradOptimizer(Optimizer):
         return found
 
     def _update(self) -> None:
-        """The base's own step, without the closure; its own hooks fire, the global ones have fired for this optimizer."""
+        """The base's own step, without the closure; its own hooks fire, the global ones have fired for this
+        optimizer."""
         base_step = type(self.base).step
         plain = getattr(base_step, "__wrapped__", base_step) if getattr(base_step, "hooked", None) else base_step
         for hook in list(self.base._optimizer_step_pre_hooks.values()):
@@ -275,7 +281,7 @@ class GuessGradOptimizer(Optimizer):
     # --- what users of torch.optim expect -----------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's."""
         return self.base.param_groups
 
@@ -284,7 +290,7 @@ class GuessGradOptimizer(Optimizer):
         pass  # Optimizer.__init__ assigns an empty list
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's."""
         return self.base.state
 
@@ -293,7 +299,7 @@ class GuessGradOptimizer(Optimizer):
         pass
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base's."""
         return self.base.defaults
 
@@ -337,7 +343,8 @@ class GuessGradOptimizer(Optimizer):
         """
         if "guessopt" not in state_dict:
             raise ValueError(
-                "state_dict has no 'guessopt' entry: it is not of a GuessGradOptimizer; load a plain optimizer's state into "
+                "state_dict has no 'guessopt' entry: it is not of a GuessGradOptimizer; load a plain "
+                "optimizer's state into "
                 "opt.base"
             )
         own = state_dict["guessopt"]
@@ -378,7 +385,7 @@ class GuessGradOptimizer(Optimizer):
             self._estimators += [make_estimator(group["estimator"])] * len(group["params"])
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
-        self._plans: list[Plan] = []
+        self._plans = []
 
     def _estimator_of(self, site: Site) -> Estimator:
         """The first parameter's; parameters with guesses of their own (directional descent) come last."""
@@ -396,7 +403,9 @@ class GuessGradOptimizer(Optimizer):
             for site in sites:
                 note = plan.graph.blocked.get(site.index) or estimator.note(site)
                 if note:
-                    self._warn(f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}")
+                    self._warn(
+                        f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
+                    )
         warn_of_coupling(plan, self._warn)
         read = {p for site in plan.graph.sites for p in site.params} | set(plan.graph.loss_params)
         unread = [self._names[k] for k in self._by_position if k not in read]
@@ -427,7 +436,7 @@ def _groups(params: Any, default: Estimator) -> list[dict[str, Any]]:
     items = list(params)
     if not items:
         raise ValueError("params: the list of parameters is empty")
-    groups = [dict(item) for item in items] if isinstance(items[0], dict) else [{"params": items}]
+    groups: list[dict[str, Any]] = [dict(item) for item in items] if isinstance(items[0], dict) else [{"params": items}]
     seen: list[Any] = []
     for group in groups:
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
@@ -436,7 +445,8 @@ def _groups(params: Any, default: Estimator) -> list[dict[str, Any]]:
     _check_tensors(seen)
     if not any(p.requires_grad for p in seen):
         raise ValueError(
-            f"params: none of the {len(seen)} parameters requires a gradient: all are frozen; set requires_grad_(True) on "
+            f"params: none of the {len(seen)} parameters requires a gradient: all are frozen; set "
+            f"requires_grad_(True) on "
             "those to train"
         )
     return groups
@@ -451,7 +461,8 @@ def _check_tensors(tensors: Sequence[Any]) -> None:
             raise TypeError(f"params: item {k} is {type(p).__name__}, not a tensor")
         if id(p) in seen:
             raise ValueError(
-                f"params: the parameter of shape {list(p.shape)} is given twice (items {seen[id(p)]} and {k}); give each once"
+                f"params: the parameter of shape {list(p.shape)} is given twice (items {seen[id(p)]} and {k}); "
+                f"give each once"
             )
         seen[id(p)] = k
 
@@ -460,7 +471,8 @@ def _build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], defa
     if isinstance(base, Optimizer):
         if kwargs:
             raise TypeError(
-                f"base: an optimizer that is already built takes no further options ({', '.join(kwargs)}); set them on it"
+                f"base: an optimizer that is already built takes no further options ({', '.join(kwargs)}); set "
+                f"them on it"
             )
         given = {id(p) for group in groups for p in _tensors(group["params"])}
         if given != {id(p) for group in base.param_groups for p in group["params"]}:
@@ -472,7 +484,7 @@ def _build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], defa
         built = base
     elif isinstance(base, type) and issubclass(base, Optimizer):
         _refuse_closure_bases(base)
-        built = base(groups, **kwargs)  # type: ignore[arg-type]
+        built = base(groups, **kwargs)
     elif callable(base):
         built = base(groups, **kwargs)
         if not isinstance(built, Optimizer):
@@ -492,7 +504,8 @@ def _refuse_closure_bases(cls: type) -> None:
     closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"base: {cls.__name__} evaluates the closure itself, several times a step, and needs exact gradients; choose a "
+            f"base: {cls.__name__} evaluates the closure itself, several times a step, and needs exact "
+            f"gradients; choose a "
             "base whose step() takes no closure, such as AdamW or SGD"
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from guessopt.rules.base import Rule
+    from guessopt.rules.base import MatrixRule, Rule
 
 Shape = tuple[int, ...]
 
@@ -106,7 +106,7 @@ class Matrix:
     ``weights`` are the values that hold the weights; ``call`` gives stride, padding and the like.
     """
 
-    rule: Rule
+    rule: MatrixRule
     call: Call
     weights: tuple[int, ...]
     weight_shapes: tuple[Shape, ...]
@@ -205,7 +205,8 @@ class Kind(enum.IntEnum):
 class SiteGraph:
     """All that a trace found: enough to run the closure again in one forward-mode pass.
 
-    ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run that departs from them is traced
+    ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a
+    run that departs from them is traced
     anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments, ``constants`` holds those that are
     there beforehand. ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built.
     """
@@ -245,8 +246,8 @@ def numel(shape: Shape) -> int:
 
 @dataclass
 class Visit:
-    """A site's call in a run: its arguments without tangents, which of their tensors are trainable, and the random state
-    before it if it draws."""
+    """A site's call in a run: its arguments without tangents, which of their tensors are trainable, and the random
+    state before it if it draws."""
 
     call: Call
     args: tuple[Any, ...]

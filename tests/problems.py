@@ -169,5 +169,3 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 def build(name: str, seed: int = 0) -> Problem:
     torch.manual_seed(seed)
     return PROBLEMS[name]()
-
-

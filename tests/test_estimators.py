@@ -1,5 +1,7 @@
-"""Every registered estimator against its own declaration: mean, determinism, dtypes, and that none is another's alias."""
+"""Every registered estimator against its own declaration: mean, determinism, dtypes, and that none is another's
+alias."""
 
+import itertools
 from functools import cache
 
 import pytest
@@ -98,8 +100,8 @@ def test_no_estimator_passes_for_another(one: str, other: str) -> None:
 
 
 def test_directional_descent_is_no_activation_perturbation() -> None:
-    """Both are unbiased; the directional estimate is one number times noise on the parameters, so its mean squared cosine
-    with the gradient is 1/P (within 5 standard errors), and the other's is far above."""
+    """Both are unbiased; the directional estimate is one number times noise on the parameters, so its mean squared
+    cosine with the gradient is 1/P (within 5 standard errors), and the other's is far above."""
     cosines = {}
     for estimator in ("directional_descent", "activation_perturbation"):
         draws, _, true = sampled("mlp", estimator)
@@ -134,7 +136,9 @@ def test_dtypes(estimator: str, dtype: torch.dtype) -> None:
     before = [p.detach().clone() for p in net.parameters()]
     opt.step(lambda: torch.nn.functional.cross_entropy(net(x), torch.arange(16) % 3))
     for p, old in zip(net.parameters(), before, strict=True):
-        assert p.grad is not None and p.grad.dtype is dtype and bool(p.grad.isfinite().all()) and not torch.equal(p, old)
+        assert (
+            p.grad is not None and p.grad.dtype is dtype and bool(p.grad.isfinite().all()) and not torch.equal(p, old)
+        )
 
 
 def test_the_last_site_gets_isotropic_noise_or_its_exact_error() -> None:
@@ -157,11 +161,12 @@ def test_the_basis_is_refreshed_when_due_and_only_then() -> None:
         bases.append([entry["state"][0] for entry in opt.state_dict()["guessopt"]["cache"].values()])
     for site in range(2):
         kept = [bases[t][site] is bases[t + 1][site] for t in range(6)]
-        assert kept.count(False) == 2 and not any(a is b is False for a, b in zip(kept, kept[1:], strict=False))
+        assert kept.count(False) == 2 and not any(a is b is False for a, b in itertools.pairwise(kept))
 
 
 def test_more_guesses_average() -> None:
-    """K guesses: the same mean, a K-th of the variance (a ratio of sample variances; bounds from its standard error)."""
+    """K guesses: the same mean, a K-th of the variance (a ratio of sample variances; bounds from its standard
+    error)."""
     made = build("mlp")
     spread = {}
     for k in (1, 4):

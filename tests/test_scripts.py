@@ -135,7 +135,9 @@ def test_imagenet_resnet18() -> None:
     losses, top5 = imagenet_train(photographs(), model, criterion, optimizer)
     scheduler.step()
 
-    assert all(loss == loss and loss > 0 for loss in losses)  # the scalar derivative is too noisy for this rate to descend
+    assert all(
+        loss == loss and loss > 0 for loss in losses
+    )  # the scalar derivative is too noisy for this rate to descend
     assert all(0 <= share <= 100 for share in top5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
     for name, p in model.named_parameters():

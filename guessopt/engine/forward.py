@@ -191,14 +191,15 @@ class Pass(Interceptor):
                 self.saved[id(t)] = (t, t.detach().clone())
 
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
-        """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the closure raises."""
+        """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the closure
+        raises."""
 
         def body() -> Tensor:
             self.duals = {id(params[p]): self.level.substitute(params[p], v) for p, v in self.directions.items()}
             loss = self.run(closure)
-            if loss is not self.result:
+            if self.result is None or loss is not self.result:
                 raise Departure
-            return self.level.plain(loss)
+            return self.level.plain(self.result)
 
         plain = self.level.run(body)
         graph = self.graph
@@ -225,7 +226,8 @@ class Pass(Interceptor):
 
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
-    """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example): ``[N]``, or ``[1]``
+    """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example): ``[N]``, or
+    ``[1]``
     where some cut's examples cannot be told apart. Equal to the derivative of each example's share of the loss."""
     parts = [
         cut.layout.sum_examples(_wide(e) * _wide(t), graph.batch)

@@ -25,7 +25,11 @@ def estimated_cotangents(graph: SiteGraph, record: ForwardRecord) -> dict[int, T
 
 
 def parameter_gradients(
-    graph: SiteGraph, record: ForwardRecord, cotangents: Mapping[int, Tensor], params: Mapping[int, Tensor], ids: Mapping[int, int]
+    graph: SiteGraph,
+    record: ForwardRecord,
+    cotangents: Mapping[int, Tensor],
+    params: Mapping[int, Tensor],
+    ids: Mapping[int, int],
 ) -> dict[int, Tensor]:
     """Each site's own transposed rule, then any expression of parameters back to the parameters themselves.
 
@@ -72,5 +76,3 @@ def parameter_gradients(
     for position, gradient in record.exact.items():
         add(position, gradient)
     return found
-
-

@@ -1,7 +1,7 @@
 """Where tangents live: the primitives of forward-mode AD behind one small interface.
 
-``FuncLevel`` is the reference, ``torch.func.jvp`` with ``s + t y`` (t a scalar with primal 0 and tangent 1). ``DualLevel``
-attaches tangents to tensors directly (``torch.autograd.forward_ad``): the same numbers, less arithmetic.
+``FuncLevel`` is the reference, ``torch.func.jvp`` with ``s + t y`` (t a scalar with primal 0 and tangent 1).
+``DualLevel`` attaches tangents to tensors directly (``torch.autograd.forward_ad``): the same numbers, less arithmetic.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class FuncLevel(Level):
             return tuple(self._cuts.values()) or (t * 0,)
 
         zero = torch.zeros(())
-        _, tangents = torch.func.jvp(f, (zero,), (torch.ones_like(zero),))
+        tangents = torch.func.jvp(f, (zero,), (torch.ones_like(zero),))[1]
         if self._cuts:
             self.tangents = dict(zip(self._cuts, tangents, strict=True))
         return results[0]
@@ -138,7 +138,8 @@ class FuncLevel(Level):
             return s + ty
         if not torch._C._functorch.is_functorch_wrapped_tensor(s):
             raise RuntimeError(
-                "engine='func' cannot add a guess to an operation that writes its input in place before any other site; "
+                "engine='func' cannot add a guess to an operation that writes its input in place before any "
+                "other site; "
                 "use engine='dual', or write the operation out of place"
             )
         return s.add_(ty)

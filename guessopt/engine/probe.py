@@ -1,6 +1,7 @@
 """Which dimension holds the examples, and where examples interact: found by trying, not by shape.
 
-A tangent on a random half of the examples must move nothing that belongs to the other half. A layout that passes is right
+A tangent on a random half of the examples must move nothing that belongs to the other half. A layout that passes is
+right
 for every later step with the same calls and shapes; one that fails is replaced by another, or the site is *coupled* and
 takes the scalar derivative, which is always valid, only noisier.
 """
@@ -53,7 +54,12 @@ def batch_candidates(sites: Sequence[Site], cuts: Sequence[Cut], given: int | No
 
 
 def find_layouts(
-    sites: Sequence[Site], cuts: Sequence[Cut], push: Push, *, given: int | None = None, coupled: frozenset[int] = frozenset()
+    sites: Sequence[Site],
+    cuts: Sequence[Cut],
+    push: Push,
+    *,
+    given: int | None = None,
+    coupled: frozenset[int] = frozenset(),
 ) -> Found:
     """Search; see the module's docstring.
 
@@ -89,7 +95,8 @@ class _Search:
     def first_guess(self, n: int, transposed: bool) -> dict[int, Layout] | None:
         """The likeliest layout of every value, flattened ones batch-major or (transposed) time-major; None if
         transposing changes nothing."""
-        layouts = {thing.value: Layout.candidates(thing.shape, n)[0] for thing in [*self.free, *self.cuts]}
+        things: list[Site | Cut] = [*self.free, *self.cuts]
+        layouts = {thing.value: Layout.candidates(thing.shape, n)[0] for thing in things}
         if not transposed:
             return layouts
         if Layout.FLAT not in layouts.values():
@@ -150,7 +157,8 @@ class _Search:
         for site in reversed(sites):
             if site.shares is not None:
                 layouts[site.value] = layouts.get(sites[site.shares].value, Layout.COUPLED)
-        for thing in [*sites, *self.cuts]:
+        things: list[Site | Cut] = [*sites, *self.cuts]
+        for thing in things:
             layouts.setdefault(thing.value, Layout.COUPLED)
         coupled = tuple(site.index for site in sites if layouts[site.value] is Layout.COUPLED)
         return Found(n, layouts, alive, coupled)

@@ -74,15 +74,16 @@ class Estimator(ABC):
         return None
 
     def note(self, site: Site) -> str | None:
-        """Why a site that is not last gets another guess than the one this estimator is named for; None if it gets it."""
+        """Why a site that is not last gets another guess than the one this estimator is named for; None if it gets
+        it."""
         return None
 
-    def check(self, sites: tuple[Site, ...]) -> None:
+    def check(self, sites: tuple[Site, ...]) -> None:  # noqa: B027 (optional)
         """Raise ``ValueError`` if the options make no sense for these sites."""
 
     def options(self) -> dict[str, Any]:
         """Plain data from which ``make_estimator`` builds an equal one."""
-        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}  # type: ignore[call-overload]
+        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
 
 
 E = TypeVar("E", bound=type[Estimator])
@@ -130,7 +131,9 @@ def make_estimator(spec: Any) -> Estimator:
         if name not in _ESTIMATORS:
             near = difflib.get_close_matches(str(name), _ESTIMATORS, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"estimator: no estimator is named {name!r}; {hint}Known: {', '.join(sorted(_ESTIMATORS))}")
+            raise ValueError(
+                f"estimator: no estimator is named {name!r}; {hint}Known: {', '.join(sorted(_ESTIMATORS))}"
+            )
         return _ESTIMATORS[name](**options)
     raise TypeError(
         "estimator: expected an Estimator, a subclass, a registered name or {'name': ..., **options}, "

@@ -6,7 +6,7 @@ Letters: b block (convolution group), k basis vector, i input column, d entries 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from guessopt.tracing.local import Local
 @register_estimator("w_perp")
 @dataclass(frozen=True)
 class WPerp(Estimator):
-    """``y = V_k z``, ``z ~ N(0, I_k)``: all singular values of W~ above the k-th mapped to 1, the rest to 0 (Wang eq. 8).
+    """``y = V_k z``, ``z ~ N(0, I_k)``: all singular values of W~ above the k-th mapped to 1, the rest to 0 (Wang
+    eq. 8).
 
     Last site: ``N(0, I)``. For a convolution the filter bank is the matrix: k orthonormal filters take W's place.
 

@@ -1,7 +1,7 @@
 """What an operation that reads parameters must know about itself, and the registry of those that do.
 
-A rule turns a site's cotangent into parameter gradients by that one operation's own transpose. A *matrix rule* also knows
-its weight as a matrix, so that ``W~`` can be built from it.
+A rule turns a site's cotangent into parameter gradients by that one operation's own transpose. A *matrix rule* also
+knows its weight as a matrix, so that ``W~`` can be built from it.
 
 Letters: b block (convolution group), o output row, i input column, r rows of a matrix used in place of W.
 """
@@ -40,7 +40,13 @@ class Rule:
     is_matrix: ClassVar[bool] = False
 
     def gradients(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: int, wanted: list[int], g: Tensor
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: int,
+        wanted: list[int],
+        g: Tensor,
     ) -> list[Tensor | None]:
         """Gradients of ``<output, g>`` with respect to some of the operation's tensors.
 

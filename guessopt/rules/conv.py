@@ -99,7 +99,13 @@ class ConvRule(MatrixRule):
         return f"{call.op} {c['stride']} {c['padding']} {c['dilation']} {c['groups']}"
 
     def gradients(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: int, wanted: list[int], g: Tensor
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: int,
+        wanted: list[int],
+        g: Tensor,
     ) -> list[Tensor | None]:
         call, dims = _bind(args, kwargs), _DIMS[fn]
         x, w = call["input"], call["weight"]
@@ -112,4 +118,3 @@ class ConvRule(MatrixRule):
             2: lambda: g.sum([0, *range(2, g.dim())]),
         }
         return [of[k]() for k in wanted]
-

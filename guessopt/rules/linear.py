@@ -48,7 +48,13 @@ class LinearRule(_Linear):
         return weight[None]
 
     def gradients(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: int, wanted: list[int], g: Tensor
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: int,
+        wanted: list[int],
+        g: Tensor,
     ) -> list[Tensor | None]:
         if kwargs or args[1].dim() != 2:
             return super().gradients(fn, args, kwargs, output, wanted, g)

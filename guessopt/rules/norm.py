@@ -27,7 +27,13 @@ class NormRule(Rule):
     """Weight and bias of batch, layer, group and RMS normalisation."""
 
     def gradients(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: int, wanted: list[int], g: Tensor
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: int,
+        wanted: list[int],
+        g: Tensor,
     ) -> list[Tensor | None]:
         bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
         tensors = [name for name, value in bound.items() if isinstance(value, Tensor)]
@@ -72,5 +78,3 @@ def without_side_effects(fn: Callable[..., Any]) -> Callable[..., Any]:
         return F.batch_norm(**bound)
 
     return batch_norm
-
-

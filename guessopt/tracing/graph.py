@@ -98,7 +98,8 @@ class Analysis:
         return cuts
 
     def matrix_of(self, call: Call) -> tuple[MatrixRule, int, int] | None:
-        """The rule, the weight's and the input's value, if the call is a linear layer or convolution (frozen or not)."""
+        """The rule, the weight's and the input's value, if the call is a linear layer or convolution (frozen or
+        not)."""
         rule = rule_for(call.fn)
         if not isinstance(rule, MatrixRule):
             return None
@@ -258,7 +259,8 @@ class Analysis:
             functions=tuple(call.fn for call in tape.calls), kinds=tuple(kinds),
             reads=tuple(tape.origins), sites=final, cuts=cuts, batch=batch,
             mutations=dict(tape.mutations), watch=watch, constants=constants,
-            returned=(tape.producer[self.returned], tape.calls[tape.producer[self.returned]].outputs.index(self.returned))
+            returned=(tape.producer[self.returned],
+            tape.calls[tape.producer[self.returned]].outputs.index(self.returned))
             if self.returned in tape.producer else None,
             loss_params=frozenset().union(*(tape.origins[c] for c in self._loss_parameter_calls())),
             stopped_params=frozenset(tape.stopped),
@@ -309,8 +311,6 @@ class Analysis:
                 watch.setdefault(call_index, []).append(("in", position, v))
                 constants[v] = tape.outside[v]
         return {c: tuple(entries) for c, entries in watch.items()}, constants
-
-
 
     def coupled_by_batch_norm(self) -> set[int]:
         """Values of sites upstream of a batch norm in training mode: its statistics make the examples interact."""

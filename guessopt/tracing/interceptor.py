@@ -1,6 +1,7 @@
 """A function mode that sees every torch call of a closure and knows which of them read trainable parameters.
 
-Parameters are recognised by identity, so ``F.linear`` in a plain function is seen as well as ``nn.Linear``. A call whose
+Parameters are recognised by identity, so ``F.linear`` in a plain function is seen as well as ``nn.Linear``. A call
+whose
 tensors are all parameters, or computed from parameters alone, is a *parameter expression* (``W.t()``, ``1 + w``): it
 records an ordinary autograd graph, which never contains an activation.
 """
@@ -130,7 +131,8 @@ def _refuse(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     )
 
 
-# HF's gradient checkpointing sets requires_grad on activations; hooks and retain_grad speak of a graph that is not there.
+# HF's gradient checkpointing sets requires_grad on activations; hooks and retain_grad speak of a graph that is not
+# there.
 _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._C._set_grad_enabled: _plainly,
     Tensor.requires_grad_: _nothing,

@@ -78,7 +78,7 @@ class Local:
         if self.is_elementwise:
             m = self.derivative()
             return v if m is None else v * m
-        return torch.func.jvp(self._segment(), (self.s,), (v,))[1]  # type: ignore[no-any-return]
+        return torch.func.jvp(self._segment(), (self.s,), (v,))[1]
 
     def _segment(self) -> Callable[[Tensor], Tensor]:
         segment = self.site.segment

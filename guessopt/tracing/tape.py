@@ -134,9 +134,7 @@ class Tape(Interceptor):
             self.mutations[index] = tuple(targets)
 
 
-def written(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
-) -> list[int]:
+def written(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[int]:
     """Positions, among a call's tensors, of those that it writes."""
     if fn in _BATCH_NORM:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training")
