@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,9 @@ class Ratio:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f} ({self.low:.2f}-{self.high:.2f})"
+
 
 def time_ratios(
     steps: Mapping[str, Step], *, baseline: str, rounds: int = 7, block: int = 50, device: str = "cpu"
@@ -34,18 +39,25 @@ def time_ratios(
     A round times `block` steps of every method in turn, so that a slow moment of the machine meets all of them; the
     block is as long as the period at which estimators refresh what they cache, so that its cost is in.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for name in order:
-        _seconds(steps[name], 3, device)  # warm-up
+    for step in steps.values():
+        seconds(step, 3, device)  # warm-up
+    times = interleaved(steps, rounds=rounds, block=block, device=device)
+    return {name: ratio(each, times[baseline]) for name, each in times.items()}
+
+
+def interleaved(
+    steps: Mapping[str, Step], *, rounds: int, block: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds that a block of each step took, round by round; every other round goes through them backwards."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
-        for name in order if index % 2 == 0 else reversed(order):
-            seconds[name].append(_seconds(steps[name], block, device))
-    base = seconds[baseline]
-    return {name: _ratio(times, base) for name, times in seconds.items()}
+        for name in list(steps) if index % 2 == 0 else reversed(list(steps)):
+            times[name].append(seconds(steps[name], block, device))
+    return times
 
 
-def _seconds(step: Step, repeats: int, device: str) -> float:
+def seconds(step: Step, repeats: int, device: str) -> float:
+    """How long so many calls take."""
     _synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -54,7 +66,8 @@ def _seconds(step: Step, repeats: int, device: str) -> float:
     return time.perf_counter() - start
 
 
-def _ratio(times: list[float], base: list[float]) -> Ratio:
+def ratio(times: list[float], base: list[float]) -> Ratio:
+    """Of two lists that were measured side by side."""
     each = [t / b for t, b in zip(times, base, strict=True)]
     low, _, high = statistics.quantiles(each, n=4, method="inclusive")
     return Ratio(statistics.median(times) / statistics.median(base), low, high)
@@ -63,6 +76,44 @@ def _ratio(times: list[float], base: list[float]) -> Ratio:
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+class Stopwatch:
+    """Adds up time by phase. Phases nest: what an inner one takes is not the outer one's.
+
+    Within a phase named in ``whole`` nothing is told apart.
+    """
+
+    def __init__(self, device: str, whole: tuple[str, ...] = ()) -> None:
+        self.device, self.whole = device, whole
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if any(phase in self.whole for phase in self._open):
+            yield
+            return
+        self._charge()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        _synchronize(self.device)
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap."""
+        found, self._seconds = dict(self._seconds), defaultdict(float)
+        return found
 
 
 def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> int:

@@ -12,6 +12,7 @@ from guessopt.estimators import (
     register_estimator,
 )
 from guessopt.optimizer import GuessGradOptimizer
+from guessopt.preflight import Preflight, preflight
 from guessopt.rules import register_rule
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "Estimator",
     "GuessGradOptimizer",
     "GuessWarning",
+    "Preflight",
     "WPerp",
     "WTranspose",
     "estimators",
+    "preflight",
     "register_estimator",
     "register_rule",
 ]

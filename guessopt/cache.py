@@ -11,26 +11,26 @@ class SiteCache:
     time, so that no step pays for all of them.
 
     >>> cache = SiteCache()
-    >>> cache.get("a", step=0, refresh=50, make=lambda: "first")
+    >>> cache.get("a", step=0, refresh=50, make=lambda old: "first")
     'first'
-    >>> cache.get("a", step=49, refresh=50, make=lambda: "second")
+    >>> cache.get("a", step=49, refresh=50, make=lambda old: "second")
     'first'
-    >>> cache.get("a", step=50, refresh=50, make=lambda: "second")
+    >>> cache.get("a", step=50, refresh=50, make=lambda old: "second")
     'second'
     """
 
     def __init__(self) -> None:
         self._states: dict[str, tuple[int, Any]] = {}
 
-    def get(self, key: str, *, step: int, refresh: int, make: Callable[[], Any]) -> Any:
-        """The state, made by ``make`` if it is missing or due."""
+    def get(self, key: str, *, step: int, refresh: int, make: Callable[[Any], Any]) -> Any:
+        """The state, made by ``make`` (from the previous one, or None) if it is missing or due."""
         found = self._states.get(key)
         if found is None:
             # The n-th site is refreshed first after refresh - 7n (mod refresh) steps: sites take turns.
-            found = (step - 7 * len(self._states) % refresh, make())
+            found = (step - 7 * len(self._states) % refresh, make(None))
             self._states[key] = found
         elif step - found[0] >= refresh:
-            found = (step, make())
+            found = (step, make(found[1]))
             self._states[key] = found
         return found[1]
 

@@ -95,7 +95,9 @@ def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Te
         elif not opt._is_exact(site, estimator):
             local = run.locals[site.index]
             with torch.no_grad():
-                moment = estimator.second_moment(opt._prepared(site, estimator, local), local, g)
+                moment = estimator.second_moment(
+                    opt._prepared(site, estimator, opt._key(site, estimator), local), local, g
+                )
         if moment is None:
             raise ValueError(f"{estimator.name} declares no second moment with these options")
         cotangents[site.index] = moment

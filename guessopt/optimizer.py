@@ -50,7 +50,8 @@ class GuessGradOptimizer(Optimizer):
         guesses: independent guesses averaged per step, each a forward pass.
         exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
         memory: ``"store"`` keeps every site's input until the directional derivatives are known.
-        engine: ``"dual"`` (fast) or ``"func"`` (``torch.func.jvp``, the reference).
+        engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
+            (``torch.func.jvp``, the reference).
         seed: of the guesses; None follows ``torch.manual_seed``.
         check_finite: refuse a step on a non-finite loss (one device sync a step).
 
@@ -79,7 +80,7 @@ class GuessGradOptimizer(Optimizer):
         guesses: int = 1,
         exact_last: bool | None = None,
         memory: str = "store",
-        engine: str = "dual",
+        engine: str = "fast",
         seed: int | None = None,
         check_finite: bool = True,
         **base_kwargs: Any,
@@ -189,12 +190,14 @@ class GuessGradOptimizer(Optimizer):
     def _forward(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, ForwardRecord]:
         """One pass, by the plan that the closure keeps to; by a new one if it keeps to none."""
         for plan in list(self._plans):
+            noise = self._noise.snapshot()
             try:
                 if is_due_for_probe(plan.uses) and plan.analysis is not None:
                     reprobe(plan, closure, self._by_position, self._ids, self.engine, transaction)
                 return plan, self._pass(plan, closure, transaction)
             except Departure:
                 transaction.rewind()
+                self._noise.restore(noise)
         plan = trace(
             closure, self._by_position, self._ids, self._names, self.engine, transaction, finite=self.check_finite
         )
@@ -207,7 +210,7 @@ class GuessGradOptimizer(Optimizer):
             raise unstable() from None
 
     def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
-        guess = partial(self._guess, plan.graph)
+        guess = partial(self._guess, self._guesses_of(plan))
         run = Pass(self._ids, plan.graph, make_level(self.engine), guess, self._directions(), transaction.saved)
         record = run.execute(closure, self._by_position)
         if plan.loss is not None:
@@ -220,24 +223,41 @@ class GuessGradOptimizer(Optimizer):
             del self._plans[MAX_PLANS:]
         return record
 
-    def _guess(self, graph: SiteGraph, site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
-        """The guess ``y`` for a site; None where it needs none: an exact error, or a later site's guess serves."""
-        estimator = self._estimator_of(site)
-        if self._is_served(graph, site) or self._is_exact(site, estimator) or estimator.space == "parameters":
+    def _guess(
+        self, guesses: dict[int, tuple[Estimator, str]], site: Site, s: Tensor, values: dict[int, Tensor]
+    ) -> Tensor | None:
+        """The guess ``y`` for a site; None where it needs none."""
+        found = guesses.get(site.index)
+        if found is None:
             return None
+        estimator, key = found
         local = Local(site, s, values, self._noise)
         with torch.no_grad():
-            return estimator.sample(self._prepared(site, estimator, local), local)
+            return estimator.sample(self._prepared(site, estimator, key, local), local)
 
-    def _prepared(self, site: Site, estimator: Estimator, local: Local) -> Any:
-        if site.segment is None or not estimator.prepares:
+    def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str]]:
+        """By site, the estimator and the name of its prepared state; absent where the error is known exactly, or a later
+        site's guess serves, or the parameters themselves are guessed."""
+        if plan.guesses is None:
+            plan.guesses = {}
+            for site in plan.graph.sites:
+                e = self._estimator_of(site)
+                if not (self._is_served(plan.graph, site) or self._is_exact(site, e) or e.space == "parameters"):
+                    plan.guesses[site.index] = (e, self._key(site, e))
+        return plan.guesses
+
+    @staticmethod
+    def _key(site: Site, estimator: Estimator) -> str:
+        return f"{describe(estimator)} {site.segment.key}" if site.segment is not None and estimator.prepares else ""
+
+    def _prepared(self, site: Site, estimator: Estimator, key: str, local: Local) -> Any:
+        if not key:
             return None
-        key = f"{describe(estimator)} {site.segment.key}"
         return self._cache.get(
             key,
             step=self._steps,
             refresh=estimator.refresh,
-            make=lambda: estimator.prepare(site, local.weights()),
+            make=lambda previous: estimator.prepare(site, local.weights(), previous),
         )
 
     def _is_served(self, graph: SiteGraph, site: Site) -> bool:
@@ -331,7 +351,6 @@ class GuessGradOptimizer(Optimizer):
             "steps": self._steps,
             "noise": self._noise.state(),
             "cache": self._cache.state_dict(),
-            "uses": max((plan.uses for plan in self._plans), default=0),
         }
         return packed
 

@@ -134,6 +134,7 @@ class Segment:
     elementwise: tuple[Call, ...] | None
     program: tuple[Call, ...]
     weight_program: tuple[Call, ...] = ()
+    is_relu: bool = False
 
     @property
     def key(self) -> str:
@@ -147,7 +148,8 @@ class Site:
 
     ``params``: positions, in the optimizer's order, of the parameters that the call reads (through views and casts).
     ``shares``: the index of the site whose cotangent this one shares (a bias added right after a matrix product).
-    ``exact``: the loss reads this output (or that of the site sharing it) directly, so its error is known exactly.
+    ``cut``: the loss reads this output (or that of the site sharing it) directly, so its error is known exactly.
+    ``kept``: bytes of inputs and guess that one pass keeps for it.
     """
 
     index: int
@@ -162,6 +164,7 @@ class Site:
     segment: Segment | None = None
     shares: int | None = None
     cut: int | None = None
+    kept: int = 0
 
     @property
     def op(self) -> str:
@@ -224,6 +227,7 @@ class SiteGraph:
     loss_params: frozenset[int] = frozenset()
     stopped_params: frozenset[int] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
+    cost: float = 0.0
 
     def __post_init__(self) -> None:
         at: dict[int, list[Site]] = {}
@@ -235,6 +239,8 @@ class SiteGraph:
             cuts.setdefault(cut.call, []).append((number, cut))
         object.__setattr__(self, "cuts_at", cuts)
 
+    #: Identities of the parameters that a call read, once checked against ``reads``.
+    verified: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
     sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
     cuts_at: dict[int, list[tuple[int, Cut]]] = field(init=False, repr=False, compare=False)
 

@@ -76,7 +76,7 @@ def sum_over_one_hots(problem: Problem, engine: str) -> tuple[dict[str, Tensor],
     return {opt._names[k]: total.get(k, torch.zeros_like(p)) for k, p in opt._by_position.items()}, opt
 
 
-@pytest.mark.parametrize("engine", ["dual", "func"])
+@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) -> None:
     if engine == "func" and name == "lstm":
@@ -102,15 +102,16 @@ def test_the_diagnostic_gradient_is_the_gradient(name: str) -> None:
 @pytest.mark.parametrize("estimator", ["w_perp", "w_transpose", "activation_perturbation", "directional_descent"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_engines_agree(name: str, estimator: str) -> None:
-    """``make_dual`` against ``torch.func.jvp``: the same guesses, the same gradients."""
+    """Own rules, and torch's on dual tensors, against ``torch.func.jvp``: the same guesses, the same gradients."""
     if name == "lstm":
         pytest.skip("torch.func.jvp has no rule for the fused LSTM's in-place steps")
     found = []
-    for engine in ("dual", "func"):
+    for engine in ("func", "dual", "fast"):
         problem = build(name)
         opt = GuessGradOptimizer(problem.named, torch.optim.SGD, estimator, engine=engine, lr=0.1, seed=3)
         opt.estimate(problem.closure)
         found.append([p.grad for p in problem.parameters()])
-    for dual, func in zip(*found, strict=True):
-        assert dual is not None and func is not None
-        torch.testing.assert_close(dual, func, rtol=1e-12, atol=1e-12 * float(func.abs().max()))
+    for func, *others in zip(*found, strict=True):
+        assert func is not None
+        for other in others:
+            torch.testing.assert_close(other, func, rtol=1e-12, atol=1e-12 * float(func.abs().max()))

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from guessopt import ActivationPerturbation, GuessGradOptimizer, GuessWarning, WPerp, WTranspose
 
 ESTIMATORS = ["directional_descent", "activation_perturbation", "w_transpose", "w_perp"]
-ENGINES = ["dual", "func"]
+ENGINES = ["fast", "dual", "func"]
 Closure = Callable[[], Tensor]
 
 torch.manual_seed(0)

@@ -68,9 +68,8 @@ class Pass(Interceptor):
         kind = graph.kinds[index]
         if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
             raise Departure
-        reads = graph.reads[index]
-        if (mine or reads) and frozenset().union(*(self.positions(m) for m in mine)) != reads:
-            raise Departure
+        if mine or graph.reads[index]:
+            self._check_parameters(index, mine)
         if index in graph.mutations:
             self._save([tensors[k] for k in graph.mutations[index]])
         watch = graph.watch.get(index, ())
@@ -97,6 +96,16 @@ class Pass(Interceptor):
             if graph.returned is not None and index == graph.returned[0]:
                 self.result = results[graph.returned[1]]
         return out
+
+    def _check_parameters(self, index: int, mine: list[Tensor]) -> None:
+        """The call must read the parameters that it read when traced; those seen before are known by identity."""
+        ids = [id(m) for m in mine]
+        if self.graph.verified.get(index) == ids:
+            return
+        if frozenset().union(*(self.positions(m) for m in mine)) != self.graph.reads[index]:
+            raise Departure
+        if all(k in self.params for k in ids):
+            self.graph.verified[index] = ids
 
     def _run(
         self,

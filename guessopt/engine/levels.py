@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_map_only
 
+from guessopt.rules.base import tangent_for
+
 T = TypeVar("T")
 
 
@@ -25,6 +27,9 @@ class Level(ABC):
     """One forward-mode pass. ``tangents`` holds those of the cuts, by number, once ``run`` has returned."""
 
     name: ClassVar[str]
+
+    #: Take batch normalisation's statistics for constants (biased, but examples stay apart).
+    frozen_statistics = False
 
     def __init__(self) -> None:
         self.tangents: dict[int, Tensor | None] = {}
@@ -72,31 +77,125 @@ class DualLevel(Level):
         with fw.dual_level():
             return body()
 
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
+            with torch.backends.mkldnn.flags(enabled=False):
+                return fn(*args, **kwargs)
+        if self.frozen_statistics and fn is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        out = fn(*args, **kwargs)
+        return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Statistics taken for constants: the tangent passes through the scale alone, and examples stay apart."""
+        x, dx = _unpack(input)
+        out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        if dx is None:
+            return out
+        if training:
+            dims = [d for d in range(x.dim()) if d != 1]
+            variance = x.var(dims, unbiased=False)
+        else:
+            assert running_var is not None
+            variance = running_var
+        scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
+        return _pack(out, dx * scale.to(dx.dtype).reshape(1, -1, *(1,) * (x.dim() - 2)))
+
     def primal(self, t: Tensor) -> Tensor:
-        return fw.unpack_dual(t).primal
+        return _unpack(t)[0]
 
     def plain(self, t: Tensor) -> Tensor:
         with torch.enable_grad():
-            return fw.unpack_dual(t).primal
+            return _unpack(t)[0]
 
     def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
-        primal, tangent = fw.unpack_dual(s)
+        primal, tangent = _unpack(s)
         if in_place:
-            s.add_(fw.make_dual(torch.zeros_like(primal), y))
+            s.add_(_pack(torch.zeros_like(primal), y))
             return s
-        return fw.make_dual(primal, y if tangent is None else tangent.to(y.dtype) + y)
+        return _pack(primal, y if tangent is None else tangent.to(y.dtype) + y)
 
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
-        return fw.make_dual(p.detach(), v)
+        return _pack(p.detach(), v)
 
     def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
-        primal, tangent = fw.unpack_dual(v)
+        primal, tangent = _unpack(v)
         self.tangents[number] = tangent
         leaf = primal.detach().requires_grad_()
         with torch.enable_grad():
             if shared and tangent is not None:
-                return fw.make_dual(leaf, tangent), leaf
+                return _pack(leaf, tangent), leaf
             return (leaf.clone() if clone else leaf), leaf
+
+
+class FastLevel(DualLevel):
+    """``DualLevel`` with closed-form tangent rules in place of torch's, where there is one."""
+
+    name = "fast"
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        entry = tangent_for(fn)
+        if entry is None or not args or (self.frozen_statistics and fn is F.batch_norm):
+            return super().call(fn, args, kwargs, writes=writes)
+        rule, duals = entry
+        pairs = [_unpack(t) for t in args[:duals] if isinstance(t, Tensor)]
+        if len(pairs) < duals or all(pair[1] is None for pair in pairs) or _carries_tangent(args[duals:], kwargs):
+            return super().call(fn, args, kwargs, writes=writes)
+        if duals == 1:
+            result = rule(*pairs[0], *args[1:], **kwargs)
+        else:
+            primals, tangents = zip(*pairs, strict=True)
+            result = rule(primals, tangents, *args[duals:], **kwargs)
+        if result is NotImplemented:
+            return super().call(fn, args, kwargs, writes=writes)
+        out, tangent = result
+        return _pack(out, tangent if tangent.dtype is out.dtype else tangent.to(out.dtype))
+
+
+_FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+def _device_type(args: tuple[Any, ...]) -> str:
+    return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+
+
+def _same_dtype(out: Any) -> Any:
+    """Under autocast some stock rules give a float32 tangent to a bfloat16 output."""
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        return out
+    primal, tangent = _unpack(out)
+    if tangent is None or tangent.dtype is primal.dtype:
+        return out
+    return _pack(primal, tangent.to(primal.dtype))
+
+
+def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    for a in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(a, Tensor) and type(a) is not torch.nn.Parameter and _unpack(a)[1] is not None:
+            return True
+    return False
+
+
+def _unpack(t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``fw.unpack_dual`` without its checks: a level is known to be open, and levels do not nest."""
+    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0) if t.is_floating_point() else (t, None)  # type: ignore[attr-defined]
+    return pair
+
+
+def _pack(primal: Tensor, tangent: Tensor) -> Tensor:
+    """``fw.make_dual``, likewise."""
+    dual: Tensor = torch._make_dual(primal, tangent, level=0)  # type: ignore[attr-defined]
+    return dual
 
 
 class FuncLevel(Level):
@@ -176,7 +275,7 @@ class FuncLevel(Level):
             return fn(*args, **kwargs)
 
 
-_LEVELS: dict[str, type[Level]] = {"dual": DualLevel, "func": FuncLevel}
+_LEVELS: dict[str, type[Level]] = {"fast": FastLevel, "dual": DualLevel, "func": FuncLevel}
 
 
 def make_level(name: str) -> Level:

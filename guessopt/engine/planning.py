@@ -30,6 +30,7 @@ class Plan:
     given: int | None
     loss: Tensor | None
     uses: int = 0
+    guesses: dict[int, Any] | None = None
 
 
 class Transaction:

@@ -53,12 +53,13 @@ class Estimator(ABC):
         """Whether ``E g^ = g`` at every site."""
         return False
 
-    def prepare(self, site: Site, weights: list[tuple[Matrix, Tensor]]) -> Any:
+    def prepare(self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: Any = None) -> Any:
         """Work worth keeping for ``refresh`` steps.
 
         Args:
             site: never a last site.
             weights: of the next matrix site(s), each as ``[b, o, i]``.
+            previous: what the last call gave, for weights that have moved since; None on the first.
         """
         return None
 

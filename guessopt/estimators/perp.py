@@ -13,9 +13,12 @@ from torch import Tensor
 
 from guessopt.estimators.base import Estimator, check_noise, check_refresh, register_estimator
 from guessopt.estimators.transpose import moment_through, pull_back_noise
-from guessopt.linalg import right_singular_basis
+from guessopt.linalg import refined_right_basis, right_singular_basis
 from guessopt.sites import Matrix, Site
 from guessopt.tracing.local import Local
+
+#: Basis vectors kept beyond k: subspace iteration converges with the ratio of singular values that far apart.
+OVERSAMPLING = 10
 
 
 @register_estimator("w_perp")
@@ -61,15 +64,21 @@ class WPerp(Estimator):
         check_refresh(self.refresh)
         check_noise(self.noise)
 
-    def prepare(self, site: Site, weights: list[tuple[Matrix, Tensor]]) -> list[Tensor]:
-        """``V_k`` of each next matrix as rows, ``[b, k, i]``."""
-        return [right_singular_basis(w, self.k, smallest=self.select == "bottom") for _, w in weights]
+    def prepare(
+        self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """``V_k`` of each next matrix as rows, ``[b, k, i]``; a few rows more, unused, for the next refresh to start from."""
+        if self.select == "bottom":
+            return [right_singular_basis(w, self.k, smallest=True) for _, w in weights]
+        if previous is None:
+            return [right_singular_basis(w, self.k + OVERSAMPLING) for _, w in weights]
+        return [refined_right_basis(w, rows) for (_, w), rows in zip(weights, previous, strict=True)]
 
     def sample(self, state: list[Tensor] | None, local: Local) -> Tensor:
         if local.site.is_last or state is None:
             return local.noise(local.s.shape, self.noise)
         if self._masks(local.site):
-            return self._masked(state[0][0], local)
+            return self._masked(state[0][0, : self.k], local)
         return pull_back_noise(local, self._rows(state, local), self.noise)
 
     def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
@@ -79,7 +88,7 @@ class WPerp(Estimator):
             return g
         if not self._masks(local.site):
             return moment_through(local, self._rows(state, local), g)
-        m, v = local.derivative(), state[0][0]
+        m, v = local.derivative(), state[0][0, : self.k]
         vt_m_g = (g if m is None else g * m) @ v.T
         factor = self._factor(v, m, local.s)
         u = torch.cholesky_solve(vt_m_g[..., None].to(factor.dtype), factor)[..., 0].to(v.dtype) @ v
@@ -105,10 +114,9 @@ class WPerp(Estimator):
         m = segment.matrices[0]
         return m.rule.geometry(m.call) == "linear"
 
-    @staticmethod
-    def _rows(state: list[Tensor], local: Local) -> list[tuple[Matrix, Tensor]]:
+    def _rows(self, state: list[Tensor], local: Local) -> list[tuple[Matrix, Tensor]]:
         assert local.site.segment is not None
-        return list(zip(local.site.segment.matrices, state, strict=True))
+        return [(m, rows[:, : self.k]) for m, rows in zip(local.site.segment.matrices, state, strict=True)]
 
     @staticmethod
     def _factor(v: Tensor, m: Tensor | None, s: Tensor) -> Tensor:

@@ -143,6 +143,42 @@ def rule_for(fn: Callable[..., Any]) -> Rule:
         return _GENERIC
 
 
+#: A tangent rule and how many leading arguments may carry tangents.
+TangentRule = Callable[..., Any]
+_TANGENTS: dict[Callable[..., Any], tuple[TangentRule, int]] = {}
+
+
+def register_tangent(*functions: Callable[..., Any], duals: int = 1) -> Callable[[TangentRule], TangentRule]:
+    """Decorator: a closed-form tangent ``rule(x, dx, *rest, **kwargs) -> (out, dout)`` for these torch functions.
+
+    ``dx`` is never None; nothing in ``rest`` and ``kwargs`` carries a tangent. A rule may return ``NotImplemented``:
+    torch's own serves then. With ``duals=3``, say, it is ``rule((q, k, v), (dq, dk, dv), *rest, **kwargs)``, some (not
+    all) of the tangents None; a number among the first arguments (``x * 2``) comes with None as well.
+
+    >>> @register_tangent(torch.special.exp2)
+    ... def exp2(x, dx):
+    ...     out = torch.special.exp2(x)
+    ...     return out, out * dx * 0.6931471805599453
+    >>> tangent_for(torch.special.exp2)[1]
+    1
+    """
+
+    def decorate(rule: TangentRule) -> TangentRule:
+        for fn in functions:
+            _TANGENTS[fn] = (rule, duals)
+        return rule
+
+    return decorate
+
+
+def tangent_for(fn: Callable[..., Any]) -> tuple[TangentRule, int] | None:
+    """The registered tangent rule, if there is one."""
+    try:
+        return _TANGENTS.get(fn)
+    except TypeError:  # unhashable callables
+        return None
+
+
 def is_in_place(fn: Callable[..., Any]) -> bool:
     """Whether a torch function writes its first argument (``add_``, ``__iadd__``, ``x[i] = y``)."""
     name = getattr(fn, "__name__", "")

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
-from guessopt.rules.base import MatrixRule, pull_back_by_vjp, register_rule
+from guessopt.rules.base import MatrixRule, TangentRule, pull_back_by_vjp, register_rule, register_tangent
 from guessopt.sites import Matrix, Shape
 
 _DIMS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -118,3 +118,17 @@ class ConvRule(MatrixRule):
             2: lambda: g.sum([0, *range(2, g.dim())]),
         }
         return [of[k]() for k in wanted]
+
+
+def _tangent_of(fn: Callable[..., Tensor]) -> TangentRule:
+    def convolution(
+        x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``ds = W * dx``."""
+        return fn(x, weight, bias, *geometry, **named), fn(dx, weight, None, *geometry, **named)
+
+    return convolution
+
+
+for _fn in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
+    register_tangent(_fn)(_tangent_of(_fn))

@@ -6,12 +6,15 @@ mean, the identity: its mask is drawn after the guess.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from guessopt.rules.base import register_tangent
+from guessopt.sites import Call
 
 _UNARY: set[Callable[..., Any]] = {
     torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_,
@@ -48,6 +51,12 @@ def is_elementwise(fn: Callable[..., Any]) -> bool:
     return fn in _UNARY or fn in _WITH_NUMBER or fn in DROPOUT or fn in IDENTITY
 
 
+def is_relu(calls: Sequence[Call]) -> bool:
+    """Whether a path of elementwise calls is one ReLU (dropout aside)."""
+    active = [call.fn for call in calls if call.fn not in DROPOUT and call.fn not in IDENTITY]
+    return len(active) == 1 and active[0] in _RELU
+
+
 def derivative(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]], ...], s: Tensor) -> Tensor | None:
     """``M = phi'(s)``, shape of ``s`` (bool for a ReLU); None for the identity.
 
@@ -66,3 +75,90 @@ def derivative(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]]
         for _, run in active:
             t = run(t)
         return torch.autograd.grad(t, start, torch.ones_like(t))[0]
+
+
+# Tangents. Activations have none here: torch's own rules for relu, gelu, silu, sigmoid, tanh and the like are one fused
+# kernel already. In arithmetic torch fills a tensor with zeros for an operand without tangent; where both have one, its
+# rule is as fast as can be.
+
+Pair = tuple[Any, Any]
+
+
+@register_tangent(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, duals=2)
+def add(ab: Pair, tangents: Pair, **other: Any) -> Any:
+    """``d(a + b) = da`` where b is constant."""
+    (a, b), (da, db) = ab, tangents
+    if other or (da is not None and db is not None):
+        return NotImplemented
+    out = a + b
+    return out, _alone(da if db is None else db, out)
+
+
+@register_tangent(torch.sub, Tensor.sub, Tensor.__sub__, duals=2)
+def subtract(ab: Pair, tangents: Pair, **other: Any) -> Any:
+    """``d(a - b) = da`` where b is constant, ``-db`` where a is."""
+    (a, b), (da, db) = ab, tangents
+    if other or (da is not None and db is not None):
+        return NotImplemented
+    out = a - b
+    return out, _alone(da, out) if db is None else (-db).expand(out.shape)
+
+
+@register_tangent(Tensor.__rsub__, torch.rsub, duals=2)
+def subtract_from(ab: Pair, tangents: Pair, **other: Any) -> Any:
+    """``d(b - a)``."""
+    return subtract(ab[::-1], tangents[::-1], **other)
+
+
+@register_tangent(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, duals=2)
+def multiply(ab: Pair, tangents: Pair, **other: Any) -> Any:
+    """``d(a b) = da b`` where b is constant."""
+    (a, b), (da, db) = ab, tangents
+    if other or (da is not None and db is not None):
+        return NotImplemented
+    return a * b, da * b if db is None else a * db
+
+
+@register_tangent(
+    torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__,
+    duals=2,
+)  # fmt: skip
+def divide(ab: Pair, tangents: Pair, **other: Any) -> Any:
+    """``d(a / b) = da / b`` where b is constant."""
+    (a, b), (da, db) = ab, tangents
+    if other or db is not None:
+        return NotImplemented
+    return a / b, da / b
+
+
+@register_tangent(torch.pow, Tensor.pow, Tensor.__pow__)
+def power(x: Tensor, dx: Tensor, exponent: Any, **other: Any) -> Any:
+    """``d(x^n) = n x^(n-1) dx`` for a number n."""
+    if other or isinstance(exponent, (Tensor, complex)) or exponent == 0:
+        return NotImplemented
+    if exponent == 2:
+        return x * x, (x * dx).mul_(2)
+    return x**exponent, x.pow(exponent - 1).mul_(dx).mul_(exponent)
+
+
+@register_tangent(torch.square, Tensor.square)
+def square(x: Tensor, dx: Tensor, **other: Any) -> Any:
+    """``d(x^2) = 2 x dx``."""
+    return power(x, dx, 2, **other)
+
+
+@register_tangent(F.dropout, torch.dropout)
+def dropout(x: Tensor, dx: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **other: Any) -> Any:
+    """``ds = mask / (1 - p) dx`` with the mask that torch draws from the same random state."""
+    if inplace or other or not training or not 0 < p < 1:
+        return NotImplemented
+    if x.is_cuda:
+        out, mask = torch.native_dropout(x, p, True)
+        return out, (dx * mask).mul_(1 / (1 - p))
+    mask = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+    return x * mask, dx * mask
+
+
+def _alone(d: Tensor, out: Tensor) -> Tensor:
+    """A tangent of ``out`` equal to ``d``, in memory of its own: something may yet be added to ``out`` in place."""
+    return d.to(out.dtype, copy=True).expand(out.shape) if d.shape == out.shape else d.expand(out.shape).clone()

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
 from torch import Tensor
 
-from guessopt.rules.base import MatrixRule, register_rule
+from guessopt.rules.base import MatrixRule, register_rule, register_tangent
 from guessopt.sites import Matrix, Shape
 
 
@@ -59,10 +58,10 @@ class LinearRule(_Linear):
         if kwargs or args[1].dim() != 2:
             return super().gradients(fn, args, kwargs, output, wanted, g)
         x = args[0]
-        flat = rearrange(g, "... o -> (...) o")
+        flat = g.reshape(-1, g.shape[-1])
         of: dict[int, Callable[[], Tensor]] = {
             0: lambda: g @ args[1],
-            1: lambda: einsum(flat, rearrange(x, "... i -> (...) i"), "n o, n i -> o i"),
+            1: lambda: flat.T @ x.reshape(-1, x.shape[-1]),  # n o, n i -> o i
             2: lambda: flat.sum(0),
         }
         return [of[k]() for k in wanted]
@@ -100,3 +99,43 @@ class AddmmRule(_Linear):
 
     def rank(self, matrix: Matrix) -> int:
         return min(sum(shape[1] for shape in matrix.weight_shapes), matrix.weight_shape[0])
+
+
+@register_tangent(F.linear)
+def linear(x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``ds = dx W^T``."""
+    return F.linear(x, weight, bias), F.linear(dx, weight)
+
+
+@register_tangent(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, duals=2)
+def matmul(xw: tuple[Tensor, Tensor], tangents: tuple[Tensor | None, Tensor | None], **other: Any) -> Any:
+    """``d(x w) = dx w + x dw``; two batched products in three dimensions add up in one."""
+    (x, w), (dx, dw) = xw, tangents
+    if other:
+        return NotImplemented
+    out = x @ w
+    if dw is None:
+        assert dx is not None
+        return out, dx @ w
+    if dx is None:
+        return out, x @ dw
+    if x.dim() == w.dim() == 3 and x.shape[0] == w.shape[0]:
+        return out, torch.baddbmm(dx @ w, x, dw)
+    return out, dx @ w + x @ dw
+
+
+@register_tangent(torch.addmm, Tensor.addmm, duals=3)
+def addmm(
+    bxw: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    **other: Any,
+) -> Any:
+    """``d(beta b + alpha x w) = alpha dx w``; torch's own where b or w move."""
+    (b, x, w), (db, dx, dw) = bxw, tangents
+    if db is not None or dx is None or dw is not None or other:
+        return NotImplemented
+    dout = dx @ w
+    return torch.addmm(b, x, w, beta=beta, alpha=alpha), dout if alpha == 1 else dout * alpha

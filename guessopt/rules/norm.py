@@ -2,17 +2,22 @@
 
 The normalised ``xhat`` comes from the operation itself without its affine part; running statistics are not touched.
 Letters: n examples and positions, c the channels or features that the weight covers.
+
+Tangents: ``xhat = (x - mean) r`` with ``r = 1 / std`` over a set of entries has, on that set, the Jacobian
+``J = r (1 - 1 1^T / m - xhat xhat^T / m)`` (m entries; without ``1 1^T`` for RMS). It equals its transpose, so torch's
+fused kernels for ``J^T g`` compute ``dxhat = J dx`` in one go; then ``ds = w dxhat``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import Rule, register_rule
+from guessopt.rules.base import Rule, register_rule, register_tangent
 
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -78,3 +83,106 @@ def without_side_effects(fn: Callable[..., Any]) -> Callable[..., Any]:
         return F.batch_norm(**bound)
 
     return batch_norm
+
+
+_layer_norm_jacobian = torch.ops.aten.native_layer_norm_backward.default
+_group_norm_jacobian = torch.ops.aten.native_group_norm_backward.default
+_batch_norm_jacobian = torch.ops.aten.native_batch_norm_backward.default
+_X_ONLY = [True, False, False]
+
+
+def _per_channel(t: Tensor, like: Tensor) -> Tensor:
+    return t.reshape(1, -1, *(1,) * (like.dim() - 2))
+
+
+@register_tangent(F.layer_norm, torch.layer_norm)
+def layer_norm(
+    x: Tensor,
+    dx: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``ds = w r (dx - mean(dx) - xhat mean(xhat dx))`` over the normalised dimensions."""
+    shape = list(normalized_shape)
+    out, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
+    dxhat = _layer_norm_jacobian(dx, x, shape, mean, r, None, None, _X_ONLY)[0]
+    return out, dxhat if weight is None else dxhat * weight
+
+
+@register_tangent(F.rms_norm, torch.rms_norm)
+def rms_norm(
+    x: Tensor, dx: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """``ds = w r (dx - xhat mean(xhat dx))`` over the normalised dimensions, in float32 at least."""
+    dims = list(range(-len(normalized_shape), 0))
+    wide, dwide = (x.float(), dx.float()) if x.dtype in (torch.float16, torch.bfloat16) else (x, dx)
+    r = torch.rsqrt((wide * wide).mean(dims, keepdim=True) + (torch.finfo(wide.dtype).eps if eps is None else eps))
+    xhat = wide * r
+    dxhat = torch.addcmul(dwide, xhat, (xhat * dwide).mean(dims, keepdim=True), value=-1).mul_(r)
+    if weight is None:
+        return xhat.to(x.dtype), dxhat
+    return (xhat * weight).to(x.dtype), dxhat * weight
+
+
+@register_tangent(F.group_norm)
+def group_norm(
+    x: Tensor,
+    dx: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``ds = w r (dx - mean(dx) - xhat mean(xhat dx))`` over each example's group of channels."""
+    sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), num_groups)
+    x = x.contiguous()
+    out, mean, r = torch.native_group_norm(x, weight, bias, *sizes, eps)
+    dxhat = _group_norm_jacobian(dx.contiguous(), x, mean, r, None, *sizes, _X_ONLY)[0]
+    return out, dxhat if weight is None else dxhat * _per_channel(weight, x)
+
+
+@register_tangent(F.batch_norm)
+def batch_norm(
+    x: Tensor,
+    dx: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """Training: ``ds = w r (dx - mean(dx) - xhat mean(xhat dx))`` over each channel. Evaluation: ``ds = w r dx``."""
+    if training:
+        if x.numel() <= x.shape[1]:  # torch's own check names the mistake
+            return NotImplemented
+        out, mean, r = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        dxhat = _batch_norm_jacobian(dx, x, None, None, None, mean, r, True, eps, _X_ONLY)[0]
+        return out, dxhat if weight is None else dxhat * _per_channel(weight, x)
+    if running_var is None:
+        return NotImplemented
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)
+    return out, dx * _per_channel(scale, x).to(dx.dtype)
+
+
+@register_tangent(F.instance_norm)
+def instance_norm(
+    x: Tensor,
+    dx: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """``group_norm`` with one channel a group; torch's own with running statistics."""
+    if running_mean is not None or not use_input_stats or x[0, 0].numel() <= 1:
+        return NotImplemented
+    return group_norm(x, dx, x.shape[1], weight, bias, eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, rule_for
-from guessopt.rules.elementwise import ADDITION, is_elementwise
+from guessopt.rules.elementwise import ADDITION, is_elementwise, is_relu
 from guessopt.sites import Call, Cut, Kind, Layout, Matrix, Segment, Site, SiteGraph, Value, numel
 from guessopt.tracing.tape import Tape
 
@@ -129,10 +129,30 @@ class Analysis:
                         Site(
                             index=len(found), call=call, output=k, value=v, rule=rule_for(call.fn),
                             params=tuple(sorted(tape.origins[c])), shape=tape.shapes[v], dtype=tape.dtypes[v],
-                            segment=self.segment(v),
+                            segment=self.segment(v), kept=self._kept(call, v),
                         )
                     )  # fmt: skip
         return [self._shared(site, found) for site in found]
+
+    def _kept(self, call: Call, output: int) -> int:
+        """Bytes that a pass keeps for a site: its activations, and the guess (not the parameters)."""
+        tape = self.tape
+        values = {v for v in call.inputs if v not in tape.weights} | {output}
+        return sum(numel(tape.shapes[v]) * tape.dtypes[v].itemsize for v in values)
+
+    def cost(self) -> float:
+        """Matrix products of a step in units of a forward pass: the forward, the tangents, the parameter gradients."""
+        tape, forward, tangents, gradients = self.tape, 0.0, 0.0, 0.0
+        for call, kind in zip(tape.calls, tape.kinds, strict=True):
+            m = self.matrix_of(call)
+            if m is None:
+                continue
+            rows = tape.shapes[m[1]]
+            work = numel(tape.shapes[call.outputs[0]]) * numel(rows) / rows[0]
+            forward += work
+            tangents += work if m[2] in self.active else 0.0
+            gradients += work if kind is Kind.SITE else 0.0
+        return (forward + tangents + gradients) / forward if forward else 1.0
 
     def _shared(self, site: Site, sites: list[Site]) -> Site:
         """A bias added right after a site has the same cotangent: one guess, at the later of the two, serves both."""
@@ -197,7 +217,7 @@ class Analysis:
         except _SharedMemory as error:
             self.blocked[source] = str(error)
             return None
-        return Segment(source, matrices, chain, program, weights)
+        return Segment(source, matrices, chain, program, weights, chain is not None and is_relu(chain))
 
     def _weight_key(self, w: int) -> str:
         """Names a weight across traces: its parameter's position; else its order among the closure's tensors."""
@@ -264,6 +284,7 @@ class Analysis:
             if self.returned in tape.producer else None,
             loss_params=frozenset().union(*(tape.origins[c] for c in self._loss_parameter_calls())),
             stopped_params=frozenset(tape.stopped),
+            cost=self.cost(),
             blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
         )  # fmt: skip
 

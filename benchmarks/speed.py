@@ -1,0 +1,428 @@
+"""Step time over a backprop step and over a checkpointed one, and where a W-perp step's time goes."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from benchmarks.measure import Ratio, Step, Stopwatch, interleaved, ratio, seconds
+from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
+from benchmarks.report import COMMITTED, SCRATCH, print_table, write_json
+from benchmarks.training import ESTIMATORS, LABELS
+from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, optimizer
+from guessopt.engine import levels
+from guessopt.engine.forward import Pass
+from guessopt.estimators import perp
+from guessopt.tracing import local
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run: ``methods`` are pairs of an estimator's and an engine's name; ``engine`` is the one whose
+    ``steps`` consecutive steps are taken apart."""
+
+    quick: bool
+    device: str
+    rounds: int
+    steps: int
+    engine: str
+    methods: dict[str, tuple[str, str]]
+
+
+# --- problems ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and one batch for it."""
+
+    model: nn.Sequential
+    x: Tensor
+    y: Tensor
+
+    def loss(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+    def checkpointed_loss(self) -> Tensor:
+        """The same, with every layer's or block's inside forgotten and computed again."""
+        x = self.x
+        for layer in layers(self.model):
+            x = checkpoint(layer, x, use_reentrant=False)
+        return F.cross_entropy(x, self.y)
+
+    def copy(self) -> Problem:
+        """The same batch for a model of its own."""
+        return Problem(copy.deepcopy(self.model), self.x, self.y)
+
+
+def layers(model: nn.Sequential) -> list[nn.Sequential]:
+    """The model in pieces: each starts at a child with parameters and takes along what follows without (a ReLU)."""
+    pieces: list[list[nn.Module]] = []
+    for child in model:
+        if not pieces or any(True for _ in child.parameters()):
+            pieces.append([])
+        pieces[-1].append(child)
+    return [nn.Sequential(*piece) for piece in pieces]
+
+
+def mlp(width: int, depth: int, batch: int) -> Problem:
+    return Problem(relu_mlp(width, depth, inputs=width), torch.randn(batch, width), torch.randint(10, (batch,)))
+
+
+def images(model: nn.Sequential, batch: int) -> Problem:
+    return Problem(model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)))
+
+
+def text(batch: int) -> Problem:
+    ids = torch.randint(65, (batch, 65))
+    return Problem(causal_lm(), ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A problem by its batch size: the full one, and that of ``--quick``."""
+
+    title: str
+    make: Callable[[int], Problem]
+    batch: int
+    quick: int
+
+
+PROBLEMS = {
+    "mlp6x1024": Entry("MLP 6x1024", lambda n: mlp(1024, 6, n), batch=512, quick=32),
+    "mlp12x32": Entry("MLP 12x32", lambda n: mlp(32, 12, n), batch=64, quick=64),
+    "cnn": Entry("CNN", lambda n: images(cnn(), n), batch=64, quick=4),
+    "vit": Entry("ViT", lambda n: images(vit(), n), batch=64, quick=2),
+    "lm": Entry("causal LM", text, batch=16, quick=2),
+}
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+LR = 1e-4
+DEFAULT_ENGINE: str = inspect.signature(GuessGradOptimizer).parameters["engine"].default
+MATH_ATTENTION = "unfused attention for the guesses: the fused one has no forward-mode rule in this engine"
+
+
+def backprop(problem: Problem, loss: Callable[[], Tensor]) -> Step:
+    adamw = torch.optim.AdamW(problem.model.parameters(), lr=LR)
+
+    def step() -> None:
+        adamw.zero_grad()
+        loss().backward()
+        adamw.step()
+
+    return step
+
+
+def guess_optimizer(problem: Problem, estimator: Any, engine: str) -> GuessGradOptimizer:
+    return GuessGradOptimizer(
+        problem.model.parameters(), base=torch.optim.AdamW, estimator=estimator, engine=engine, lr=LR
+    )
+
+
+class Bench:
+    """Steps of every kind on copies of one problem, each warmed up; ``notes`` says what was done differently."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.notes: list[str] = []
+
+    def backprop(self) -> Step:
+        own = self.problem.copy()
+        return warm(backprop(own, own.loss))
+
+    def checkpointed(self) -> Step:
+        own = self.problem.copy()
+        return warm(backprop(own, own.checkpointed_loss))
+
+    def forward(self) -> Step:
+        """The closure by itself."""
+        return warm(torch.no_grad()(self.problem.loss))
+
+    def guess(self, estimator: Any, engine: str) -> Step:
+        own = self.problem.copy()
+        guesser = guess_optimizer(own, estimator, engine)
+        return self._with_attention(lambda: guesser.step(own.loss))
+
+    def empty_pass(self, engine: str) -> Step:
+        """A guess step without guesses: what the interception of the closure's calls costs."""
+        own = self.problem.copy()
+        guesser = guess_optimizer(own, "activation_perturbation", engine)
+        guesser._guess = lambda *_: None  # type: ignore[method-assign]
+        return self._with_attention(lambda: guesser.estimate(own.loss))
+
+    def _with_attention(self, step: Step) -> Step:
+        """The step, with unfused attention if the engine cannot do the fused."""
+        try:
+            return warm(step)
+        except NotImplementedError as error:
+            if "scaled_dot_product" not in str(error):
+                raise
+
+        def unfused() -> None:
+            with sdpa_kernel(SDPBackend.MATH):
+                step()
+
+        if MATH_ATTENTION not in self.notes:
+            self.notes.append(MATH_ATTENTION)
+        return warm(unfused)
+
+
+def warm(step: Step) -> Step:
+    """Past tracing, and past what an optimizer's first steps allocate."""
+    for _ in range(3):
+        step()
+    return step
+
+
+# --- where the time goes ----------------------------------------------------------------------------------------------
+
+REFRESH, PROBE, PASS, REST = "guesses: SVD", "probe", "pass", "bookkeeping"
+POINTS: tuple[tuple[Any, str, str], ...] = (
+    (GuessGradOptimizer, "_guess", "guesses: transposes"),
+    (local, "draw", "guesses: noise"),
+    (local.Local, "pull_back", "guesses: pull back"),
+    (perp, "right_singular_basis", REFRESH),
+    (Pass, "execute", PASS),
+    (optimizer, "estimated_cotangents", "parameter gradients"),
+    (optimizer, "parameter_gradients", "parameter gradients"),
+    (GuessGradOptimizer, "_update", "base update"),
+    (optimizer, "trace", PROBE),
+    (optimizer, "reprobe", PROBE),
+)
+"""Places in the package, and the phase that each is. What is in none is bookkeeping."""
+PHASES = ("forward", "interception", "tangents", *dict.fromkeys(phase for *_, phase in POINTS if phase != PASS), REST)
+
+
+@contextmanager
+def instrumented(watch: Stopwatch) -> Iterator[None]:
+    """Let the stopwatch see the phases of every guess optimizer's steps."""
+
+    def timed(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with watch.phase(phase):
+                return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name, phase in POINTS:
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), phase)))
+        yield
+
+
+@dataclass(frozen=True)
+class LongRun:
+    """Consecutive steps with two refreshes of every basis among them, interleaved with the other methods' steps.
+
+    ``breakdown``: shares of a W-perp step by phase; ``slowest``: slowest step over the median one; ``because``: the
+    phase in which W-perp's slowest step exceeds the median most.
+    """
+
+    perp_over_transpose: float
+    perp_over_backprop: float
+    slowest: dict[str, float]
+    because: str
+    breakdown: dict[str, float]
+    seconds: dict[str, float]
+
+
+def long_run(bench: Bench, settings: Settings, label: str) -> LongRun:
+    engine, steps = settings.engine, settings.steps
+    watch = Stopwatch(settings.device, whole=(PROBE,))
+    kinds = {
+        "backprop": bench.backprop(),
+        "forward": bench.forward(),
+        "empty pass": bench.empty_pass(engine),
+        "w_transpose": bench.guess(WTranspose(), engine),
+        "w_perp": bench.guess(WPerp(k=10, refresh=max(steps // 2, 1)), engine),
+    }
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in kinds}
+    with instrumented(watch):
+        for _ in tqdm(range(steps), desc=f"{label:>12}, consecutive", unit="step", leave=False, disable=None):
+            for name, step in kinds.items():
+                with watch.phase(REST):
+                    step()
+                laps[name].append(watch.lap())
+    totals = {name: [sum(lap.values()) for lap in each] for name, each in laps.items()}
+    mine, slowest = totals["w_perp"], totals["w_perp"].index(max(totals["w_perp"]))
+    excess = {phase: laps["w_perp"][slowest].get(phase, 0) - typical(laps["w_perp"], phase) for phase in PHASES}
+    spent = {phase: typical(laps["w_perp"], phase) for phase in PHASES}
+    spent["forward"] = median(totals["forward"])
+    spent["interception"] = typical(laps["empty pass"], PASS) - spent["forward"]
+    spent["tangents"] = typical(laps["w_perp"], PASS) - typical(laps["empty pass"], PASS)
+    whole = sum(spent.values())
+    return LongRun(
+        perp_over_transpose=mean(mine) / mean(totals["w_transpose"]),
+        perp_over_backprop=mean(mine) / mean(totals["backprop"]),
+        slowest={name: max(totals[name]) / median(totals[name]) for name in ("w_perp", "w_transpose", "backprop")},
+        because=max(excess, key=lambda phase: excess[phase]),
+        breakdown={phase: spent[phase] / whole for phase in PHASES},
+        seconds={name: median(each) for name, each in totals.items()},
+    )
+
+
+def typical(laps: list[dict[str, float]], phase: str) -> float:
+    """A step's time in a phase: the median, but the mean for what happens seldom."""
+    average = mean if phase in (REFRESH, PROBE) else median
+    return average([lap.get(phase, 0.0) for lap in laps])
+
+
+# --- the experiment ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One problem's figures; ``seconds`` of a median step, which only ratios should be quoted from."""
+
+    parameters: int
+    batch: int
+    over_backprop: dict[str, Ratio]
+    over_checkpointed: dict[str, Ratio]
+    seconds: dict[str, float]
+    long_run: LongRun
+    notes: list[str]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), metavar="NAME")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 15)")
+    parser.add_argument("--steps", type=int, help="consecutive steps with two refreshes among them (default: 100)")
+    parser.add_argument("--engine", default=DEFAULT_ENGINE, help="of the consecutive steps (default: the optimizer's)")
+    parser.add_argument("--reference", action="store_true", help="the engine torch.func.jvp as well")
+
+
+def run(args: argparse.Namespace) -> None:
+    engines = [name for name in levels._LEVELS if name != "func" or args.reference]
+    settings = Settings(
+        quick=args.quick,
+        device=args.device,
+        rounds=args.rounds or (3 if args.quick else 15),
+        steps=args.steps or (6 if args.quick else 100),
+        engine=args.engine,
+        methods={f"{method}, {engine}": (method, engine) for engine in engines for method in ESTIMATORS},
+    )
+    out = args.out or (SCRATCH if args.quick else COMMITTED)
+    path, before = out / "speed.json", torch.get_num_threads()
+    rows: dict[str, Row] = {}
+    torch.set_num_threads(args.threads)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GuessWarning)  # which guess a site gets is no matter of speed
+            for name in args.problems:
+                rows[name] = measure(name, settings)
+                figures = {key: asdict(row) for key, row in rows.items()}
+                write_json(path, args, seeds=[0], settings=asdict(settings), figures=figures)
+    finally:
+        torch.set_num_threads(before)
+    show(rows, settings)
+    plot(rows, out / "speed.png")
+    print(f"Figures in {path}, shares in {out / 'speed.png'}")
+
+
+def measure(name: str, settings: Settings) -> Row:
+    entry = PROBLEMS[name]
+    batch, device = entry.quick if settings.quick else entry.batch, settings.device
+    torch.manual_seed(0)
+    made = entry.make(batch)
+    bench = Bench(Problem(made.model.to(device), made.x.to(device), made.y.to(device)))
+    kinds = {"backprop": bench.backprop(), "checkpointed": bench.checkpointed()}
+    kinds |= {key: bench.guess(ESTIMATORS[method](), engine) for key, (method, engine) in settings.methods.items()}
+    block = max(1, ceil(0.02 / seconds(kinds["backprop"], 1, device)))  # long enough for the clock
+    times: dict[str, list[float]] = {key: [] for key in kinds}
+    for _ in tqdm(
+        range(settings.rounds), desc=f"{entry.title:>12}, interleaved", unit="round", leave=False, disable=None
+    ):
+        for key, values in interleaved(kinds, rounds=1, block=block, device=device).items():
+            times[key] += values
+    return Row(
+        parameters=sum(p.numel() for p in made.model.parameters()),
+        batch=batch,
+        over_backprop={key: ratio(values, times["backprop"]) for key, values in times.items()},
+        over_checkpointed={key: ratio(values, times["checkpointed"]) for key, values in times.items()},
+        seconds={key: median(values) / block for key, values in times.items()},
+        long_run=long_run(bench, settings, entry.title),
+        notes=bench.notes,
+    )
+
+
+def show(rows: dict[str, Row], settings: Settings) -> None:
+    engines = {engine for _, engine in settings.methods.values()}
+
+    def label(key: str) -> str:
+        method, _, engine = key.partition(", ")
+        return LABELS.get(method, "checkpointed backprop") + (f", {engine}" if engine and len(engines) > 1 else "")
+
+    print_table(
+        "Step time, ratios of medians (quartiles)",
+        ["problem, method", "over backprop", "over checkpointed"],
+        [
+            [f"{PROBLEMS[name].title}, {label(key)}", str(row.over_backprop[key]), str(row.over_checkpointed[key])]
+            for name, row in rows.items()
+            for key in ("checkpointed", *settings.methods)
+        ],
+    )
+    titles = [PROBLEMS[name].title.replace(" ", "\n", 1) for name in rows]
+    runs = [row.long_run for row in rows.values()]
+    print_table(
+        f"{settings.steps} consecutive steps with two refreshes of every basis",
+        ["", *titles],
+        [
+            ["mean W-perp / W^T", *(f"{run.perp_over_transpose:.2f}" for run in runs)],
+            ["mean W-perp / backprop", *(f"{run.perp_over_backprop:.2f}" for run in runs)],
+            ["slowest / median, W-perp", *(f"{run.slowest['w_perp']:.2f}" for run in runs)],
+            ["  because of", *(run.because.removeprefix("guesses: ") for run in runs)],
+            ["slowest / median, W^T", *(f"{run.slowest['w_transpose']:.2f}" for run in runs)],
+            ["slowest / median, backprop", *(f"{run.slowest['backprop']:.2f}" for run in runs)],
+        ],
+    )
+    print_table(
+        "Shares of a W-perp step (k=10)",
+        ["phase", *titles],
+        [[phase, *(f"{100 * run.breakdown[phase]:.1f}%" for run in runs)] for phase in PHASES],
+    )
+    print("forward: the closure by itself. interception: a pass without guesses, less the forward. tangents: a pass")
+    print("with guesses, less their making and the pass without. bookkeeping: what is left of the step.")
+    for name, row in rows.items():
+        for note in row.notes:
+            print(f"{PROBLEMS[name].title}: {note}.")
+
+
+def plot(rows: dict[str, Row], path: Path) -> None:
+    """One bar a problem: a W-perp step by phase, in units of a backprop step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8.5, 0.7 * len(rows) + 2.2), layout="constrained")
+    titles, starts = [PROBLEMS[name].title for name in rows], [0.0] * len(rows)
+    for number, phase in enumerate(PHASES):
+        widths = [row.long_run.breakdown[phase] * row.long_run.perp_over_backprop for row in rows.values()]
+        axis.barh(titles, widths, left=starts, color=f"C{number}" if number < 10 else "0.6", label=phase)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set(xlabel="W-perp step, in backprop steps")
+    axis.invert_yaxis()
+    figure.legend(loc="outside right center", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

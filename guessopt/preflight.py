@@ -1,0 +1,172 @@
+"""What a step would do, told before training: every site, its guess, and what stands in the way.
+
+Units: ``cost`` in forward passes (matrix products only; a backpropagation step is 3), ``memory`` in bytes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from guessopt.engine.planning import Transaction, trace
+from guessopt.errors import GuessWarning
+from guessopt.optimizer import GuessGradOptimizer
+from guessopt.sites import Layout, Matrix, Shape, Site
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: the parameters it reads, the operation, its output's shape, where the examples lie, the next matrix
+    site(s) with the path there, and the guess it will get."""
+
+    parameters: tuple[str, ...]
+    operation: str
+    shape: Shape
+    batch: str
+    next: str
+    path: str
+    guess: str
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What ``preflight`` found; ``print`` it for a table.
+
+    Attributes:
+        sites: in the order of the closure.
+        batch: number of examples N (1: examples cannot be told apart).
+        unread: parameters from which no derivative reaches the loss.
+        coupled: sites that take the scalar derivative, because examples interact after them.
+        notes: what else a user should know; the optimizer warns of the same, once.
+        cost: matrix products of a step, in forward passes: forward, tangents, parameter gradients.
+        memory: bytes that ``memory="store"`` keeps until the directional derivatives are known.
+    """
+
+    sites: tuple[SiteReport, ...]
+    batch: int
+    unread: tuple[str, ...]
+    coupled: tuple[str, ...]
+    notes: tuple[str, ...]
+    cost: float
+    memory: int
+
+    def __str__(self) -> str:
+        header = ("parameters", "operation", "output", "examples", "next matrix site", "by way of", "guess")
+        rows = [
+            (", ".join(s.parameters), s.operation, str(list(s.shape)), s.batch, s.next, s.path, s.guess)
+            for s in self.sites
+        ]
+        widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, tuple("-" * w for w in widths), *rows]
+        ]
+        lines = [
+            *table,
+            "",
+            f"examples: {self.batch}",
+            f"cost: {self.cost:.1f} forward passes (backpropagation: 3)",
+            f"kept until the derivatives are known: {self.memory / 2**20:.1f} MiB",
+            *(f"no derivative reaches: {name}" for name in self.unread),
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
+    """Trace the closure and tell what a step would do; nothing is changed.
+
+    Args:
+        opt_or_params: a ``GuessGradOptimizer``, or what one would be given (then with its default estimator).
+        closure: as for ``step``.
+
+    Raises:
+        ClosureError: as ``step`` would.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> report = preflight(net.named_parameters(), lambda: net(torch.ones(5, 3)).square().mean())
+    >>> report.batch, [site.operation for site in report.sites], report.sites[0].path
+    (5, ['linear', 'linear'], 'relu')
+    """
+    opt = (
+        opt_or_params
+        if isinstance(opt_or_params, GuessGradOptimizer)
+        else GuessGradOptimizer(opt_or_params, torch.optim.SGD, lr=0.0)
+    )
+    opt._refresh()
+    transaction = Transaction(opt._devices)
+    warned = set(opt._warned)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", GuessWarning)
+            opt._warned = set()
+            plan = trace(
+                closure, opt._by_position, opt._ids, opt._names, opt.engine, transaction, finite=opt.check_finite
+            )
+            opt._check_plan(plan)
+    finally:
+        transaction.rewind()
+        opt._warned = warned
+    graph = plan.graph
+    guesses = opt._guesses_of(plan)
+    by_value = {site.value: site for site in graph.sites}
+    read = {k for site in graph.sites for k in site.params} | set(graph.loss_params)
+    return Preflight(
+        sites=tuple(_report(opt, site, guesses, by_value) for site in graph.sites),
+        batch=graph.batch,
+        unread=tuple(opt._names[k] for k in opt._by_position if k not in read),
+        coupled=tuple(
+            f"{opt._names[site.params[0]]} ({site.op})" for site in graph.sites if site.layout is Layout.COUPLED
+        ),
+        notes=tuple(str(w.message) for w in caught if issubclass(w.category, GuessWarning)),
+        cost=graph.cost,
+        memory=sum(site.kept for site in graph.sites),
+    )
+
+
+def _report(opt: GuessGradOptimizer, site: Site, guesses: dict[int, Any], by_value: dict[int, Site]) -> SiteReport:
+    estimator = opt._estimator_of(site)
+    segment = site.segment
+    if site.index in guesses:
+        guess = _named(estimator, site)
+    elif estimator.space == "parameters":
+        guess = f"{estimator.name} (on the parameters)"
+    elif site.shares is not None:
+        guess = "shares the next site's"
+    else:
+        guess = "none: exact error"
+    path = ""
+    if segment is not None:
+        calls = segment.elementwise if segment.elementwise is not None else segment.program
+        path = " > ".join(call.op for call in calls) or "direct"
+    return SiteReport(
+        parameters=tuple(opt._names[k] for k in site.params),
+        operation=site.op,
+        shape=site.shape,
+        batch=site.layout.value,
+        next="the loss" if segment is None else " | ".join(_next(opt, m) for m in segment.matrices),
+        path=path,
+        guess=guess,
+    )
+
+
+def _next(opt: GuessGradOptimizer, matrix: Matrix) -> str:
+    def weight(key: str) -> str:
+        kind, _, position = key.partition(" ")
+        return opt._names[int(position)] if kind == "param" else "a weight " + key.partition("[")[2].rstrip("]")
+
+    return f"{matrix.call.op} {', '.join(weight(key) for key in matrix.key.split(';'))}"
+
+
+def _named(estimator: Any, site: Site) -> str:
+    if site.is_last:
+        return f"{estimator.name}: isotropic (last site)"
+    k = getattr(estimator, "k", None)
+    note = estimator.note(site)
+    name = estimator.name + (f" k={min(k, site.rank)}" if k is not None else "")
+    return f"{name}: {note}" if note else name

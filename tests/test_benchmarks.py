@@ -1,0 +1,157 @@
+"""The experiments, end to end in their quick versions on data made here: files with the declared keys, finite figures."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+from benchmarks.__main__ import experiments, main
+from benchmarks.measure import Stopwatch
+from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
+from benchmarks.speed import PHASES, PROBLEMS, layers
+from benchmarks.speed import mlp as mlp_problem
+
+CURVE = {"epochs", "train", "test"}
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """A small stand-in for MNIST-1D: ten prototypes and noise."""
+    rng = np.random.default_rng(0)
+    y, y_test = np.arange(600) % 10, np.arange(100) % 10
+    prototypes = rng.normal(size=(10, 40))
+    x, x_test = (prototypes[labels] + 0.3 * rng.normal(size=(len(labels), 40)) for labels in (y, y_test))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    np.savez(folder / "mnist1d.npz", x=x, y=y, x_test=x_test, y_test=y_test)
+    return folder
+
+
+def result(name: str, out: Path, *options: str) -> dict[str, Any]:
+    main([name, "--quick", "--out", str(out), *options])
+    content: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
+    assert set(content) == {"command", "seeds", "settings", "environment", "figures"}
+    assert content["command"].startswith(f"python -m benchmarks {name} --quick")
+    assert str(out) not in json.dumps(content)
+    assert content["environment"]["torch"] == torch.__version__
+    assert all(math.isfinite(number) for number in numbers(content))
+    assert (out / f"{name}.png").stat().st_size > 0
+    return content
+
+
+def numbers(node: Any) -> Iterator[float]:
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from numbers(item)
+    elif isinstance(node, (int, float)):
+        yield float(node)
+
+
+def test_demo(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = result("demo", tmp_path, "--data-root", str(data_root))
+    assert set(content["figures"]) == {"backprop", "w_perp", "w_transpose", "activation_perturbation"}
+    for column in content["figures"].values():
+        assert set(column) == {"histories", "time", "peak_bytes"}
+        assert set(column["time"]) == {"ratio", "low", "high"}
+        assert set(column["histories"][0]) == CURVE | {"cosine", "cosine_epochs"}
+        assert column["peak_bytes"] > 0
+    assert content["figures"]["backprop"]["histories"][0]["cosine"][-1] == 1
+    assert "activation perturbation" in capsys.readouterr().out
+
+
+def test_mnist1d(data_root: Path, tmp_path: Path) -> None:
+    content = result("mnist1d", tmp_path, "--data-root", str(data_root), "--methods", "backprop", "w_perp")
+    assert [(cell["width"], cell["method"], cell["seed"]) for cell in content["figures"]] == [
+        (128, "backprop", 0),
+        (128, "w_perp", 0),
+    ]
+    assert all(set(cell["history"]) >= CURVE for cell in content["figures"])
+
+
+def check_speed(content: dict[str, Any], problems: list[str]) -> None:
+    assert list(content["figures"]) == problems
+    for row in content["figures"].values():
+        assert set(row["over_backprop"]) == set(row["over_checkpointed"]) == set(row["seconds"])
+        assert {"backprop", "checkpointed", "w_perp, dual", "w_transpose, dual"} <= set(row["seconds"])
+        assert row["over_backprop"]["backprop"]["ratio"] == 1
+        assert all(value["ratio"] > 0 for value in row["over_checkpointed"].values())
+        shares = row["long_run"]["breakdown"]
+        assert tuple(shares) == PHASES
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        # The instrumentation still finds the package's inside: what every W-perp step must do took time.
+        for phase in PHASES:
+            if phase not in ("interception", "tangents", "probe"):  # differences, and a rare event
+                assert shares[phase] > 0, phase
+
+
+def test_speed(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    content = result("speed", tmp_path, "--problems", "mlp12x32", "cnn", "--reference")
+    check_speed(content, ["mlp12x32", "cnn"])
+    assert "w_perp, func" in content["figures"]["cnn"]["seconds"]
+    assert content["environment"]["threads"] == 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_speed_on_every_problem(tmp_path: Path) -> None:
+    check_speed(result("speed", tmp_path), list(PROBLEMS))
+
+
+def test_every_experiment_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"demo", "mnist1d", "speed"} <= set(experiments())
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "where a W-perp step's time goes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    problem = mlp_problem(8, 3, 4)
+    found = []
+    for loss in (problem.loss, problem.checkpointed_loss):
+        problem.model.zero_grad()
+        loss().backward()
+        found.append([p.grad for p in problem.model.parameters()])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_problems_have_the_declared_sizes() -> None:
+    assert [m.weight.shape[0] for m in relu_mlp(1024, 6, inputs=1024) if isinstance(m, torch.nn.Linear)] == [
+        *[1024] * 6,
+        10,
+    ]
+    assert len(layers(relu_mlp(8, 6))) == 7
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in cnn()) == 4
+    x = torch.randn(2, 3, 32, 32)
+    assert cnn()(x).shape == vit()(x).shape == (2, 10)
+    assert vit()[0](x).shape == (2, 65, 192)
+    assert len(layers(vit())) == 9
+    lm, ids = causal_lm(), torch.randint(65, (2, 64))
+    logits = lm(ids)
+    assert logits.shape == (2, 65, 64)
+    ids[:, 40:] = 0
+    torch.testing.assert_close(lm(ids)[:, :, :40], logits[:, :, :40])  # no token looks ahead
+
+
+def test_stopwatch_gives_each_phase_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 5.0, 7.0, 7.0, 8.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    watch = Stopwatch("cpu", whole=("all",))
+    with watch.phase("outer"), watch.phase("inner"):
+        pass
+    with watch.phase("all"), watch.phase("inner"):
+        pass
+    assert watch.lap() == {"outer": 3.0, "inner": 4.0, "all": 1.0}
+    assert watch.lap() == {}

@@ -1,0 +1,661 @@
+"""Closures that are easy to get wrong: the gradient is right, or an error names what and the remedy.
+
+"Right" is meant as in ``test_exactness``: the sum over one-hot guesses is the gradient that autograd computes.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from guessopt import ClosureError, GuessGradOptimizer
+from guessopt.sites import Layout
+
+from .problems import Attention, Problem, Transformer, labels, of
+from .test_exactness import sum_over_one_hots
+
+pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")  # some of these couple the examples
+
+Forward = Callable[[nn.Module], Any]
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def net(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers)
+
+
+class Lambda(nn.Module):
+    """A function of the parts and the input, as a module."""
+
+    def __init__(self, f: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+        super().__init__()
+        self.f = f
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+
+    def forward(self, *args: Any) -> Any:
+        return self.f(self, *args)
+
+
+# ------------------------------------------------------------------------------------- where the examples lie
+
+
+def causal_lm(n: int, tokens: int, d: int = 4) -> Problem:
+    ids = torch.randint(5, (n, tokens))
+    return of(
+        Transformer(5, d, tokens), lambda m: F.cross_entropy(m(ids).flatten(0, 1), ids.roll(-1, 1).flatten()), n
+    )
+
+
+def encoder(n: int = 3, tokens: int = 2, *, batch_first: bool = False, dropout: float = 0.0) -> Problem:
+    layer = nn.TransformerEncoderLayer(4, 2, 3, dropout=dropout, batch_first=batch_first)
+    x = randn(n, tokens, 4) if batch_first else randn(tokens, n, 4)
+
+    def closure(m: nn.Module) -> Tensor:
+        torch.manual_seed(1)
+        return F.cross_entropy(m(x).mean(1 if batch_first else 0), labels(n, 4))
+
+    return of(layer, closure, n)
+
+
+def flattened(order: str) -> Problem:
+    """Linear layers on ``[T*N, d]`` or ``[N*T, d]``, after a layer on ``[N, T, d]``."""
+    model = nn.ModuleList([nn.Linear(3, 4), net(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))])
+    x, y = randn(4, 3, 3), randn(12, 2)
+
+    def closure(m: Any) -> Tensor:
+        h = torch.tanh(m[0](x))
+        return F.mse_loss(m[1](h.transpose(0, 1).reshape(12, 4) if order == "time" else h.reshape(12, 4)), y)
+
+    return of(model, closure, 4)
+
+
+def only_flattened(order: str) -> Problem:
+    """The same from the input on: nothing but the losses says what an example is, so any N that divides is right."""
+    model = net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = randn(3, 2, 3), randn(6, 2)
+    return of(model, lambda m: F.mse_loss(m((x.transpose(0, 1) if order == "time" else x).reshape(6, 3)), y))
+
+
+def mixed_flattening() -> Problem:
+    """A batch-major and a time-major flatten in one network, attention between."""
+    parts = {"first": nn.Linear(2, 4), "attention": Attention(4, 2), "last": nn.Linear(4, 3)}
+    x = randn(3, 2, 2)
+
+    def forward(m: Any) -> Tensor:
+        h = m.first(x.reshape(6, 2)).view(3, 2, 4)
+        h = m.attention(h)
+        return F.cross_entropy(m.last(h.transpose(0, 1).reshape(6, 4)), labels(6, 3))
+
+    return of(Lambda(forward, **parts), lambda m: m(), 3)
+
+
+def contrastive(norm: bool = False) -> Problem:
+    """InfoNCE: every example's loss reads every example's output."""
+    model = net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    one, two = randn(4, 3), randn(4, 3)
+
+    def closure(m: nn.Module) -> Tensor:
+        a, b = F.normalize(m(one), dim=-1), F.normalize(m(two), dim=-1)
+        return F.cross_entropy(a @ b.T / 0.2, torch.arange(4))
+
+    return of(model, closure, 4)
+
+
+def similarity_network() -> Problem:
+    """A layer after the similarities: here the examples do interact before the loss."""
+    parts = {"encode": net(nn.Linear(3, 4), nn.Tanh()), "read": nn.Linear(4, 2)}
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        z = m.encode(x)
+        return F.cross_entropy(m.read(z @ z.T), labels(4, 2))
+
+    return of(Lambda(forward, **parts), lambda m: m(), 4)
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, d: int = 3) -> None:
+        super().__init__()
+        self.embed, self.router = nn.Linear(d, d), nn.Linear(d, 2)
+        self.experts = nn.ModuleList(net(nn.Linear(d, 4), nn.GELU(), nn.Linear(4, d)) for _ in range(2))
+        self.head = nn.Linear(d, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        tokens = self.embed(x).reshape(n * t, d)
+        weight, chosen = self.router(tokens).softmax(-1).max(-1)
+        out = torch.zeros_like(tokens)
+        for k, expert in enumerate(self.experts):
+            where = (chosen == k).nonzero().squeeze(1)
+            part = expert(tokens.index_select(0, where)) * weight[where, None]
+            out.index_add_(0, where, part)
+        return self.head((tokens + out).view(n, t, d).mean(1))
+
+
+def mixture(n: int = 4, tokens: int = 2) -> Problem:
+    x = randn(n, tokens, 3)
+    return of(MixtureOfExperts(), lambda m: F.cross_entropy(m(x), labels(n, 2)), n)
+
+
+# ------------------------------------------------------------------------------- how parameters meet activations
+
+
+def layouts_of_one_weight() -> Problem:
+    """One layer as ``[N, T, d]``, as ``[N*T, d]`` and as ``[T*N, d]``."""
+    parts = {"mix": nn.Linear(3, 3), "head": nn.Linear(3, 2)}
+    x = randn(4, 2, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = torch.tanh(m.mix(x)).reshape(8, 3)
+        h = torch.tanh(m.mix(h)).view(4, 2, 3).transpose(0, 1).reshape(8, 3)
+        h = torch.tanh(m.mix(h)).view(2, 4, 3)
+        return F.cross_entropy(m.head(h.mean(0)), labels(4, 2))
+
+    return of(Lambda(forward, **parts), lambda m: m(), 4)
+
+
+def tied() -> Problem:
+    ids = torch.randint(4, (3, 2))
+    parts = {"embed": nn.Embedding(4, 3), "mix": nn.Linear(3, 3)}
+
+    def forward(m: Any) -> Tensor:
+        h = torch.tanh(m.mix(m.embed(ids)))
+        return F.cross_entropy((h @ m.embed.weight.t()).transpose(1, 2), ids.roll(-1, 1))
+
+    return of(Lambda(forward, **parts), lambda m: m(), 3)
+
+
+def attention(*, need_weights: bool, batch_first: bool, dropout: float = 0.0, causal: bool = False) -> Problem:
+    parts = {
+        "attend": nn.MultiheadAttention(4, 2, dropout=dropout, batch_first=batch_first),
+        "head": nn.Linear(4, 2),
+    }
+    x = randn(3, 2, 4)
+    mask = nn.Transformer.generate_square_subsequent_mask(2, dtype=torch.float64) if causal else None
+
+    def forward(m: Any) -> Tensor:
+        torch.manual_seed(1)
+        h = x if batch_first else x.transpose(0, 1)
+        h, weights = m.attend(h, h, h, need_weights=need_weights, attn_mask=mask, is_causal=causal)
+        loss = F.cross_entropy(m.head(h.mean(1 if batch_first else 0)), labels(3, 2))
+        return loss + weights.square().mean() if need_weights else loss
+
+    return of(Lambda(forward, **parts), lambda m: m(), 3)
+
+
+def fused_attention(**options: Any) -> Problem:
+    parts = {"qkv": nn.Linear(4, 12), "head": nn.Linear(4, 2)}
+    x = randn(3, 2, 4)
+
+    def forward(m: Any) -> Tensor:
+        torch.manual_seed(1)
+        q, k, v = m.qkv(x).view(3, 2, 3, 2, 2).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).reshape(3, 2, 4)
+        return F.cross_entropy(m.head(h.mean(1)), labels(3, 2))
+
+    return of(Lambda(forward, **parts), lambda m: m(), 3)
+
+
+def recurrent(kind: Any, *, batch_first: bool, hidden: bool, **options: Any) -> Problem:
+    parts = {"cell": kind(2, 3, batch_first=batch_first, **options)}
+    width = (2 if options.get("bidirectional") else 1) * 3
+    parts["head"] = nn.Linear(3 if hidden else width, 2)
+    x = randn(4, 3, 2) if batch_first else randn(3, 4, 2)
+
+    def forward(m: Any) -> Tensor:
+        out, state = m.cell(x)
+        h = state[0] if isinstance(state, tuple) else state
+        h = h[-1] if hidden else out.mean(1 if batch_first else 0)
+        return F.cross_entropy(m.head(h), labels(4, 2))
+
+    return of(Lambda(forward, **parts), lambda m: m(), 4)
+
+
+def recurrent_cell() -> Problem:
+    parts = {"cell": nn.LSTMCell(2, 3), "head": nn.Linear(3, 2)}
+    x = randn(4, 3, 2)
+
+    def forward(m: Any) -> Tensor:
+        state = None
+        for t in range(3):
+            state = m.cell(x[:, t], state)
+        assert state is not None
+        return F.cross_entropy(m.head(state[0]), labels(4, 2))
+
+    return of(Lambda(forward, **parts), lambda m: m(), 4)
+
+
+def classifier(forward: Callable[..., Tensor], n: int = 4, *, classes: int = 2, **parts: Any) -> Problem:
+    """Cross-entropy of ``forward(module)``, ``[n, classes]``."""
+    return of(Lambda(forward, **parts), lambda m: F.cross_entropy(m(), labels(n, classes)), n)
+
+
+def simple(*layers: nn.Module, shape: tuple[int, ...] = (4, 3)) -> Problem:
+    """``layers``, cross-entropy of the flattened output."""
+    x = randn(*shape)
+
+    def closure(m: nn.Module) -> Tensor:
+        out = m(x).flatten(1)
+        return F.cross_entropy(out, labels(shape[0], out.shape[1]))
+
+    return of(net(*layers), closure, shape[0])
+
+
+def bag() -> Problem:
+    ids, offsets = torch.randint(5, (9,)), torch.tensor([0, 2, 5, 6])
+    return classifier(lambda m: m.head(m.bag(ids, offsets)), bag=nn.EmbeddingBag(5, 3), head=nn.Linear(3, 2))
+
+
+def bag_of_rows(mode: str) -> Problem:
+    ids = torch.randint(5, (4, 3))
+    return classifier(lambda m: m.head(m.bag(ids)), bag=nn.EmbeddingBag(5, 3, mode=mode), head=nn.Linear(3, 2))
+
+
+def bilinear() -> Problem:
+    a, b = randn(4, 3), randn(4, 2)
+    return classifier(
+        lambda m: m.join(m.one(a), m.two(b)), one=nn.Linear(3, 2), two=nn.Linear(2, 3), join=nn.Bilinear(2, 3, 2)
+    )
+
+
+def einsum(equation: str = "ntd,dhk->nthk") -> Problem:
+    x = randn(4, 2, 3)
+    return classifier(
+        lambda m: m.head(torch.tanh(torch.einsum(equation, m.first(x), m.w)).flatten(2).mean(1)),
+        first=nn.Linear(3, 3), w=torch.randn(3, 2, 2), head=nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+def bias_in_place(how: str) -> Problem:
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = m.first(x)
+        if how == "add_":
+            h.add_(m.bias)
+        elif how == "mul_":
+            h.mul_(m.bias)
+        else:
+            h += m.bias
+        return m.head(torch.tanh(h))
+
+    return classifier(forward, first=nn.Linear(3, 3, bias=False), bias=torch.randn(3), head=nn.Linear(3, 2))
+
+
+def bias_in_place_of_the_input() -> Problem:
+    """The closure's own buffer, not made by any site."""
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = x.clone()
+        h += m.bias
+        return m.head(h)
+
+    return classifier(forward, bias=torch.randn(3), head=nn.Linear(3, 2))
+
+
+def class_token(how: str) -> Problem:
+    x = randn(4, 2, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = m.first(x)
+        if how == "cat":
+            h = torch.cat([m.token.expand(4, -1, -1), h], 1)
+        elif how == "stack":
+            h = torch.stack([m.token[0, 0].expand(4, -1), h[:, 0], h[:, 1]], 1)
+        else:
+            buf = h.new_zeros(4, 3, 3)
+            buf[:, 1:] = h
+            buf[:, 0] = m.token[0, 0]
+            h = buf
+        h = m.attend(h + m.position[:, : h.shape[1]])
+        return m.head(h[:, 0])
+
+    return classifier(
+        forward, first=nn.Linear(3, 3), token=torch.randn(1, 1, 3), position=torch.randn(1, 5, 3),
+        attend=net(Lambda(lambda m, h: h + torch.softmax(h @ h.mT, -1) @ h), nn.Linear(3, 3)), head=nn.Linear(3, 2),
+    )  # fmt: skip
+
+
+def prompt() -> Problem:
+    """Only a prompt trains; the network is frozen."""
+    frozen = net(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double().requires_grad_(False)
+    x = randn(4, 2, 3)
+    return classifier(
+        lambda m: frozen(torch.cat([m.prompt.expand(4, -1, -1), x], 1).cumsum(1)).mean(1), prompt=torch.randn(1, 2, 3)
+    )
+
+
+def batch_norm() -> Problem:
+    return simple(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Linear(2, 2))
+
+
+def affine_norms() -> Problem:
+    return simple(
+        nn.Conv1d(2, 4, 1), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3),
+        nn.RMSNorm(3), nn.Linear(3, 2), shape=(3, 2, 2),
+    )  # fmt: skip
+
+
+def randomised_norms() -> Problem:
+    problem = affine_norms()
+    with torch.no_grad():
+        for p in problem.parameters():
+            p.normal_()
+    return problem
+
+
+def normed(norm: Any) -> Problem:
+    return simple(norm(nn.Linear(3, 4)), nn.Tanh(), norm(nn.Linear(4, 2)))
+
+
+def spectral_norm() -> Problem:
+    """In eval mode: in training mode each forward moves the power iteration, and with it the loss."""
+    problem = normed(torch.nn.utils.parametrizations.spectral_norm)
+    return problem
+
+
+def masked_weight() -> Problem:
+    """A constant mask on a square weight, its first dimension as long as the batch."""
+    x, mask = randn(4, 4), (torch.rand(4, 4) > 0.4).double()
+    return classifier(
+        lambda m: m.head(torch.tanh(F.linear(m.first(x), m.w * mask))),
+        first=nn.Linear(4, 4), w=torch.randn(4, 4), head=nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+def masked_bias() -> Problem:
+    """A constant mask on a parameter with one row per example: its product looks like an activation."""
+    x, mask = randn(4, 4), (torch.rand(4, 3) > 0.4).double()
+    return classifier(lambda m: m.head(torch.tanh(m.first(x) + m.w * mask)), first=nn.Linear(4, 3),
+        w=torch.randn(4, 3), head=nn.Linear(3, 2))  # fmt: skip
+
+
+def expressions() -> Problem:
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = x * (1 + m.gain)
+        h = torch.tanh(h @ m.w.t() + m.b.view(-1)[:3])
+        return F.linear(h, torch.cat([m.w[:1], m.w[1:2] * 2]))
+
+    return classifier(forward, gain=torch.randn(3), w=torch.randn(3, 3), b=torch.randn(2, 2))
+
+
+def dropped_weight() -> Problem:
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        torch.manual_seed(1)
+        h = torch.tanh(F.linear(x, F.dropout(m.w, 0.5)))
+        return m.head(F.dropout(h, 0.3))
+
+    return classifier(forward, w=torch.randn(4, 3), head=nn.Linear(4, 2))
+
+
+# ------------------------------------------------------------------------------------------ losses and control
+
+
+def auxiliary() -> Problem:
+    """A second loss on a hidden output that the network goes on to use."""
+    parts = {"first": nn.Linear(3, 4), "second": nn.Linear(4, 2), "probe": nn.Linear(4, 1)}
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = torch.tanh(m.first(x))
+        penalty = h.square().mean() + F.mse_loss(m.probe(h)[:, 0], x[:, 0])
+        return F.cross_entropy(m.second(h), labels(4, 2)) + 0.3 * penalty
+
+    return of(Lambda(forward, **parts), lambda m: m(), 4)
+
+
+def weighted_losses() -> Problem:
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        out = m.head(torch.tanh(m.first(x)))
+        one, two = F.cross_entropy(out[:, :2], labels(4, 2)), F.mse_loss(out[:, 2:], x[:, :1])
+        return m.a * one + m.b.exp() * two + m.a.square() - 0.5 * m.b
+
+    return of(
+        Lambda(forward, first=nn.Linear(3, 4), head=nn.Linear(4, 3), a=torch.tensor(0.7), b=torch.tensor(-0.2)),
+        lambda m: m(), 4,
+    )  # fmt: skip
+
+
+def per_example() -> Problem:
+    model = net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = randn(4, 3)
+    return of(model, lambda m: F.cross_entropy(m(x), labels(4, 2), reduction="none"), 4)
+
+
+@dataclasses.dataclass
+class Output:
+    loss: Tensor
+    logits: Tensor
+
+
+def output_object() -> Problem:
+    def forward(m: Any) -> dict[str, Any]:
+        logits = m.head(torch.tanh(m.first(x)))
+        return {"out": Output(F.cross_entropy(logits, labels(4, 2)), logits), "hidden": [logits]}
+
+    x = randn(4, 3)
+    return of(Lambda(forward, first=nn.Linear(3, 4), head=nn.Linear(4, 2)), lambda m: m()["out"].loss, 4)
+
+
+def logging() -> Problem:
+    model = net(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, log = randn(4, 3), []
+
+    def closure(m: nn.Module) -> Tensor:
+        out = m(x)
+        loss = F.cross_entropy(out, labels(4, 2))
+        accuracy = (out.argmax(-1) == labels(4, 2)).float().mean()
+        log.append((loss.item(), float(accuracy), out.detach().cpu().numpy(), f"{loss:.3f}", out.tolist()))
+        return loss
+
+    return of(model, closure, 4)
+
+
+def teacher(how: str) -> Problem:
+    """A target that no gradient flows through, of the very weights that train."""
+    parts = {"first": nn.Linear(3, 4), "head": nn.Linear(4, 2)}
+    x, y = randn(4, 3), randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        out = m.head(torch.tanh(m.first(x)))
+        if how == "detach":
+            target = m.head(torch.tanh(m.first(y))).detach()
+        elif how == "data":
+            target = m.head(torch.tanh(m.first(y))).data
+        elif how == "detached weights":
+            target = F.linear(torch.tanh(m.first(y)), m.head.weight.detach(), m.head.bias.detach())
+        elif how == "no_grad hidden":
+            with torch.no_grad():
+                h = torch.tanh(m.first(y))
+            target = m.head(h)
+        else:
+            with torch.no_grad():
+                target = m.head(torch.tanh(m.first(y)))
+        return F.mse_loss(out, target)
+
+    return of(Lambda(forward, **parts), lambda m: m(), 4)
+
+
+def checkpointed(use_reentrant: bool) -> Problem:
+    parts = {"first": nn.Linear(3, 4), "block": net(nn.Linear(4, 4), nn.Tanh()), "head": nn.Linear(4, 2)}
+    x = randn(4, 3)
+    return classifier(lambda m: m.head(checkpoint(m.block, m.first(x), use_reentrant=use_reentrant)), **parts)
+
+
+class Cube(torch.autograd.Function):
+    """With a ``jvp``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 3 * g * x * x
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 3 * t * x * x
+
+
+class StraightThrough(torch.autograd.Function):
+    """The gradient is not that of the forward; no ``jvp``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
+class Scale(torch.autograd.Function):
+    """Reads a parameter; no ``jvp``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        return g * w, (g * x).sum(0)
+
+
+def custom_function() -> Problem:
+    x = randn(4, 3)
+    return classifier(lambda m: m.head(Cube.apply(m.first(x))), first=nn.Linear(3, 4), head=nn.Linear(4, 2))
+
+
+def custom_function_of_weights() -> Problem:
+    x = randn(4, 3)
+    return classifier(
+        lambda m: m.head(F.linear(x, StraightThrough.apply(3 * m.w))), w=torch.randn(4, 3), head=nn.Linear(4, 2)
+    )
+
+
+def custom_site() -> Problem:
+    x = randn(4, 3)
+    return classifier(lambda m: m.head(Scale.apply(x, m.w)), w=torch.randn(3), head=nn.Linear(3, 2))
+
+
+PROBLEMS: dict[str, Callable[[], Problem]] = {
+    "batch = heads": lambda: causal_lm(2, 3),
+    "batch = tokens": lambda: causal_lm(3, 3),
+    "batch = features": lambda: causal_lm(4, 2),
+    "batch = tokens = heads": lambda: causal_lm(2, 2),
+    "batch of 1": lambda: causal_lm(1, 3),
+    "sequence first": encoder,
+    "sequence first, batch = tokens": lambda: encoder(2, 2),
+    "batch-first encoder": lambda: encoder(batch_first=True),
+    "encoder with dropout": lambda: encoder(dropout=0.3),
+    "T-major flatten": lambda: flattened("time"),
+    "batch-major flatten": lambda: flattened("batch"),
+    "T-major flatten from the input on": lambda: only_flattened("time"),
+    "batch-major flatten from the input on": lambda: only_flattened("batch"),
+    "both flattens": mixed_flattening,
+    "in-batch contrastive loss": contrastive,
+    "layer on in-batch similarities": similarity_network,
+    "mixture of experts": mixture,
+    "one weight, three layouts": layouts_of_one_weight,
+    "tied embedding": tied,
+    **{
+        f"MultiheadAttention, {need_weights=}, {batch_first=}, {dropout=}": (
+            lambda w=need_weights, b=batch_first, d=dropout: attention(need_weights=w, batch_first=b, dropout=d)
+        )
+        for need_weights in (True, False)
+        for batch_first in (True, False)
+        for dropout in (0.0, 0.4)
+    },
+    "MultiheadAttention, causal": lambda: attention(need_weights=False, batch_first=True, causal=True),
+    "fused attention": fused_attention,
+    "fused attention, causal": lambda: fused_attention(is_causal=True),
+    "fused attention, mask": lambda: fused_attention(attn_mask=torch.tensor([[True, False], [True, True]])),
+    "fused attention, dropout": lambda: fused_attention(dropout_p=0.3),
+    **{
+        f"{kind.__name__}, {batch_first=}, {hidden=}": (
+            lambda k=kind, b=batch_first, h=hidden: recurrent(k, batch_first=b, hidden=h)
+        )
+        for kind in (nn.LSTM, nn.GRU)
+        for batch_first in (True, False)
+        for hidden in (True, False)
+    },
+    "RNN": lambda: recurrent(nn.RNN, batch_first=True, hidden=False),
+    "LSTM, bidirectional": lambda: recurrent(nn.LSTM, batch_first=True, hidden=False, bidirectional=True),
+    "LSTM, two layers": lambda: recurrent(nn.LSTM, batch_first=True, hidden=True, num_layers=2),
+    "LSTMCell": recurrent_cell,
+    "EmbeddingBag": bag,
+    "EmbeddingBag, rows": lambda: bag_of_rows("mean"),
+    "EmbeddingBag, max": lambda: bag_of_rows("max"),
+    "Bilinear": bilinear,
+    "einsum": einsum,
+    "bias.add_": lambda: bias_in_place("add_"),
+    "gain.mul_": lambda: bias_in_place("mul_"),
+    "+= bias": lambda: bias_in_place("+="),
+    "+= bias on a clone": bias_in_place_of_the_input,
+    "class token by cat": lambda: class_token("cat"),
+    "class token by stack": lambda: class_token("stack"),
+    "class token by setitem": lambda: class_token("setitem"),
+    "prompt": prompt,
+    "batch norm in training mode": batch_norm,
+    "affine norms": randomised_norms,
+    "weight_norm": lambda: normed(torch.nn.utils.parametrizations.weight_norm),
+    "weight_norm, old": lambda: normed(torch.nn.utils.weight_norm),
+    "mask on a weight": masked_weight,
+    "mask with a row per example": masked_bias,
+    "expressions": expressions,
+    "dropout of weights": dropped_weight,
+    "auxiliary loss": auxiliary,
+    "learned loss weights": weighted_losses,
+    "per-example losses": per_example,
+    "output object": output_object,
+    "logging": logging,
+    **{f"target: {how}": (lambda how=how: teacher(how)) for how in (
+        "detach", "data", "no_grad", "no_grad hidden", "detached weights")},
+    "checkpoint": lambda: checkpointed(False),
+    "checkpoint, reentrant": lambda: checkpointed(True),
+    "autograd.Function with jvp": custom_function,
+    "autograd.Function of weights": custom_function_of_weights,
+    "autograd.Function that reads a parameter": custom_site,
+}  # fmt: skip
+
+
+def assert_exact(problem: Problem, engine: str = "dual", rtol: float = 1e-9) -> GuessGradOptimizer:
+    found, opt = sum_over_one_hots(problem, engine)
+    reference = torch.autograd.grad(problem.closure().mean(), problem.parameters(), allow_unused=True)
+    for (name, p), g in zip(problem.named, reference, strict=True):
+        g = torch.zeros_like(p) if g is None else g
+        torch.testing.assert_close(found[name], g, rtol=rtol, atol=rtol * (float(g.abs().max()) + 1e-2), msg=name)
+    return opt
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_gradient_is_right(name: str) -> None:
+    problem = PROBLEMS[name]()
+    opt = assert_exact(problem)
+    if problem.batch is not None:
+        assert opt._plans[0].graph.batch == problem.batch
+    print(name, [(s.op, s.layout.name) for s in opt._plans[0].graph.sites if s.layout is Layout.COUPLED])
