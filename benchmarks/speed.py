@@ -29,7 +29,6 @@ from benchmarks.training import ESTIMATORS, LABELS
 from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, optimizer
 from guessopt.engine import levels
 from guessopt.engine.forward import Pass
-from guessopt.estimators import perp
 from guessopt.tracing import local
 
 
@@ -117,7 +116,7 @@ PROBLEMS = {
 
 LR = 1e-4
 DEFAULT_ENGINE: str = inspect.signature(GuessGradOptimizer).parameters["engine"].default
-MATH_ATTENTION = "unfused attention for the guesses: the fused one has no forward-mode rule in this engine"
+MATH_ATTENTION = "unfused attention with engine {}, which has no forward-mode rule for the fused one"
 
 
 def backprop(problem: Problem, loss: Callable[[], Tensor]) -> Step:
@@ -159,16 +158,16 @@ class Bench:
     def guess(self, estimator: Any, engine: str) -> Step:
         own = self.problem.copy()
         guesser = guess_optimizer(own, estimator, engine)
-        return self._with_attention(lambda: guesser.step(own.loss))
+        return self._with_attention(lambda: guesser.step(own.loss), engine)
 
     def empty_pass(self, engine: str) -> Step:
         """A guess step without guesses: what the interception of the closure's calls costs."""
         own = self.problem.copy()
         guesser = guess_optimizer(own, "activation_perturbation", engine)
         guesser._guess = lambda *_: None  # type: ignore[method-assign]
-        return self._with_attention(lambda: guesser.estimate(own.loss))
+        return self._with_attention(lambda: guesser.estimate(own.loss), engine)
 
-    def _with_attention(self, step: Step) -> Step:
+    def _with_attention(self, step: Step, engine: str) -> Step:
         """The step, with unfused attention if the engine cannot do the fused."""
         try:
             return warm(step)
@@ -180,8 +179,8 @@ class Bench:
             with sdpa_kernel(SDPBackend.MATH):
                 step()
 
-        if MATH_ATTENTION not in self.notes:
-            self.notes.append(MATH_ATTENTION)
+        if (note := MATH_ATTENTION.format(engine)) not in self.notes:
+            self.notes.append(note)
         return warm(unfused)
 
 
@@ -199,7 +198,7 @@ POINTS: tuple[tuple[Any, str, str], ...] = (
     (GuessGradOptimizer, "_guess", "guesses: transposes"),
     (local, "draw", "guesses: noise"),
     (local.Local, "pull_back", "guesses: pull back"),
-    (perp, "right_singular_basis", REFRESH),
+    (WPerp, "prepare", REFRESH),
     (Pass, "execute", PASS),
     (optimizer, "estimated_cotangents", "parameter gradients"),
     (optimizer, "parameter_gradients", "parameter gradients"),

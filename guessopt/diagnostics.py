@@ -92,6 +92,8 @@ def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Te
         moment: Tensor | None = g
         if estimator.space == "parameters":
             moment = g if estimator.unbiased else None
+        elif site.by_parameter and estimator.per_example_parameters:
+            moment = None if estimator.noise == "uniform" else g
         elif not opt._is_exact(site, estimator):
             local = run.locals[site.index]
             with torch.no_grad():

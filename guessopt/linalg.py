@@ -44,8 +44,8 @@ def right_singular_basis(w: Tensor, k: int, *, smallest: bool = False) -> Tensor
 
 def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
     """A right singular basis brought up to date with weights that have moved a little: subspace iteration from the old
-    basis, then Rayleigh-Ritz within it. A fraction of a decomposition's cost; held to the energy captured, not to angles,
-    which mean nothing where singular values almost coincide.
+    basis, then Rayleigh-Ritz within it. A fraction of a decomposition's cost; held to the energy captured, not to
+    angles, which mean nothing where singular values almost coincide.
 
     Args:
         w: ``[b, o, i]``.

@@ -54,6 +54,10 @@ class GuessGradOptimizer(Optimizer):
             (``torch.func.jvp``, the reference).
         seed: of the guesses; None follows ``torch.manual_seed``.
         check_finite: refuse a step on a non-finite loss (one device sync a step).
+        batch_norm: in training mode, ``"exact"`` differentiates through the batch statistics, which couples the
+        examples:
+            sites before it take the scalar derivative. ``"frozen_statistics"`` takes the statistics for constants: one
+            derivative per example, far less noise, and a bias (what examples do to each other is left out).
 
     Raises:
         ValueError, TypeError: bad arguments, by name.
@@ -83,6 +87,7 @@ class GuessGradOptimizer(Optimizer):
         engine: str = "fast",
         seed: int | None = None,
         check_finite: bool = True,
+        batch_norm: str = "exact",
         **base_kwargs: Any,
     ) -> None:
         if not isinstance(guesses, int) or guesses < 1:
@@ -91,8 +96,12 @@ class GuessGradOptimizer(Optimizer):
             )
         if memory != "store":
             raise ValueError(f"memory: {memory!r} is not one of store")
-        make_level(engine)
+        if batch_norm not in ("exact", "frozen_statistics"):
+            raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
+        self._level = partial(make_level, engine, frozen_statistics=batch_norm == "frozen_statistics")
+        self._level()
         self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
+        self.batch_norm = batch_norm
         self.check_finite = check_finite
         self._default = make_estimator(estimator)
         groups = _groups(params, self._default)
@@ -193,13 +202,13 @@ class GuessGradOptimizer(Optimizer):
             noise = self._noise.snapshot()
             try:
                 if is_due_for_probe(plan.uses) and plan.analysis is not None:
-                    reprobe(plan, closure, self._by_position, self._ids, self.engine, transaction)
+                    reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
                 return plan, self._pass(plan, closure, transaction)
             except Departure:
                 transaction.rewind()
                 self._noise.restore(noise)
         plan = trace(
-            closure, self._by_position, self._ids, self._names, self.engine, transaction, finite=self.check_finite
+            closure, self._by_position, self._ids, self._names, self._level, transaction, finite=self.check_finite
         )
         self._check_plan(plan)
         self._plans.insert(0, plan)
@@ -211,7 +220,7 @@ class GuessGradOptimizer(Optimizer):
 
     def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
         guess = partial(self._guess, self._guesses_of(plan))
-        run = Pass(self._ids, plan.graph, make_level(self.engine), guess, self._directions(), transaction.saved)
+        run = Pass(self._ids, plan.graph, self._level(), guess, self._directions(), transaction.saved)
         record = run.execute(closure, self._by_position)
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss)
@@ -225,19 +234,21 @@ class GuessGradOptimizer(Optimizer):
 
     def _guess(
         self, guesses: dict[int, tuple[Estimator, str]], site: Site, s: Tensor, values: dict[int, Tensor]
-    ) -> Tensor | None:
-        """The guess ``y`` for a site; None where it needs none."""
+    ) -> Tensor | list[Tensor] | None:
+        """The guess ``y`` for a site; None where it needs none; directions for its parameters where these are few."""
         found = guesses.get(site.index)
         if found is None:
             return None
         estimator, key = found
         local = Local(site, s, values, self._noise)
+        if site.by_parameter and estimator.per_example_parameters:
+            return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
         with torch.no_grad():
             return estimator.sample(self._prepared(site, estimator, key, local), local)
 
     def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str]]:
-        """By site, the estimator and the name of its prepared state; absent where the error is known exactly, or a later
-        site's guess serves, or the parameters themselves are guessed."""
+        """By site, the estimator and the name of its prepared state; absent where the error is known exactly, or a
+        later site's guess serves, or the parameters themselves are guessed."""
         if plan.guesses is None:
             plan.guesses = {}
             for site in plan.graph.sites:
@@ -426,6 +437,12 @@ class GuessGradOptimizer(Optimizer):
                         f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
                     )
         warn_of_coupling(plan, self._warn)
+        if self.batch_norm == "frozen_statistics" and plan.normalises_batch:
+            self._warn(
+                "batch_norm='frozen_statistics': batch statistics are taken for constants; the estimate leaves "
+                "out how examples "
+                "act on each other through them, a bias that grows as batches shrink"
+            )
         read = {p for site in plan.graph.sites for p in site.params} | set(plan.graph.loss_params)
         unread = [self._names[k] for k in self._by_position if k not in read]
         if unread:

@@ -106,7 +106,7 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
             warnings.simplefilter("always", GuessWarning)
             opt._warned = set()
             plan = trace(
-                closure, opt._by_position, opt._ids, opt._names, opt.engine, transaction, finite=opt.check_finite
+                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction, finite=opt.check_finite
             )
             opt._check_plan(plan)
     finally:
@@ -164,6 +164,8 @@ def _next(opt: GuessGradOptimizer, matrix: Matrix) -> str:
 
 
 def _named(estimator: Any, site: Site) -> str:
+    if site.by_parameter and estimator.per_example_parameters:
+        return f"{estimator.name}: each example's parameters"
     if site.is_last:
         return f"{estimator.name}: isotropic (last site)"
     k = getattr(estimator, "k", None)

@@ -67,6 +67,20 @@ class Layout(enum.Enum):
             d = d.repeat(shape[0] // d.shape[0])
         return d.reshape(-1, *(1,) * (len(shape) - 1))
 
+    def place(self, v: Tensor, shape: Shape) -> Tensor:
+        """Per-example values ``[N, *p]`` laid out to broadcast against ``shape``, their ``p`` against its last
+        dimensions; coupled: ``[1, *p]``."""
+        if self in (Layout.FLAT, Layout.FLAT_T):
+            times = shape[0] // v.shape[0]
+            v = v.repeat_interleave(times, 0) if self is Layout.FLAT else v.repeat(times, *(1,) * (v.dim() - 1))
+        inner = tuple(v.shape[1:])
+        while len(inner) >= len(shape) and inner[0] == 1:
+            inner = inner[1:]
+        if self is Layout.COUPLED:
+            return v.reshape(inner)
+        lead = (1, v.shape[0]) if self is Layout.BATCH_SECOND else (v.shape[0],)
+        return v.reshape(*lead, *(1,) * (len(shape) - len(lead) - len(inner)), *inner)
+
     @staticmethod
     def candidates(shape: Shape, n: int) -> tuple[Layout, ...]:
         """The layouts that a shape allows, likeliest first; ``COUPLED`` (always right, far noisier) is the last."""
@@ -149,7 +163,9 @@ class Site:
     ``params``: positions, in the optimizer's order, of the parameters that the call reads (through views and casts).
     ``shares``: the index of the site whose cotangent this one shares (a bias added right after a matrix product).
     ``cut``: the loss reads this output (or that of the site sharing it) directly, so its error is known exactly.
-    ``kept``: bytes of inputs and guess that one pass keeps for it.
+    ``overwritten``: a later call writes into the output's memory, and so into its tangent's.
+    ``by_parameter``: so few parameters stand against so large an output that each example's own parameters are guessed
+    instead (a norm's scale). ``kept``: bytes of inputs and guess that one pass keeps for it.
     """
 
     index: int
@@ -164,7 +180,10 @@ class Site:
     segment: Segment | None = None
     shares: int | None = None
     cut: int | None = None
+    overwritten: bool = False
     kept: int = 0
+    by_parameter: bool = False
+    direction_shapes: tuple[Shape, ...] = ()
 
     @property
     def op(self) -> str:
@@ -261,6 +280,8 @@ class Visit:
     wanted: list[int]
     variables: list[Tensor]
     random: Any = None
+    autocast: tuple[str, torch.dtype] | None = None
+    directions: list[Tensor] | None = None
 
 
 @dataclass

@@ -29,6 +29,10 @@ def _declare_torchvision_operators() -> torch.library.Library | None:
 _TORCHVISION = _declare_torchvision_operators()  # the declarations live as long as this object
 
 
+# Problems here are tiny: a second thread would only make the first one wait, all the more on a busy machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -143,8 +143,7 @@ class Recurrent(nn.Module):
         self.cell, self.head = nn.LSTM(2, 3, batch_first=False), nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.backends.mkldnn.flags(enabled=False):
-            _, (h, _) = self.cell(x)
+        _, (h, _) = self.cell(x)
         out: Tensor = self.head(h[0])
         return out
 

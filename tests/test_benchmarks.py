@@ -1,4 +1,5 @@
-"""The experiments, end to end in their quick versions on data made here: files with the declared keys, finite figures."""
+"""The experiments, end to end in their quick versions on data made here: files with the declared keys, finite
+figures."""
 
 import json
 import math

@@ -19,6 +19,7 @@ class OneHot(Estimator):
     """One entry of one site, the same in every example; the others get no tangent."""
 
     name: ClassVar[str] = "one_hot"
+    per_example_parameters: ClassVar[bool] = False
     at: tuple[int, int] = (-1, 0)
     flips: dict[int, Layout]
 
@@ -79,8 +80,6 @@ def sum_over_one_hots(problem: Problem, engine: str) -> tuple[dict[str, Tensor],
 @pytest.mark.parametrize("engine", ["fast", "dual", "func"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) -> None:
-    if engine == "func" and name == "lstm":
-        pytest.skip("torch.func.jvp has no rule for the fused LSTM's in-place steps")
     problem = build(name)
     total, opt = sum_over_one_hots(problem, engine)
     reference = torch.autograd.grad(problem.closure(), problem.parameters())
@@ -103,8 +102,6 @@ def test_the_diagnostic_gradient_is_the_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_engines_agree(name: str, estimator: str) -> None:
     """Own rules, and torch's on dual tensors, against ``torch.func.jvp``: the same guesses, the same gradients."""
-    if name == "lstm":
-        pytest.skip("torch.func.jvp has no rule for the fused LSTM's in-place steps")
     found = []
     for engine in ("func", "dual", "fast"):
         problem = build(name)

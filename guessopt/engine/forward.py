@@ -12,9 +12,9 @@ from guessopt.engine.levels import Level
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
-from guessopt.tracing.interceptor import Interceptor, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import CustomFunction, Interceptor, stops_gradient, tensors_in
 
-Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | None"]
+Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | list[Tensor] | None"]
 Saved = dict[int, tuple[Tensor, Tensor]]
 
 
@@ -29,7 +29,8 @@ class Pass(Interceptor):
         params: ``id`` of each trainable parameter to its position.
         graph: of an earlier run; a run that departs from it raises ``Departure``.
         level: where tangents live.
-        guess: the tangent for a site, from its output without tangent and the values kept aside; None for no tangent.
+        guess: the tangent for a site, from its output without tangent and the values kept aside; None for no tangent; a
+            list for one direction ``[N, *shape]`` per parameter that the site reads.
         directions: tangents for parameters, by position.
         saved: tensors of the user's that the closure writes, with their values before; added to.
     """
@@ -119,7 +120,7 @@ class Pass(Interceptor):
     ) -> Any:
         if kind is Kind.PLAIN:
             with self.no_grad:
-                return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
+                return self._call(index, fn, args, kwargs)
         if kind is Kind.SITE:
             with self.no_grad:
                 return self._site(index, fn, args, kwargs, tensors, mine)
@@ -132,6 +133,23 @@ class Pass(Interceptor):
         if kind is Kind.STOPPED:
             args, kwargs = _map(args, self.level.primal), _map(kwargs, self.level.primal)
         return fn(*args, **kwargs)
+
+    def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
+        except NotImplementedError as error:
+            if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
+                raise
+            remedy = (
+                "give it a jvp (a static method beside forward and backward)"
+                if isinstance(fn, CustomFunction)
+                else "use another operation, or detach its input if no gradient should pass"
+            )
+            raise ClosureError(
+                f"{getattr(fn, '__name__', fn)} has no derivative in forward mode, by which gradients are "
+                f"estimated here; "
+                f"{remedy}"
+            ) from error
 
     def _site(
         self,
@@ -152,10 +170,12 @@ class Pass(Interceptor):
                 kept_args = (kept_args[0].clone(), *kept_args[1:])
             state = RandomState.capture() if draws(fn) else None
             variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
-            self.visits.append(Visit(sites[0].call, kept_args, kept_kwargs, wanted, variables, state))
+            self.visits.append(
+                Visit(sites[0].call, kept_args, kept_kwargs, wanted, variables, state, autocast_of(tensors[0]))
+            )
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
-        out = self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
+        out = self._call(index, fn, args, kwargs)
         results = tensors_in((out,)) if out is not None else tensors[:1]
         for site in sites:
             s = results[site.output]
@@ -169,10 +189,22 @@ class Pass(Interceptor):
         primal = self.level.primal(s)
         with self.level.outside():
             y = self.guess(site, primal, self.values)
+            if isinstance(y, list):
+                y = self._by_parameter(site, y)
         if y is None:
             return s
-        self.guesses[site.index] = y
-        return self.level.inject(s, y, in_place)
+        if not site.by_parameter or self.visits[-1].directions is None:
+            self.guesses[site.index] = y
+        return self.level.inject(s, y.clone() if site.overwritten else y, in_place)
+
+    def _by_parameter(self, site: Site, directions: list[Tensor]) -> Tensor:
+        """The output's tangent as each example's own parameters move along ``directions``; these are kept."""
+        visit = self.visits[-1]
+        visit.directions = directions
+        return site.rule.parameter_tangent(
+            visit.call.fn, visit.args, visit.kwargs, visit.wanted, directions,
+            lambda v: site.layout.place(v, site.shape),
+        )  # fmt: skip
 
     def plain(self, t: Tensor) -> Tensor:
         return self.level.plain(t)
@@ -251,6 +283,12 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
     for part in parts[1:]:
         d = d + part
     return d
+
+
+def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
+    """The autocast in force for the tensor's device, if any."""
+    kind = t.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def _wide(t: Tensor) -> Tensor:

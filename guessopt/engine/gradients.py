@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -46,21 +47,28 @@ def parameter_gradients(
     def add(position: int, gradient: Tensor) -> None:
         found[position] = found[position] + gradient if position in found else gradient
 
+    def keep(variable: Tensor, gradient: Tensor) -> None:
+        if id(variable) in ids:
+            add(ids[id(variable)], gradient)
+        else:
+            expressions.append(variable)
+            their_gradients.append(gradient.to(variable.dtype))
+
     for visit in record.visits:
+        if visit.directions is not None:
+            for variable, v in zip(visit.variables, visit.directions, strict=True):
+                keep(variable, sum_over_examples(record.d, v))  # grad = sum_n D_n v[n]
+            continue
         for site in graph.sites_at[visit.call.index]:
             g = cotangents.get(site.index)
             if g is None:
                 continue
-            with replayed(visit.random):
+            autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
+            with replayed(visit.random), autocast:
                 gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
             for variable, gradient in zip(visit.variables, gradients, strict=True):
-                if gradient is None:
-                    continue
-                if id(variable) in ids:
-                    add(ids[id(variable)], gradient)
-                else:
-                    expressions.append(variable)
-                    their_gradients.append(gradient.to(variable.dtype))
+                if gradient is not None:
+                    keep(variable, gradient)
     if expressions:
         positions = [p for p in params if p not in record.params]
         through = torch.autograd.grad(
@@ -76,3 +84,9 @@ def parameter_gradients(
     for position, gradient in record.exact.items():
         add(position, gradient)
     return found
+
+
+def sum_over_examples(d: Tensor, v: Tensor) -> Tensor:
+    """``sum_n D_n v[n]``; ``v`` ``[N, *]``, or ``[1, *]`` for the scalar derivative."""
+    weights = d if v.shape[0] == d.shape[0] else d.sum().expand(v.shape[0])
+    return torch.tensordot(weights.to(v.dtype), v, dims=1)

@@ -65,7 +65,32 @@ class Level(ABC):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
+        if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
+            with torch.backends.mkldnn.flags(enabled=False):
+                return fn(*args, **kwargs)
+        if self.frozen_statistics and fn is F.batch_norm:
+            return self._frozen_batch_norm(*args, **kwargs)
         return fn(*args, **kwargs)
+
+    def _frozen_batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Statistics taken for constants: a tangent passes through the scale alone, and examples stay apart."""
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        x = self.primal(input)
+        with self.outside():
+            variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
+            F.batch_norm(x, running_mean, running_var, None, None, True, momentum, eps)  # moves the running statistics
+        return F.batch_norm(input, mean, variance, weight, bias, False, momentum, eps)
 
 
 class DualLevel(Level):
@@ -78,38 +103,8 @@ class DualLevel(Level):
             return body()
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
-        if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
-            with torch.backends.mkldnn.flags(enabled=False):
-                return fn(*args, **kwargs)
-        if self.frozen_statistics and fn is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        out = fn(*args, **kwargs)
+        out = super().call(fn, args, kwargs, writes=writes)
         return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
-
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """Statistics taken for constants: the tangent passes through the scale alone, and examples stay apart."""
-        x, dx = _unpack(input)
-        out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        if dx is None:
-            return out
-        if training:
-            dims = [d for d in range(x.dim()) if d != 1]
-            variance = x.var(dims, unbiased=False)
-        else:
-            assert running_var is not None
-            variance = running_var
-        scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
-        return _pack(out, dx * scale.to(dx.dtype).reshape(1, -1, *(1,) * (x.dim() - 2)))
 
     def primal(self, t: Tensor) -> Tensor:
         return _unpack(t)[0]
@@ -145,11 +140,11 @@ class FastLevel(DualLevel):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         entry = tangent_for(fn)
-        if entry is None or not args or (self.frozen_statistics and fn is F.batch_norm):
+        if entry is None or len(args) < entry[1] or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
         rule, duals = entry
-        pairs = [_unpack(t) for t in args[:duals] if isinstance(t, Tensor)]
-        if len(pairs) < duals or all(pair[1] is None for pair in pairs) or _carries_tangent(args[duals:], kwargs):
+        pairs = [_unpack(t) if isinstance(t, Tensor) else (t, None) for t in args[:duals]]
+        if all(pair[1] is None for pair in pairs) or _carries_tangent(args[duals:], kwargs):
             return super().call(fn, args, kwargs, writes=writes)
         if duals == 1:
             result = rule(*pairs[0], *args[1:], **kwargs)
@@ -188,13 +183,13 @@ def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _unpack(t: Tensor) -> tuple[Tensor, Tensor | None]:
     """``fw.unpack_dual`` without its checks: a level is known to be open, and levels do not nest."""
-    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0) if t.is_floating_point() else (t, None)  # type: ignore[attr-defined]
+    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0) if t.is_floating_point() else (t, None)
     return pair
 
 
 def _pack(primal: Tensor, tangent: Tensor) -> Tensor:
     """``fw.make_dual``, likewise."""
-    dual: Tensor = torch._make_dual(primal, tangent, level=0)  # type: ignore[attr-defined]
+    dual: Tensor = torch._make_dual(primal, tangent, level=0)
     return dual
 
 
@@ -259,8 +254,8 @@ class FuncLevel(Level):
             return (leaf.clone() if clone else leaf), self.plain(leaf)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
-        if not writes:
-            return fn(*args, **kwargs)
+        if not writes or (self.frozen_statistics and fn is F.batch_norm):
+            return super().call(fn, args, kwargs, writes=writes)
         if fn is F.batch_norm:
             self._write(fn, args, kwargs)
             names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
@@ -278,7 +273,7 @@ class FuncLevel(Level):
 _LEVELS: dict[str, type[Level]] = {"fast": FastLevel, "dual": DualLevel, "func": FuncLevel}
 
 
-def make_level(name: str) -> Level:
+def make_level(name: str, *, frozen_statistics: bool = False) -> Level:
     """A fresh level by name.
 
     Raises:
@@ -286,4 +281,6 @@ def make_level(name: str) -> Level:
     """
     if name not in _LEVELS:
         raise ValueError(f"engine: {name!r} is not one of {', '.join(_LEVELS)}")
-    return _LEVELS[name]()
+    level = _LEVELS[name]()
+    level.frozen_statistics = frozen_statistics
+    return level

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guessopt.engine.forward import Departure, Pass, Saved
-from guessopt.engine.levels import make_level
+from guessopt.engine.levels import Level
 from guessopt.engine.probe import Found, find_layouts
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState
@@ -31,6 +31,7 @@ class Plan:
     loss: Tensor | None
     uses: int = 0
     guesses: dict[int, Any] | None = None
+    normalises_batch: bool = False
 
 
 class Transaction:
@@ -53,7 +54,7 @@ def trace(
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
     names: Sequence[str],
-    engine: str,
+    make_level: Callable[[], Level],
     transaction: Transaction,
     *,
     finite: bool,
@@ -79,7 +80,7 @@ def trace(
         transaction.rewind()
         given = int(loss.shape[0]) if loss.dim() == 1 else None
         try:
-            found = layouts_of(closure, analysis, sites, params, ids, engine, transaction, given)
+            found = layouts_of(closure, analysis, sites, params, ids, make_level, transaction, given)
         except Departure:
             raise unstable() from None
         constant = constant_calls(analysis, sites, found)
@@ -90,6 +91,7 @@ def trace(
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
+    plan.normalises_batch = bool(analysis.coupled_by_batch_norm())
     plan.analysis = analysis if found.batch > 1 else None
     _forget_tensors(tape)
     return plan
@@ -101,24 +103,33 @@ def layouts_of(
     sites: Sequence[Site],
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
-    engine: str,
+    make_level: Callable[[], Level],
     transaction: Transaction,
     given: int | None,
+    seed: int = 0,
 ) -> Found:
     """Probe the closure for where its examples lie."""
     graph = analysis.graph(list(sites), {}, 1, segments=False)
+    frozen = make_level().frozen_statistics
 
     def push(tangents: dict[int, Callable[[Tensor], Tensor]]) -> list[Tensor | None]:
         def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
             return tangents[site.index](s) if site.index in tangents else None
 
-        run = Pass(ids, graph, make_level(engine), guess, {}, transaction.saved)
+        run = Pass(ids, graph, make_level(), guess, {}, transaction.saved)
         try:
             return run.execute(closure, params).tangents
         finally:
             transaction.rewind()
 
-    return find_layouts(sites, graph.cuts, push, given=given, coupled=frozenset(analysis.coupled_by_batch_norm()))
+    return find_layouts(
+        sites,
+        graph.cuts,
+        push,
+        given=given,
+        coupled=frozenset() if frozen else frozenset(analysis.coupled_by_batch_norm()),
+        seed=seed,
+    )
 
 
 def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> frozenset[int]:
@@ -140,12 +151,12 @@ def reprobe(
     closure: Callable[[], Any],
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
-    engine: str,
+    make_level: Callable[[], Level],
     transaction: Transaction,
 ) -> None:
     """Look again: a site whose tangents could not reach the loss (a zero-initialised head) may have come alive."""
     assert plan.analysis is not None
-    found = layouts_of(closure, plan.analysis, plan.sites, params, ids, engine, transaction, plan.given)
+    found = layouts_of(closure, plan.analysis, plan.sites, params, ids, make_level, transaction, plan.given, plan.uses)
     graph = plan.graph
     plan.graph = replace(
         graph,

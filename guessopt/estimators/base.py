@@ -47,6 +47,12 @@ class Estimator(ABC):
     exact_last: ClassVar[bool] = False
     #: Steps after which ``prepare`` runs again.
     refresh: int = 50
+    #: Kind of noise; see ``Local.noise``.
+    noise: str = "normal"
+    #: Whether sites whose output far outnumbers their parameters (a norm's scale) have each example's parameters
+    # guessed
+    #: in place of the output: unbiased, and in far fewer dimensions.
+    per_example_parameters: ClassVar[bool] = True
 
     @property
     def unbiased(self) -> bool:

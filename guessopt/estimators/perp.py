@@ -67,7 +67,8 @@ class WPerp(Estimator):
     def prepare(
         self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """``V_k`` of each next matrix as rows, ``[b, k, i]``; a few rows more, unused, for the next refresh to start from."""
+        """``V_k`` of each next matrix as rows, ``[b, k, i]``; a few rows more, unused, for the next refresh to start
+        from."""
         if self.select == "bottom":
             return [right_singular_basis(w, self.k, smallest=True) for _, w in weights]
         if previous is None:

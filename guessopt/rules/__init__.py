@@ -1,9 +1,19 @@
-"""One file per operation family: gradients of its parameters, and W~ where it is a matrix."""
+"""One file per operation family: gradients of its parameters, its tangent, and W~ where it is a matrix."""
 
-from guessopt.rules import attention, conv, elementwise, linear, norm
+from guessopt.rules import affine, attention, conv, elementwise, linear, norm
 from guessopt.rules.base import MatrixRule, Rule, register_rule, register_tangent, rule_for, tangent_for
 
 __all__ = [
-    "MatrixRule", "Rule", "attention", "conv", "elementwise", "linear", "norm", "register_rule", "register_tangent",
-    "rule_for", "tangent_for",
-]  # fmt: skip
+    "MatrixRule",
+    "Rule",
+    "affine",
+    "attention",
+    "conv",
+    "elementwise",
+    "linear",
+    "norm",
+    "register_rule",
+    "register_tangent",
+    "rule_for",
+    "tangent_for",
+]

@@ -21,6 +21,10 @@ from guessopt.sites import Matrix, Shape
 _RULES: dict[Callable[..., Any], Rule] = {}
 
 
+#: Lays per-example parameters ``[N, *shape]`` out so that they broadcast against the operation's output.
+Place = Callable[[Tensor], Tensor]
+
+
 class Rule:
     """How one operation turns a cotangent into gradients of its parameters. This base serves any operation.
 
@@ -38,6 +42,26 @@ class Rule:
 
     #: Whether the operation is a linear layer or a convolution, with a weight that is a matrix.
     is_matrix: ClassVar[bool] = False
+    #: Whether ``parameter_tangent`` is there.
+    has_parameter_tangent: ClassVar[bool] = False
+
+    def parameter_tangent(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        wanted: list[int],
+        vs: list[Tensor],
+        place: Place,
+    ) -> Tensor:
+        """The output's tangent when each example's own copy of the parameters moves along ``vs``.
+
+        Args:
+            wanted: positions of the parameters, as for ``gradients``.
+            vs: a direction for each, ``[N, *shape]`` (``[1, *shape]`` where examples are coupled).
+            place: lays such a direction out against the output.
+        """
+        raise NotImplementedError
 
     def gradients(
         self,

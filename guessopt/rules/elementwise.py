@@ -101,13 +101,9 @@ def subtract(ab: Pair, tangents: Pair, **other: Any) -> Any:
     if other or (da is not None and db is not None):
         return NotImplemented
     out = a - b
-    return out, _alone(da, out) if db is None else (-db).expand(out.shape)
-
-
-@register_tangent(Tensor.__rsub__, torch.rsub, duals=2)
-def subtract_from(ab: Pair, tangents: Pair, **other: Any) -> Any:
-    """``d(b - a)``."""
-    return subtract(ab[::-1], tangents[::-1], **other)
+    if db is None:
+        return out, _alone(da, out)
+    return out, -db if db.shape == out.shape else _alone(-db, out)
 
 
 @register_tangent(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, duals=2)

@@ -10,6 +10,7 @@ fused kernels for ``J^T g`` compute ``dxhat = J dx`` in one go; then ``ds = w dx
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import Rule, register_rule, register_tangent
+from guessopt.rules.base import Place, Rule, register_rule, register_tangent
 
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -30,6 +31,29 @@ _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
 @register_rule(F.batch_norm, F.layer_norm, F.group_norm, F.rms_norm)
 class NormRule(Rule):
     """Weight and bias of batch, layer, group and RMS normalisation."""
+
+    has_parameter_tangent = True
+
+    def parameter_tangent(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        wanted: list[int],
+        vs: list[Tensor],
+        place: Place,
+    ) -> Tensor:
+        """``v_w xhat + v_b``, of each example's own weight and bias."""
+        bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
+        tensors = [name for name, value in bound.items() if isinstance(value, Tensor)]
+        total: Tensor | None = None
+        for k, v in zip(wanted, vs, strict=True):
+            if fn in (F.batch_norm, F.group_norm):
+                v = v.reshape(*v.shape, *(1,) * (bound["input"].dim() - 2))
+            part = place(v) * _normalised(fn, bound["input"], bound) if tensors[k] == "weight" else place(v)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     def gradients(
         self,
@@ -108,8 +132,10 @@ def layer_norm(
     """``ds = w r (dx - mean(dx) - xhat mean(xhat dx))`` over the normalised dimensions."""
     shape = list(normalized_shape)
     out, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
+    if not x.is_cuda:  # the CPU kernel wants one dtype; statistics of bfloat16 may be float32
+        x, dx = x.to(mean.dtype), dx.to(mean.dtype)
     dxhat = _layer_norm_jacobian(dx, x, shape, mean, r, None, None, _X_ONLY)[0]
-    return out, dxhat if weight is None else dxhat * weight
+    return out, dxhat if weight is None else dxhat.mul_(weight)
 
 
 @register_tangent(F.rms_norm, torch.rms_norm)
@@ -123,8 +149,11 @@ def rms_norm(
     xhat = wide * r
     dxhat = torch.addcmul(dwide, xhat, (xhat * dwide).mean(dims, keepdim=True), value=-1).mul_(r)
     if weight is None:
-        return xhat.to(x.dtype), dxhat
-    return (xhat * weight).to(x.dtype), dxhat * weight
+        return xhat.to(x.dtype), dxhat.to(x.dtype)
+    if weight.dtype is not x.dtype:  # the output's dtype depends on torch's version
+        out = F.rms_norm(x, list(normalized_shape), weight, eps)
+        return out, dxhat.mul_(weight).to(out.dtype)
+    return (xhat * weight).to(x.dtype), dxhat.mul_(weight).to(x.dtype)
 
 
 @register_tangent(F.group_norm)
@@ -137,11 +166,11 @@ def group_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """``ds = w r (dx - mean(dx) - xhat mean(xhat dx))`` over each example's group of channels."""
-    sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), num_groups)
+    sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), num_groups)
     x = x.contiguous()
     out, mean, r = torch.native_group_norm(x, weight, bias, *sizes, eps)
     dxhat = _group_norm_jacobian(dx.contiguous(), x, mean, r, None, *sizes, _X_ONLY)[0]
-    return out, dxhat if weight is None else dxhat * _per_channel(weight, x)
+    return out, dxhat if weight is None else dxhat.mul_(_per_channel(weight, x))
 
 
 @register_tangent(F.batch_norm)
@@ -162,7 +191,7 @@ def batch_norm(
             return NotImplemented
         out, mean, r = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
         dxhat = _batch_norm_jacobian(dx, x, None, None, None, mean, r, True, eps, _X_ONLY)[0]
-        return out, dxhat if weight is None else dxhat * _per_channel(weight, x)
+        return out, dxhat if weight is None else dxhat.mul_(_per_channel(weight, x))
     if running_var is None:
         return NotImplemented
     out = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -183,6 +212,6 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Any:
     """``group_norm`` with one channel a group; torch's own with running statistics."""
-    if running_mean is not None or not use_input_stats or x[0, 0].numel() <= 1:
+    if running_mean is not None or not use_input_stats or math.prod(x.shape[2:]) <= 1:
         return NotImplemented
     return group_norm(x, dx, x.shape[1], weight, bias, eps)

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, rule_for
 from guessopt.rules.elementwise import ADDITION, is_elementwise, is_relu
-from guessopt.sites import Call, Cut, Kind, Layout, Matrix, Segment, Site, SiteGraph, Value, numel
+from guessopt.sites import Call, Cut, Kind, Layout, Matrix, Segment, Shape, Site, SiteGraph, Value, numel
 from guessopt.tracing.tape import Tape
+
+#: Entries of an example's output to a parameter's, from which on the parameters themselves are guessed.
+OUTNUMBERED = 4
 
 
 class _SharedMemory(Exception):
@@ -26,12 +29,8 @@ class Analysis:
 
     def __post_init__(self) -> None:
         tape = self.tape
-        self.active: set[int] = set()
+        self.active = tape.active
         self.blocked: dict[int, str] = {}
-        for call, kind in zip(tape.calls, tape.kinds, strict=True):
-            fed = any(v in self.active for v in call.inputs)
-            if kind is Kind.SITE or (kind is Kind.PLAIN and fed):
-                self.active.update(v for v in call.outputs if tape.dtypes[v].is_floating_point)
         self.useful = self._ancestors()
         self.loss = self._loss_calls()
         self.cut_values = self._cut_values()
@@ -129,7 +128,7 @@ class Analysis:
                         Site(
                             index=len(found), call=call, output=k, value=v, rule=rule_for(call.fn),
                             params=tuple(sorted(tape.origins[c])), shape=tape.shapes[v], dtype=tape.dtypes[v],
-                            segment=self.segment(v), kept=self._kept(call, v),
+                            segment=self.segment(v), overwritten=v in tape.overwritten, kept=self._kept(call, v),
                         )
                     )  # fmt: skip
         return [self._shared(site, found) for site in found]
@@ -271,6 +270,8 @@ class Analysis:
                 site,
                 layout=layouts.get(site.value, Layout.COUPLED),
                 cut=None if site.cut is None or cuts[site.cut].shared else site.cut,
+                by_parameter=self._is_outnumbered(site, sites, layouts.get(site.value, Layout.COUPLED), batch),
+                direction_shapes=self._direction_shapes(site, layouts.get(site.value, Layout.COUPLED), batch),
             )
             for site in sites
         )
@@ -298,6 +299,21 @@ class Analysis:
                 found.add(c)
                 stack += tape.calls[c].inputs
         return found
+
+    def _direction_shapes(self, site: Site, layout: Layout, batch: int) -> tuple[Shape, ...]:
+        examples = 1 if layout is Layout.COUPLED else batch
+        c = site.call.index
+        return tuple((examples, *self.tape.shapes[site.call.inputs[k]]) for k in self.tape.mine[c])
+
+    def _is_outnumbered(self, site: Site, sites: list[Site], layout: Layout, batch: int) -> bool:
+        """Whether an example's output has several times as many entries as the parameters that the site reads."""
+        if not site.rule.has_parameter_tangent or site.shares is not None or any(s.shares == site.index for s in sites):
+            return False
+        shapes = [self.tape.shapes[site.call.inputs[k]] for k in self.tape.mine[site.call.index]]
+        dims = len(site.shape) - (2 if layout is Layout.BATCH_SECOND else 1)
+        fits = all(len(shape) <= dims or (len(shape) <= dims + 1 and shape[0] == 1) for shape in shapes)
+        entries = numel(site.shape) // (1 if layout is Layout.COUPLED else batch)
+        return fits and entries >= OUTNUMBERED * sum(numel(shape) for shape in shapes)
 
     def _cut(self, v: int, layout: Layout) -> Cut:
         tape = self.tape

@@ -8,13 +8,18 @@ records an ordinary autograd graph, which never contains an activation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError
 
@@ -58,6 +63,7 @@ class Interceptor(TorchFunctionMode):
         self.params = params
         self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
         self.count = 0
+        self.enabled = True
         self.no_grad: AbstractContextManager[Any] = torch.no_grad()
 
     def __torch_function__(
@@ -65,7 +71,12 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if fn in _CONTROL:
+            if fn is torch._C._set_grad_enabled:
+                self.enabled = args[0]
             return _CONTROL[fn](fn, args, kwargs)
+        if fn is F.multi_head_attention_forward:
+            with self:  # its projections are ordinary calls
+                return _attention(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
             return out  # x.shape, x.device: no tensor, no trace
@@ -73,6 +84,12 @@ class Interceptor(TorchFunctionMode):
             raise ClosureError(
                 f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
                 "silently lost; use torch.no_grad() there, or move the call out of the closure"
+            )
+        if torch.is_grad_enabled() != self.enabled:
+            raise ClosureError(
+                f"{getattr(fn, '__name__', fn)} is called inside the forward of a torch.autograd.Function whose "
+                f"apply was "
+                "looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in the closure"
             )
         mine = [t for t in tensors if id(t) in self.params or id(t) in self.expressions]
         index = self.count
@@ -111,8 +128,59 @@ class Interceptor(TorchFunctionMode):
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """The closure's result under this mode, with gradients enabled as a training script has them."""
-        with torch.enable_grad(), self:
+        with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
             return closure()
+
+
+# The same code, but that it does not hand itself over to the function mode as a whole.
+_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Modules of ``torch.compile`` run as written: compiled code shows its calls to no function mode."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+@dataclass(frozen=True)
+class CustomFunction:
+    """``MyFunction.apply`` of a ``torch.autograd.Function``, as a call that a function mode sees."""
+
+    cls: Any
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.cls.__name__}.apply"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_function_stack():
+            return handle_torch_function(self, (), *args, **kwargs)
+        return _APPLY.__get__(None, self.cls)(*args, **kwargs)
+
+
+_APPLY = torch.autograd.Function.__dict__["apply"]
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if cls is CheckpointFunction and torch._C._len_torch_function_stack():
+        run, _, *inputs = args
+        return run(*inputs)  # nothing is stored for a backward pass, so there is nothing to compute again
+    return CustomFunction(cls)(*args, **kwargs)
+
+
+@contextmanager
+def _visible_functions() -> Iterator[None]:
+    """Let function modes see ``torch.autograd.Function.apply``, which torch hides from them."""
+    torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = _APPLY
 
 
 def _plainly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -67,7 +67,7 @@ class Local:
     def pull_back(self, u: Tensor) -> Tensor:
         """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone."""
         if self.site.segment is not None and self.site.segment.is_relu:
-            return torch.ops.aten.threshold_backward(u, self.s, 0)  # type: ignore[no-any-return]
+            return torch.ops.aten.threshold_backward(u, self.s, 0)
         if self.is_elementwise:
             m = self.derivative()
             return u if m is None else u * m

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value
 from guessopt.tracing.interceptor import Interceptor, stops_gradient, tensors_in
@@ -41,6 +43,9 @@ class Tape(Interceptor):
         self.mutations: dict[int, tuple[int, ...]] = {}
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.stopped: set[int] = set()
+        self.active: set[int] = set()
+        self.overwritten: set[int] = set()
+        self._memory: dict[int, set[int]] = {}
         self._values = WeakIdKeyDictionary()
 
     def call(
@@ -52,10 +57,13 @@ class Tape(Interceptor):
         tensors: list[Tensor],
         mine: list[Tensor],
     ) -> Any:
+        if torch._C._are_functorch_transforms_active() or isinstance(fn, HigherOrderOperator):
+            self._check_plain(fn, tensors)
         known = len(self.shapes)
         inputs = tuple(self.value(t) for t in tensors)
         for position, (t, v) in enumerate(zip(tensors, inputs, strict=True)):
             if v >= known and v not in self.first_use:
+                self._check_seen(t, fn)
                 self.first_use[v] = (index, position)
                 self.outside[v] = t
             if isinstance(t, torch.nn.Parameter) or id(t) in self.expressions:
@@ -82,7 +90,12 @@ class Tape(Interceptor):
         results = tensors_in((out,)) if out is not None else list(tensors[:1])
         in_place = any(r is t for r in results for t in tensors) or is_in_place(fn)
         extra = self._aliases(results, tensors) if in_place else []
+        if in_place and tensors:
+            self.overwritten |= self._memory.get(_memory(tensors[0]), set())
         outputs = tuple(self._new(t, index) for t in [*results, *extra])
+        self._remember(results, outputs, tensors)
+        if kind is Kind.SITE or (kind is Kind.PLAIN and any(v in self.active for v in inputs)):
+            self._activate(results, outputs, {id(t) for t, v in zip(tensors, inputs, strict=True) if v in self.outside})
         for v in inputs:
             self.consumers.setdefault(v, []).append(index)
         self.calls.append(Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra)))
@@ -91,11 +104,61 @@ class Tape(Interceptor):
         self.origins.append(frozenset().union(*(self.positions(m) for m in mine)))
         return out
 
+    def run(self, closure: Callable[[], Any]) -> Any:
+        loss = super().run(closure)
+        if isinstance(loss, Tensor) and loss not in self._values:
+            self._check_seen(loss, None)
+        return loss
+
+    def _activate(self, results: list[Tensor], outputs: tuple[int, ...], outside: set[int]) -> None:
+        """Derivatives reach these. They are made to require grad, so that a call which the mode cannot see leaves a
+        trace of itself; the user's own tensors stay as they are."""
+        for t, v in zip(results, outputs, strict=False):
+            if t.is_floating_point():
+                self.active.add(v)
+                if id(t) not in outside:
+                    t.requires_grad_()
+        self.active.update(v for v in outputs[len(results) :] if self.dtypes[v].is_floating_point)
+
+    def _check_plain(self, fn: Callable[..., Any], tensors: list[Tensor]) -> None:
+        """Raise ``ClosureError`` if a call inside a transform, or a higher-order one, takes part in the derivative."""
+        name = getattr(fn, "__name__", str(fn))
+        for t in tensors:
+            while torch._C._functorch.is_functorch_wrapped_tensor(t):
+                t = torch._C._functorch.get_unwrapped(t)
+            if id(t) in self.params or id(t) in self.expressions or self._values.get(t) in self.active:
+                what = (
+                    f"{name} is a higher-order operation, which has no derivative in forward mode; use another one"
+                    if isinstance(fn, HigherOrderOperator)
+                    else f"{name} is called inside a transform of torch.func (vmap, grad, ...); call the model outside it"
+                )
+                raise ClosureError(f"{what} (F.scaled_dot_product_attention in place of flex_attention)" if "flex" in name else what)
+
+    def _check_seen(self, t: Tensor, fn: Callable[..., Any] | None) -> None:
+        """Raise ``ClosureError`` if a tensor that no seen call has made depends on what trains."""
+        stack, seen = [t.grad_fn] if t.grad_fn is not None and id(t) not in self.expressions else [], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and (id(leaf) in self.params or self._values.get(leaf) in self.active):
+                where = "the closure returns" if fn is None else f"{getattr(fn, '__name__', fn)} reads"
+                raise ClosureError(
+                    f"{where} a tensor that depends on trainable parameters through an operation which cannot be seen "
+                    f"({t.grad_fn.name()}): TorchScript (torch.jit) hides its operations, so use the original module; "  # type: ignore[union-attr]
+                    "what was computed before the closure must be computed inside it, or detached"
+                )
+            stack += [parent for parent, _ in node.next_functions]
+
     def value(self, t: Tensor) -> int:
         found = self._values.get(t)
         return found if found is not None else self._new(t, None)
 
     def _new(self, t: Tensor, producer: int | None) -> int:
+        if t.is_nested:
+            raise ClosureError("the closure uses a nested tensor; pad it, or run the examples in groups of one length")
         v = len(self.shapes)
         self.shapes.append(tuple(t.shape))
         self.dtypes.append(t.dtype)
@@ -115,6 +178,16 @@ class Tape(Interceptor):
             if not any(t is r for r in results) and t.numel() and t.untyped_storage().data_ptr() == storage
         ]
 
+    def _remember(self, results: list[Tensor], outputs: tuple[int, ...], tensors: list[Tensor]) -> None:
+        """Which values lie in which memory; memory that is in no input has been allocated anew."""
+        old = {_memory(t) for t in tensors}
+        for t, v in zip(results, outputs, strict=False):
+            place = _memory(t)
+            if place in old:
+                self._memory.setdefault(place, set()).add(v)
+            else:
+                self._memory[place] = {v}
+
     def mutations_of(
         self,
         index: int,
@@ -132,6 +205,11 @@ class Tape(Interceptor):
                 self.saved[id(t)] = (t, t.detach().clone())
         if targets:
             self.mutations[index] = tuple(targets)
+
+
+def _memory(t: Tensor) -> int:
+    hidden = t.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return id(t) if hidden else t.untyped_storage().data_ptr()
 
 
 def written(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[int]:

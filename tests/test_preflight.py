@@ -1,0 +1,75 @@
+"""The report before training: what it says is what a step does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from guessopt import ClosureError, DirectionalDescent, GuessGradOptimizer, GuessWarning, WPerp, preflight
+
+from .problems import PROBLEMS, build
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_parameter_is_accounted_for(name: str) -> None:
+    problem = build(name)
+    report = preflight(problem.named, problem.closure)
+    listed = {p for site in report.sites for p in site.parameters}
+    alone = {"temperature"} if name == "functional" else set()  # read by the loss itself
+    assert listed | alone == {n for n, _ in problem.named} and report.unread == ()
+    assert report.batch == problem.batch
+    assert all(site.batch != "coupled" for site in report.sites) and report.coupled == ()
+    assert 1 < report.cost <= 3.01 and report.memory > 0
+
+
+def test_a_transformer_reads_as_one_would_explain_it() -> None:
+    problem = build("transformer")
+    report = preflight(GuessGradOptimizer(problem.named, torch.optim.SGD, WPerp(k=3), lr=0.1), problem.closure)
+    by_name = {site.parameters[0]: site for site in report.sites}
+    qkv = by_name["block.qkv.weight"]
+    assert qkv.operation == "linear" and qkv.shape == (5, 3, 12) and qkv.batch == "[N, ...]"
+    assert qkv.next == "linear block.proj.weight" and "softmax" in qkv.path and qkv.guess == "w_perp k=3"
+    assert by_name["block.up.weight"].path == "gelu"
+    assert by_name["head.weight"].next == "the loss" and "last site" in by_name["head.weight"].guess
+    assert by_name["embed.weight"].guess == "shares the next site's"
+    text = str(report)
+    assert "examples: 5" in text and all(name in text for name in by_name)
+
+
+def test_unread_coupled_and_clipped_are_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2), nn.Linear(3, 3))
+    x, y = torch.randn(6, 4), torch.arange(6) % 2
+    groups = [{"params": model[:3].named_parameters("a")}, {"params": model[3:].named_parameters("b")}]
+    report = preflight(groups, lambda: F.cross_entropy(model[:4](x), y))
+    assert report.unread == ("b.4.weight", "b.4.bias")
+    assert report.coupled == ("a.0.weight (linear)",)
+    assert any("a.0.weight" not in note and "interact" in note for note in report.notes)
+    assert report.sites[0].guess == "w_perp k=2"  # the head's rank
+
+
+def test_each_group_shows_its_own_guess() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    groups = [
+        {"params": model[0].parameters(), "estimator": "w_transpose"},
+        {"params": model[2].parameters(), "estimator": DirectionalDescent()},
+    ]
+    report = preflight(groups, lambda: model(torch.ones(3, 4)).sum())
+    assert [site.guess for site in report.sites] == ["w_transpose", "directional_descent (on the parameters)"]
+
+
+def test_it_changes_nothing_and_raises_as_a_step_would() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2))
+    opt = GuessGradOptimizer(model.parameters(), lr=0.1, seed=0)
+    x, y = torch.randn(6, 4), torch.arange(6) % 2
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    preflight(opt, lambda: F.cross_entropy(model(x), y))
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.warns(GuessWarning, match="interact"):  # the warning is still to come: preflight only told
+        opt.step(lambda: F.cross_entropy(model(x), y))
+    with pytest.raises(ClosureError, match="must return the loss"):
+        preflight(opt, lambda: None)
