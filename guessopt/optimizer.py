@@ -201,7 +201,7 @@ class GuessGradOptimizer(Optimizer):
         for plan in list(self._plans):
             noise = self._noise.snapshot()
             try:
-                if is_due_for_probe(plan.uses) and plan.analysis is not None:
+                if is_due_for_probe(plan):
                     reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
                 return plan, self._pass(plan, closure, transaction)
             except Departure:
@@ -289,7 +289,7 @@ class GuessGradOptimizer(Optimizer):
         for position, p in self._by_position.items():
             estimator = self._estimators[position]
             if estimator.space == "parameters":
-                v = draw(self._noise, estimator.noise, tuple(p.shape), p.dtype, p.device)  # type: ignore[attr-defined]
+                v = draw(self._noise, estimator.noise, tuple(p.shape), p.dtype, p.device)
                 found[position] = v
         return found
 

@@ -17,7 +17,7 @@ def estimated_cotangents(graph: SiteGraph, record: ForwardRecord) -> dict[int, T
     found: dict[int, Tensor] = {}
     for site in reversed(graph.sites):
         if (y := record.guesses.get(site.index)) is not None:
-            found[site.index] = site.layout.spread(record.d, site.shape).to(y.dtype) * y
+            found[site.index] = y.mul_(site.layout.spread(record.d, site.shape).to(y.dtype))  # y has served
         elif site.shares is not None and site.shares in found:
             found[site.index] = found[site.shares]
         elif site.cut is not None:

@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from guessopt.rules.base import tangent_for
@@ -67,6 +68,9 @@ class Level(ABC):
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
         if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
             with torch.backends.mkldnn.flags(enabled=False):
+                return fn(*args, **kwargs)
+        if fn is F.scaled_dot_product_attention:  # only the plain formula has a forward derivative
+            with sdpa_kernel(SDPBackend.MATH):
                 return fn(*args, **kwargs)
         if self.frozen_statistics and fn is F.batch_norm:
             return self._frozen_batch_norm(*args, **kwargs)

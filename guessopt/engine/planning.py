@@ -32,6 +32,7 @@ class Plan:
     uses: int = 0
     guesses: dict[int, Any] | None = None
     normalises_batch: bool = False
+    alive: bool = False
 
 
 class Transaction:
@@ -73,6 +74,10 @@ def trace(
             transaction.saved.update({k: v for k, v in tape.saved.items() if k not in transaction.saved})
         check_loss(loss)
         analysis = Analysis(tape, tape.value(loss))
+        if not (weights := analysis.weight_calls()) <= as_expression:
+            as_expression |= weights
+            transaction.rewind()
+            continue
         sites = analysis.sites()
         if finite:
             check_finite(loss)
@@ -91,6 +96,7 @@ def trace(
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
+    plan.alive = found.alive
     plan.normalises_batch = bool(analysis.coupled_by_batch_norm())
     plan.analysis = analysis if found.batch > 1 else None
     _forget_tensors(tape)
@@ -107,6 +113,7 @@ def layouts_of(
     transaction: Transaction,
     given: int | None,
     seed: int = 0,
+    known: tuple[int, dict[int, Layout]] | None = None,
 ) -> Found:
     """Probe the closure for where its examples lie."""
     graph = analysis.graph(list(sites), {}, 1, segments=False)
@@ -129,6 +136,7 @@ def layouts_of(
         given=given,
         coupled=frozenset() if frozen else frozenset(analysis.coupled_by_batch_norm()),
         seed=seed,
+        known=known,
     )
 
 
@@ -156,19 +164,32 @@ def reprobe(
 ) -> None:
     """Look again: a site whose tangents could not reach the loss (a zero-initialised head) may have come alive."""
     assert plan.analysis is not None
-    found = layouts_of(closure, plan.analysis, plan.sites, params, ids, make_level, transaction, plan.given, plan.uses)
     graph = plan.graph
-    plan.graph = replace(
-        graph,
-        batch=found.batch,
-        sites=tuple(replace(site, layout=found.layouts[site.value]) for site in graph.sites),
-        cuts=tuple(replace(cut, layout=found.layouts[cut.value]) for cut in graph.cuts),
+    known = {site.value: site.layout for site in graph.sites} | {cut.value: cut.layout for cut in graph.cuts}
+    found = layouts_of(
+        closure,
+        plan.analysis,
+        plan.sites,
+        params,
+        ids,
+        make_level,
+        transaction,
+        plan.given,
+        plan.uses,
+        (graph.batch, known),
     )
+    plan.alive = plan.alive or found.alive
+    if found.layouts != known:
+        new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch)
+        plan.graph = replace(new, constants=graph.constants)
+        plan.guesses = None
 
 
-def is_due_for_probe(uses: int) -> bool:
-    """Before the second pass, the fourth, the eighth, ...: often while weights move fast, seldom later."""
-    return uses > 0 and uses & (uses + 1) == 0
+def is_due_for_probe(plan: Plan) -> bool:
+    """Before the second pass and the fourth; before the eighth, 16th, ... as well while nothing has reached the
+    loss."""
+    uses = plan.uses
+    return plan.analysis is not None and uses > 0 and uses & (uses + 1) == 0 and (uses <= 3 or not plan.alive)
 
 
 def _forget_tensors(tape: Tape) -> None:

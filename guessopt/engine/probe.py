@@ -74,6 +74,7 @@ def find_layouts(
     given: int | None = None,
     coupled: frozenset[int] = frozenset(),
     seed: int = 0,
+    known: tuple[int, dict[int, Layout]] | None = None,
 ) -> Found:
     """Search; see the module's docstring.
 
@@ -81,8 +82,13 @@ def find_layouts(
         push: runs one forward pass.
         coupled: values of sites known to lie before a batch normalisation.
         seed: of the splits; another one later sees what this one may have missed.
+        known: N and layouts found earlier: one pass confirms them, or the search begins anew.
     """
     search = _Search([site for site in sites if site.shares is None], list(cuts), push, coupled, seed)
+    if known is not None:
+        clean, alive = search.still_holds(known[1], known[0])
+        if clean:
+            return search.result(known[0], dict(known[1]), alive, sites)
     candidates = batch_candidates(sites, cuts, given)
     found: list[Found] = []
     for n in candidates:
@@ -169,6 +175,12 @@ class _Search:
                 if not clean:
                     return False, alive
         return True, alive
+
+    def still_holds(self, layouts: dict[int, Layout], n: int) -> tuple[bool, bool]:
+        """``is_clean`` of all sites at once, on one half."""
+        half = torch.zeros(n)
+        half[torch.randperm(n, generator=self.generator)[: max(n // 2, 1)]] = 1
+        return self._keeps_apart(self.free, layouts, n, half)
 
     def _keeps_apart(
         self, sites: Sequence[Site], layouts: dict[int, Layout], n: int, half: Tensor

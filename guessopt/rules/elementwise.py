@@ -57,6 +57,18 @@ def is_relu(calls: Sequence[Call]) -> bool:
     return len(active) == 1 and active[0] in _RELU
 
 
+def pull_back(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]], ...], s: Tensor, u: Tensor) -> Tensor:
+    """``M u`` for a path as in ``derivative``: reverse mode through the activation itself, in one fused kernel."""
+    active = [(fn, run) for fn, run in path if fn not in DROPOUT and fn not in IDENTITY]
+    if not active:
+        return u
+    with torch.enable_grad():
+        t = start = s.detach().requires_grad_()
+        for _, run in active:
+            t = run(t)
+        return torch.autograd.grad(t, start, u)[0]
+
+
 def derivative(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]], ...], s: Tensor) -> Tensor | None:
     """``M = phi'(s)``, shape of ``s`` (bool for a ReLU); None for the identity.
 

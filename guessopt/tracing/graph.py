@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, rule_for
@@ -112,6 +115,29 @@ class Analysis:
         if rule.geometry(call) == "linear" and (dims != 2 or w.id not in self.tape.weights):
             return None
         return rule, w.id, x.id
+
+    def weight_calls(self) -> frozenset[int]:
+        """Calls on parameters and constants whose result serves as the weight or bias of a linear layer or convolution
+        (a pruning mask, a spectral norm, a merged LoRA update): parameter expressions after all."""
+        tape, found = self.tape, set()
+        for c in self.useful:
+            call = tape.calls[c]
+            if call.fn not in _LAYERS:
+                continue
+            stack = [a.id for a in (*call.args[1:], *call.kwargs.values()) if isinstance(a, Value)]
+            own: set[int] = set()
+            while stack:
+                producer = tape.producer.get(v) if (v := stack.pop()) in self.active else None
+                if producer is None:
+                    continue
+                if tape.calls[producer].fn in _LAYERS:
+                    break  # a network of its own makes the weight
+                if tape.kinds[producer] is Kind.SITE and not self.active.intersection(tape.calls[producer].inputs):
+                    own.add(producer)
+                stack += tape.calls[producer].inputs
+            else:
+                found |= own
+        return frozenset(found)
 
     def sites(self) -> list[Site]:
         """Every output, of a call that reads trainable parameters, from which a derivative reaches the loss."""
@@ -341,12 +367,12 @@ class Analysis:
             if v in tape.producer:
                 call = tape.calls[tape.producer[v]]
                 watch.setdefault(call.index, []).append(("out", call.outputs.index(v), v))
-            elif id(tape.outside[v]) in tape.params or v in tape.weights:
+                continue
+            if v in tape.outside:  # a later graph of the same tape takes over what an earlier one held
                 constants[v] = tape.outside[v]
-            else:
+            if v not in tape.weights:
                 call_index, position = tape.first_use[v]
                 watch.setdefault(call_index, []).append(("in", position, v))
-                constants[v] = tape.outside[v]
         return {c: tuple(entries) for c, entries in watch.items()}, constants
 
     def coupled_by_batch_norm(self) -> set[int]:
@@ -361,6 +387,9 @@ class Analysis:
                 seen.add(v)
                 stack += tape.calls[tape.producer[v]].inputs
         return seen
+
+
+_LAYERS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
 
 
 def _normalises_batch(call: Call) -> bool:

@@ -180,7 +180,7 @@ def _visible_functions() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.autograd.Function.apply = _APPLY
+        torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
 
 
 def _plainly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

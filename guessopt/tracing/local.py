@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.elementwise import DROPOUT, derivative
+from guessopt.rules.elementwise import DROPOUT, derivative, pull_back
 from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Call, Matrix, Shape, Site, Value
 from guessopt.tracing.interceptor import tensors_in
@@ -59,18 +59,23 @@ class Local:
     def derivative(self) -> Tensor | None:
         """``M = phi'(s)`` of an elementwise path, shape of ``s``; None for the identity."""
         if self._m is None:
-            assert self.site.segment is not None and self.site.segment.elementwise is not None
-            calls = self.site.segment.elementwise
-            self._m = (derivative(tuple((call.fn, _closed(call)) for call in calls), self.s),)
+            self._m = (derivative(self._path(), self.s),)
         return self._m[0]
+
+    def _path(self) -> tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]], ...]:
+        assert self.site.segment is not None and self.site.segment.elementwise is not None
+        return tuple((call.fn, _closed(call)) for call in self.site.segment.elementwise)
+
+    def _masked(self, u: Tensor) -> Tensor:
+        m = self.derivative()
+        return u if m is None else u * m
 
     def pull_back(self, u: Tensor) -> Tensor:
         """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone."""
         if self.site.segment is not None and self.site.segment.is_relu:
             return torch.ops.aten.threshold_backward(u, self.s, 0)
         if self.is_elementwise:
-            m = self.derivative()
-            return u if m is None else u * m
+            return pull_back(self._path(), self.s, u) if self._m is None else self._masked(u)
         with torch.enable_grad():
             s = self.s.detach().requires_grad_()
             return torch.autograd.grad(self._segment()(s), s, u)[0]
@@ -78,8 +83,7 @@ class Local:
     def push_forward(self, v: Tensor) -> Tensor:
         """``J v``: from ``s`` to the next matrix site's input."""
         if self.is_elementwise:
-            m = self.derivative()
-            return v if m is None else v * m
+            return self._masked(v)
         return torch.func.jvp(self._segment(), (self.s,), (v,))[1]
 
     def _segment(self) -> Callable[[Tensor], Tensor]:

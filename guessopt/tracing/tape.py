@@ -127,16 +127,19 @@ class Tape(Interceptor):
             while torch._C._functorch.is_functorch_wrapped_tensor(t):
                 t = torch._C._functorch.get_unwrapped(t)
             if id(t) in self.params or id(t) in self.expressions or self._values.get(t) in self.active:
-                what = (
-                    f"{name} is a higher-order operation, which has no derivative in forward mode; use another one"
-                    if isinstance(fn, HigherOrderOperator)
-                    else f"{name} is called inside a transform of torch.func (vmap, grad, ...); call the model outside it"
+                if isinstance(fn, HigherOrderOperator):
+                    raise ClosureError(
+                        f"{name} is a higher-order operation, which has no derivative in forward mode; use another one "
+                        "(F.scaled_dot_product_attention in place of flex_attention)"
+                    )
+                raise ClosureError(
+                    f"{name} is called inside a transform of torch.func (vmap, grad, ...); call the model outside it"
                 )
-                raise ClosureError(f"{what} (F.scaled_dot_product_attention in place of flex_attention)" if "flex" in name else what)
 
     def _check_seen(self, t: Tensor, fn: Callable[..., Any] | None) -> None:
         """Raise ``ClosureError`` if a tensor that no seen call has made depends on what trains."""
-        stack, seen = [t.grad_fn] if t.grad_fn is not None and id(t) not in self.expressions else [], set()
+        stack: list[Any] = [t.grad_fn] if t.grad_fn is not None and id(t) not in self.expressions else []
+        seen: set[Any] = set()
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -171,11 +174,11 @@ class Tape(Interceptor):
         """Other live tensors that share memory with what was just written."""
         if not tensors or not tensors[0].numel():
             return []
-        storage = tensors[0].untyped_storage().data_ptr()
+        place = _memory(tensors[0])
         return [
             t
             for t in list(self._values.keys())
-            if not any(t is r for r in results) and t.numel() and t.untyped_storage().data_ptr() == storage
+            if not any(t is r for r in results) and t.numel() and _memory(t) == place
         ]
 
     def _remember(self, results: list[Tensor], outputs: tuple[int, ...], tensors: list[Tensor]) -> None:
