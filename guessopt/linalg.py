@@ -1,9 +1,11 @@
-"""Linear algebra on the weights: truncated right singular bases.
+"""Linear algebra on the weights: truncated right singular bases, of one matrix or of one per example.
 
-Index letters: b block (convolution group), o output row, i input column, k basis vector.
+Index letters: b block (convolution group), o output row, i input column, k basis vector, n example.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -66,3 +68,129 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
     image = work @ q
     _, rotation = torch.linalg.eigh(image.mT @ image)
     return (q @ rotation.flip(-1)).mT.contiguous().to(w.dtype)
+
+
+#: Up to this smaller side, one Gram matrix per example is decomposed exactly.
+EXACT_SIDE = 32
+
+#: Basis vectors beyond k that ``masked_right_basis`` carries along.
+CARRIED = 6
+
+#: Degrees of its Chebyshev filters: low first, since a steep spectrum would turn a poor block onto its first vector.
+DEGREES = (2, 3, 3)
+
+#: Least ratio of the filtered range to the largest eigenvalue: steeper, and single precision would see that one only.
+FLATTEST = 3e-3
+
+#: Entries of the largest tensor that it makes at once.
+CHUNK = 2**24
+
+
+def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
+    """The top ``k`` right singular vectors of ``W M_n``, for every example n (Wang 3.1), as rows.
+
+    No decomposition per example of a size that grows with ``W``: Chebyshev filters of ``M W^T W M`` on a block of a few
+    more than ``k`` vectors, from the basis that ``W`` itself has, then Rayleigh-Ritz within the block. Products with
+    the
+    one shared ``W^T W`` are all it takes. Angles mean nothing where the spectrum has no gap (near initialisation); what
+    is held is the captured energy ``||W M V||^2``: within 5e-3 of the exact top k. If the smaller side of ``W`` is
+    at most 32: exact.
+
+    Args:
+        w: ``[o, i]``; m: ``[n, i]``, the diagonals of ``M``; start: ``[k', i]``, the top right singular vectors of
+        ``W``,
+            best a few more than k.
+
+    Returns:
+        ``[n, k, i]``: rows orthonormal, or zero beyond the rank of ``W M_n``; in falling order of singular values.
+
+    >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    >>> masked_right_basis(w, torch.tensor([[0.0, 1.0, 1.0]]), torch.eye(3), 1).abs()
+    tensor([[[0., 1., 0.]]])
+    """
+    o, i = w.shape
+    k = min(k, o, i)
+    work, mask, start = (t if t.dtype is torch.float64 else t.float() for t in (w, m, start))
+    rows = start.shape[0] if min(o, i) > EXACT_SIDE else min(o, i)
+    size = max(1, CHUNK // (i * max(rows, 1)))
+    if min(o, i) <= EXACT_SIDE:
+        found = [_exact_masked(work, part, k) for part in mask.split(size)]
+    else:
+        gram, block = work.T @ work, start[: k + CARRIED]
+        found = [_filtered(gram, part[:, None], block, k) for part in mask.split(size)]
+    return torch.cat(found).to(w.dtype)
+
+
+def _exact_masked(w: Tensor, m: Tensor, k: int) -> Tensor:
+    o, i = w.shape
+    wm = w * m[:, None]  # n o i
+    if o > i:
+        values, vectors = torch.linalg.eigh(wm.mT @ wm)
+        rows = vectors[..., -k:].flip(-1).mT
+        return rows * _is_positive(values)[..., -k:].flip(-1)[..., None]
+    return _orthonormal(wm)[0][:, :k]
+
+
+def _orthonormal(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[n, r, i]`` made orthonormal, by falling singular value, zero beyond the rank; and the squared singular
+    values."""
+    values, vectors = torch.linalg.eigh(y @ y.mT)
+    scale = torch.where(_is_positive(values), values.clamp_min(torch.finfo(y.dtype).tiny).rsqrt(), 0.0)
+    return (vectors * scale[:, None, :]).flip(-1).mT @ y, values.flip(-1)
+
+
+def _is_positive(values: Tensor) -> Tensor:
+    """Which eigenvalues (rising) of a Gram matrix stand out from rounding."""
+    return values > values[..., -1:] * 10 * values.shape[-1] * torch.finfo(values.dtype).eps
+
+
+def _rayleigh_ritz(y: Tensor, gram: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """The block's rows turned to the Ritz vectors of ``M gram M``, and the Ritz values; falling."""
+    q, _ = _orthonormal(y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny))
+    values, vectors = torch.linalg.eigh(q @ (((q * m) @ gram) * m).mT)
+    return vectors.flip(-1).mT @ q, values.flip(-1)
+
+
+def _filtered(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
+    """Chebyshev filters ``T_d(2 A / c - 1)`` of ``A = M gram M`` applied to the block, ``c`` between the largest
+    eigenvalues and the rest as the block sees them, with Rayleigh-Ritz before, between and after."""
+    y, values = _rayleigh_ritz(block * (m != 0), gram, m)
+    for degree in DEGREES:
+        c = torch.maximum(values[:, -1], 0.3 * values[:, k - 1])
+        scale = (2 / torch.maximum(c, FLATTEST * values[:, 0]).clamp_min(torch.finfo(y.dtype).tiny))[:, None, None]
+        before, now = y, scale * (((y * m) @ gram) * m) - y
+        for _ in range(degree - 1):
+            before, now = now, (2 * scale) * (((now * m) @ gram) * m) - 2 * now - before
+        y, values = _rayleigh_ritz(now, gram, m)
+    return y[:, :k]
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], y: Tensor, total: Callable[[Tensor], Tensor], iterations: int = 100
+) -> Tensor:
+    """``A^+ y`` for a positive semi-definite ``A`` in whose range ``y`` lies; many systems at once.
+
+    Args:
+        apply: ``v -> A v``.
+        total: sums ``[*]`` over each system's entries, the result shaped to broadcast against ``[*]``.
+
+    >>> a = torch.diag(torch.tensor([4.0, 2.0, 0.0]))
+    >>> conjugate_gradients(lambda v: v @ a, torch.tensor([[4.0, 4.0, 0.0]]), lambda t: t.sum(-1, keepdim=True))
+    tensor([[1., 2., 0.]])
+    """
+    u, r = torch.zeros_like(y), y
+    p, rr = r, total(y * y)
+    enough = rr * (10 * torch.finfo(y.dtype).eps) ** 2
+    for _ in range(iterations):
+        active = rr > enough
+        if not bool(active.any()):
+            break
+        ap = apply(p)
+        curvature = total(p * ap)
+        active = active & (curvature > 0)
+        alpha = torch.where(active, rr / curvature, 0.0)
+        u, r = u + alpha * p, r - alpha * ap
+        new = total(r * r)
+        p = torch.where(active, r + new / rr * p, 0.0)
+        rr = torch.where(active, new, 0.0)
+    return u

@@ -244,7 +244,8 @@ class GuessGradOptimizer(Optimizer):
         if site.by_parameter and estimator.per_example_parameters:
             return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
         with torch.no_grad():
-            return estimator.sample(self._prepared(site, estimator, key, local), local)
+            y = estimator.sample(self._prepared(site, estimator, key, local), local)
+        return y if site.reach is None else site.reach.restrict(y)
 
     def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str]]:
         """By site, the estimator and the name of its prepared state; absent where the error is known exactly, or a
@@ -443,6 +444,14 @@ class GuessGradOptimizer(Optimizer):
                 "out how examples "
                 "act on each other through them, a bias that grows as batches shrink"
             )
+        if plan.routes:
+            self._warn(
+                "the network picks rows by indices that it computes as it runs: where the examples lie is "
+                "checked anew in "
+                "every step, at the cost of one more forward-mode pass"
+            )
+        if plan.compiled:
+            self._warn("torch.compile'd code in the closure runs uncompiled: compiled code would lose the tangents")
         read = {p for site in plan.graph.sites for p in site.params} | set(plan.graph.loss_params)
         unread = [self._names[k] for k in self._by_position if k not in read]
         if unread:

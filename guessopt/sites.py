@@ -135,12 +135,23 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Onward:
+    """From a site's output through the next ``l`` matrix sites, to the ``goals``: the input of the matrix site after
+    them or, where none follows, their outputs. ``program`` lists the calls, in order."""
+
+    goals: tuple[int, ...]
+    shapes: tuple[Shape, ...]
+    program: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
 class Segment:
     """From a site's output to the input of the next matrix site(s).
 
     ``elementwise`` lists the unary calls of the path where it is nothing else; otherwise ``program`` lists, in order,
     the calls that lead from the site's output to the ``matrices``' inputs. ``weight_program`` computes the weights that
-    are expressions of parameters.
+    are expressions of parameters. ``fused``: ``(u, s) -> M u`` in one kernel, for a well-known activation.
+    ``onward`` leads further, through l = 1, 2, ... matrix sites; fewer where the network ends.
     """
 
     source: int
@@ -148,12 +159,32 @@ class Segment:
     elementwise: tuple[Call, ...] | None
     program: tuple[Call, ...]
     weight_program: tuple[Call, ...] = ()
-    is_relu: bool = False
+    fused: Callable[[Tensor, Tensor], Tensor] | None = None
+    onward: tuple[Onward, ...] = ()
 
     @property
     def key(self) -> str:
         """Names the next matrix site(s) across traces of the same model."""
         return " | ".join(matrix.key for matrix in self.matrices)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The part of an output that parameters reach: spans along one dimension (a prompt joined to the tokens).
+
+    >>> Reach(0, ((1, 2),)).restrict(torch.ones(3))
+    tensor([0., 1., 0.])
+    """
+
+    dim: int
+    spans: tuple[tuple[int, int], ...]
+
+    def restrict(self, y: Tensor) -> Tensor:
+        """``y`` within the spans, zero elsewhere."""
+        kept = torch.zeros_like(y)
+        for start, stop in self.spans:
+            kept.narrow(self.dim, start, stop - start).copy_(y.narrow(self.dim, start, stop - start))
+        return kept
 
 
 @dataclass(frozen=True)
@@ -164,7 +195,8 @@ class Site:
     ``shares``: the index of the site whose cotangent this one shares (a bias added right after a matrix product).
     ``cut``: the loss reads this output (or that of the site sharing it) directly, so its error is known exactly.
     ``overwritten``: a later call writes into the output's memory, and so into its tangent's.
-    ``by_parameter``: so few parameters stand against so large an output that each example's own parameters are guessed
+    ``reach``: the part of the output that the parameters reach, if not all of it. ``by_parameter``: so few
+    parameters stand against so large an output that each example's own parameters are guessed
     instead (a norm's scale). ``kept``: bytes of inputs and guess that one pass keeps for it.
     """
 
@@ -183,6 +215,7 @@ class Site:
     overwritten: bool = False
     kept: int = 0
     by_parameter: bool = False
+    reach: Reach | None = None
     direction_shapes: tuple[Shape, ...] = ()
 
     @property

@@ -137,6 +137,60 @@ def functional() -> Problem:
     return Problem(list(named.items()), closure, 6)
 
 
+class Prompted(nn.Module):
+    """A class token and prompts in front of patches, learned positions: the parameters reach slices only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.prompt = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(2, 4))
+        self.position = nn.Parameter(torch.randn(1, 6, 4))
+        self.patch, self.block, self.head = nn.Linear(3, 4), Attention(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        h = torch.cat([self.token.expand(n, -1, -1), self.prompt.expand(n, -1, -1), self.patch(x)], 1) + self.position
+        out: Tensor = self.head(self.block(h)[:, 0])
+        return out
+
+
+def prompted() -> Problem:
+    x = torch.randn(5, 3, 3, dtype=torch.float64)
+    return of(Prompted(), lambda m: F.cross_entropy(m(x), labels(5, 3)), 5)
+
+
+class Rotary(nn.Module):
+    """A block of a language model: RMSNorm, rotary positions, fused causal attention, a gated MLP."""
+
+    def __init__(self, d: int = 4, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.RMSNorm(d), nn.RMSNorm(d)
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(d, 6), nn.Linear(d, 6), nn.Linear(6, d)
+
+    @staticmethod
+    def rotate(x: Tensor) -> Tensor:
+        t, e = x.shape[-2:]
+        angle = torch.arange(t, dtype=x.dtype)[:, None] / 10 ** torch.arange(0, e, 2, dtype=x.dtype)
+        even, odd = x[..., ::2], x[..., 1::2]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        a = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
+        x = x + self.o(a.transpose(1, 2).flatten(2))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def rotary() -> Problem:
+    embed = nn.Embedding(7, 4)
+    model = nn.Sequential(embed, Rotary(), nn.RMSNorm(4), nn.Linear(4, 7, bias=False))
+    ids = torch.randint(7, (5, 3))
+    return of(model, lambda m: F.cross_entropy(m(ids).flatten(0, 1), ids.roll(-1, 1).flatten()), 5)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -161,6 +215,8 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "transformer": transformer,
     "tied transformer": lambda: transformer(tied=True),
     "functional": functional,
+    "prompts": prompted,
+    "rotary language model": rotary,
     "lstm": lstm,
 }
 

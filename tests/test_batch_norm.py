@@ -69,5 +69,5 @@ def test_running_statistics_move_as_in_a_plain_forward() -> None:
 
 
 def test_an_unknown_treatment_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_norm.*frozen_statistics"):
+    with pytest.raises(ValueError, match=r"batch_norm.*frozen_statistics"):
         GuessGradOptimizer([nn.Parameter(torch.zeros(1))], batch_norm="frozen")

@@ -27,7 +27,7 @@ ESTIMATORS: dict[str, dict[str, object]] = {
     "w_perp, bottom": {"name": "w_perp", "k": 2, "select": "bottom"},
     "w_perp, masked": {"name": "w_perp", "k": 2, "basis": "masked"},
 }
-PROBLEMS = ["mlp", "gelu mlp", "cnn", "residual, batch norm in eval mode", "transformer", "functional"]
+PROBLEMS = ["mlp", "gelu mlp", "cnn", "residual, batch norm in eval mode", "transformer", "functional", "prompts"]
 DRAWS = {"mlp": 2400}  # 500 elsewhere: there the declaration is checked, here also the power to tell estimators apart
 
 

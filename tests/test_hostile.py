@@ -803,10 +803,6 @@ def test_numbers_that_change_from_step_to_step() -> None:
     assert len(summing.opt._plans) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a layout found for one order of the rows is kept for another: the probe is repeated on a schedule only",
-)
 def test_rows_whose_order_depends_on_the_data() -> None:
     """Sorted by length, or sent to experts: where example n lies is in the data, not in the shapes."""
     parts = {"first": nn.Linear(3, 4), "second": nn.Linear(4, 4), "head": nn.Linear(4, 2)}

@@ -101,6 +101,8 @@ class DualLevel(Level):
     """Tangents attached to tensors by ``make_dual``."""
 
     name = "dual"
+    #: The last output of an own rule, whose tangent shares memory with nothing.
+    _fresh: Tensor | None = None
 
     def run(self, body: Callable[[], T]) -> T:
         with fw.dual_level():
@@ -121,6 +123,9 @@ class DualLevel(Level):
         primal, tangent = _unpack(s)
         if in_place:
             s.add_(_pack(torch.zeros_like(primal), y))
+            return s
+        if tangent is not None and s is self._fresh:
+            tangent.add_(y)  # in nobody else's hands yet
             return s
         return _pack(primal, y if tangent is None else tangent.to(y.dtype) + y)
 
@@ -158,7 +163,8 @@ class FastLevel(DualLevel):
         if result is NotImplemented:
             return super().call(fn, args, kwargs, writes=writes)
         out, tangent = result
-        return _pack(out, tangent if tangent.dtype is out.dtype else tangent.to(out.dtype))
+        self._fresh = _pack(out, tangent if tangent.dtype is out.dtype else tangent.to(out.dtype))
+        return self._fresh
 
 
 _FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}

@@ -33,6 +33,8 @@ class Plan:
     guesses: dict[int, Any] | None = None
     normalises_batch: bool = False
     alive: bool = False
+    routes: bool = False
+    compiled: bool = False
 
 
 class Transaction:
@@ -97,6 +99,8 @@ def trace(
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
     plan.alive = found.alive
+    plan.compiled = tape.compiled
+    plan.routes = analysis.routes_by_data()
     plan.normalises_batch = bool(analysis.coupled_by_batch_norm())
     plan.analysis = analysis if found.batch > 1 else None
     _forget_tensors(tape)
@@ -186,10 +190,12 @@ def reprobe(
 
 
 def is_due_for_probe(plan: Plan) -> bool:
-    """Before the second pass and the fourth; before the eighth, 16th, ... as well while nothing has reached the
-    loss."""
+    """Before the next three passes; then before the eighth, 16th, ... while nothing has reached the loss; always where
+    the data decide which rows go where."""
     uses = plan.uses
-    return plan.analysis is not None and uses > 0 and uses & (uses + 1) == 0 and (uses <= 3 or not plan.alive)
+    if plan.analysis is None or uses == 0:
+        return False
+    return plan.routes or uses <= 3 or (uses & (uses + 1) == 0 and not plan.alive)
 
 
 def _forget_tensors(tape: Tape) -> None:

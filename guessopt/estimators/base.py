@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from guessopt.linalg import conjugate_gradients
 from guessopt.sites import Matrix, Site
 from guessopt.tracing.local import NOISES, Local
 
@@ -49,6 +50,8 @@ class Estimator(ABC):
     refresh: int = 50
     #: Kind of noise; see ``Local.noise``.
     noise: str = "normal"
+    #: Undo the bias within the span of the guesses; see ``correct``.
+    debias: bool = False
     #: Whether sites whose output far outnumbers their parameters (a norm's scale) have each example's parameters
     # guessed
     #: in place of the output: unbiased, and in far fewer dimensions.
@@ -69,8 +72,10 @@ class Estimator(ABC):
         """
         return None
 
-    #: Whether ``prepare`` does anything.
-    prepares: ClassVar[bool] = False
+    @property
+    def prepares(self) -> bool:
+        """Whether ``prepare`` does anything."""
+        return False
 
     @abstractmethod
     def sample(self, state: Any, local: Local) -> Tensor:
@@ -79,6 +84,26 @@ class Estimator(ABC):
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
         """``E[y y^T] g``, shape of ``g`` (that of ``local.s``); None where there is no closed form."""
         return None
+
+    def correct(self, state: Any, local: Local, y: Tensor) -> Tensor:
+        """What takes the guess's place in ``g^ = D y`` (not in the pass): with ``debias``, ``E[y y^T]^+ y``, so that
+        ``E g^`` is the true cotangent projected on the span of the guesses ("undo the bias", which Singhal section 5
+        leaves
+        open). Conjugate gradients on ``second_moment``, all examples at once; variance grows with its condition number.
+        """
+        if not self.debias:
+            return y
+
+        def apply(v: Tensor) -> Tensor:
+            moment = self.second_moment(state, local, v)
+            if moment is None:
+                raise ValueError(f"debias: {self.name} has no second moment in closed form with these options")
+            return moment
+
+        layout, n = local.site.layout, local.examples
+        return conjugate_gradients(
+            apply, y, lambda t: layout.spread(layout.sum_examples(t, n), tuple(t.shape)).to(t.dtype)
+        )
 
     def note(self, site: Site) -> str | None:
         """Why a site that is not last gets another guess than the one this estimator is named for; None if it gets
@@ -161,3 +186,8 @@ def check_noise(noise: str) -> None:
 def check_refresh(refresh: int) -> None:
     if refresh < 1:
         raise ValueError(f"refresh: steps between preparations must be at least 1, got {refresh}")
+
+
+def check_debias(debias: bool, noise: str) -> None:
+    if debias and noise == "uniform":
+        raise ValueError("debias: uniform noise has no second moment in closed form; use noise='uniform_centred'")

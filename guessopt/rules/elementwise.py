@@ -7,6 +7,7 @@ mean, the identity: its mask is drawn after the guess.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,14 +52,26 @@ def is_elementwise(fn: Callable[..., Any]) -> bool:
     return fn in _UNARY or fn in _WITH_NUMBER or fn in DROPOUT or fn in IDENTITY
 
 
-def is_relu(calls: Sequence[Call]) -> bool:
-    """Whether a path of elementwise calls is one ReLU (dropout aside)."""
-    active = [call.fn for call in calls if call.fn not in DROPOUT and call.fn not in IDENTITY]
-    return len(active) == 1 and active[0] in _RELU
+def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """``(u, s) -> M u`` in one kernel, where a path of elementwise calls is one well-known activation, dropout
+    aside."""
+    active = [call for call in calls if call.fn not in DROPOUT and call.fn not in IDENTITY]
+    if len(active) != 1:
+        return None
+    call = active[0]
+    if call.fn in _RELU:
+        return _relu_backward
+    if call.fn is F.gelu:
+        return partial(torch.ops.aten.gelu_backward, approximate=call.kwargs.get("approximate", "none"))
+    return torch.ops.aten.silu_backward if call.fn is F.silu else None
+
+
+def _relu_backward(u: Tensor, s: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(u, s, 0)
 
 
 def pull_back(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]], ...], s: Tensor, u: Tensor) -> Tensor:
-    """``M u`` for a path as in ``derivative``: reverse mode through the activation itself, in one fused kernel."""
+    """``M u`` for a path as in ``derivative``: reverse mode through the activations themselves."""
     active = [(fn, run) for fn, run in path if fn not in DROPOUT and fn not in IDENTITY]
     if not active:
         return u

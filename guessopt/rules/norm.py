@@ -46,14 +46,12 @@ class NormRule(Rule):
         """``v_w xhat + v_b``, of each example's own weight and bias."""
         bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
         tensors = [name for name, value in bound.items() if isinstance(value, Tensor)]
-        total: Tensor | None = None
-        for k, v in zip(wanted, vs, strict=True):
-            if fn in (F.batch_norm, F.group_norm):
-                v = v.reshape(*v.shape, *(1,) * (bound["input"].dim() - 2))
-            part = place(v) * _normalised(fn, bound["input"], bound) if tensors[k] == "weight" else place(v)
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        inner = (1,) * (bound["input"].dim() - 2) if fn in (F.batch_norm, F.group_norm) else ()
+        placed = {tensors[k]: place(v.reshape(*v.shape, *inner)) for k, v in zip(wanted, vs, strict=True)}
+        if "weight" not in placed:
+            return placed["bias"]
+        xhat = _normalised(fn, bound["input"], bound)
+        return torch.addcmul(placed["bias"], xhat, placed["weight"]) if "bias" in placed else xhat * placed["weight"]
 
     def gradients(
         self,

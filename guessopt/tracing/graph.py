@@ -11,12 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, rule_for
-from guessopt.rules.elementwise import ADDITION, is_elementwise, is_relu
-from guessopt.sites import Call, Cut, Kind, Layout, Matrix, Segment, Shape, Site, SiteGraph, Value, numel
+from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise
+from guessopt.sites import Call, Cut, Kind, Layout, Matrix, Onward, Reach, Segment, Shape, Site, SiteGraph, Value, numel
 from guessopt.tracing.tape import Tape
 
 #: Entries of an example's output to a parameter's, from which on the parameters themselves are guessed.
 OUTNUMBERED = 4
+
+#: Matrix sites that ``Segment.onward`` passes at most.
+FURTHEST = 4
+
+
+_INDEX = (torch.int64, torch.int32, torch.bool)
+_ROUTING = ("getitem", "setitem", "index", "gather", "scatter", "take", "masked_select", "sort")
+
+
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 
 
 class _SharedMemory(Exception):
@@ -34,6 +44,7 @@ class Analysis:
         tape = self.tape
         self.active = tape.active
         self.blocked: dict[int, str] = {}
+        self._next_inputs: dict[tuple[int, ...], int | None] = {}
         self.useful = self._ancestors()
         self.loss = self._loss_calls()
         self.cut_values = self._cut_values()
@@ -154,10 +165,25 @@ class Analysis:
                         Site(
                             index=len(found), call=call, output=k, value=v, rule=rule_for(call.fn),
                             params=tuple(sorted(tape.origins[c])), shape=tape.shapes[v], dtype=tape.dtypes[v],
-                            segment=self.segment(v), overwritten=v in tape.overwritten, kept=self._kept(call, v),
+                            segment=self.segment(v), overwritten=v in tape.overwritten, reach=self._reach(call),
+                            kept=self._kept(call, v),
                         )
                     )  # fmt: skip
         return [self._shared(site, found) for site in found]
+
+    def _reach(self, call: Call) -> Reach | None:
+        """For tensors joined by ``cat``: the spans that hold parameters."""
+        tape = self.tape
+        if call.fn not in _JOINS or not call.args or not isinstance(call.args[0], (tuple, list)):
+            return None
+        dim = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim", call.kwargs.get("axis", 0))
+        spans, start = [], 0
+        for k, v in enumerate(call.inputs):
+            stop = start + tape.shapes[v][dim]
+            if k in tape.mine[call.index]:
+                spans.append((start, stop))
+            start = stop
+        return Reach(dim, tuple(spans))
 
     def _kept(self, call: Call, output: int) -> int:
         """Bytes that a pass keeps for a site: its activations, and the guess (not the parameters)."""
@@ -201,32 +227,13 @@ class Analysis:
     def segment(self, source: int) -> Segment | None:
         """The way from a site's output to the next matrix site(s): the first one reached, and its parallels."""
         tape = self.tape
-        reached, nearest, stack = {source}, None, [source]
-        while stack:
-            v = stack.pop()
-            for c in tape.consumers.get(v, ()):
-                if c not in self.useful:
-                    continue
-                call = tape.calls[c]
-                if (m := self.matrix_of(call)) is not None and m[2] == v:
-                    nearest = c if nearest is None else min(nearest, c)
-                    continue
-                for o in call.outputs:
-                    if o in self.active and o not in reached:
-                        reached.add(o)
-                        stack.append(o)
-        if nearest is None:
+        x = self._next_input([source])
+        if x is None:
             return None
-        first = self.matrix_of(tape.calls[nearest])
-        assert first is not None
-        x = first[2]
         found: dict[str, list[tuple[Call, MatrixRule, int]]] = {}
-        for c in sorted(set(tape.consumers[x])):
-            m = self.matrix_of(tape.calls[c]) if c in self.useful else None
-            if m is not None and m[2] == x:
-                shape = tape.shapes[m[1]]
-                inner = shape[1:] if m[0].geometry(tape.calls[c]) != "linear" else ()
-                found.setdefault(f"{m[0].geometry(tape.calls[c])} {inner}", []).append((tape.calls[c], m[0], m[1]))
+        for call, rule, w in self._readers(x):
+            inner = tape.shapes[w][1:] if rule.geometry(call) != "linear" else ()
+            found.setdefault(f"{rule.geometry(call)} {inner}", []).append((call, rule, w))
         matrices = tuple(
             Matrix(
                 rule=calls[0][1], call=calls[0][0], weights=tuple(w for _, _, w in calls),
@@ -242,7 +249,53 @@ class Analysis:
         except _SharedMemory as error:
             self.blocked[source] = str(error)
             return None
-        return Segment(source, matrices, chain, program, weights, chain is not None and is_relu(chain))
+        fused = None if chain is None else fused_pull_back(chain)
+        return Segment(source, matrices, chain, program, weights, fused, self._onward(source, x))
+
+    def _next_input(self, values: list[int]) -> int | None:
+        """The input of the first matrix site that these values reach; None where none follows."""
+        tape, known = self.tape, tuple(values)
+        if known in self._next_inputs:
+            return self._next_inputs[known]
+        reached, nearest, stack = set(values), None, list(values)
+        while stack:
+            v = stack.pop()
+            for c in tape.consumers.get(v, ()):
+                if c not in self.useful:
+                    continue
+                call = tape.calls[c]
+                if (m := self.matrix_of(call)) is not None and m[2] == v:
+                    nearest = c if nearest is None else min(nearest, c)
+                    continue
+                for o in call.outputs:
+                    if o in self.active and o not in reached:
+                        reached.add(o)
+                        stack.append(o)
+        first = self.matrix_of(tape.calls[nearest]) if nearest is not None else None
+        self._next_inputs[known] = first[2] if first is not None else None
+        return self._next_inputs[known]
+
+    def _readers(self, x: int) -> list[tuple[Call, MatrixRule, int]]:
+        """The matrix sites that read ``x``: call, rule and weight."""
+        calls = [self.tape.calls[c] for c in sorted(set(self.tape.consumers[x])) if c in self.useful]
+        found = ((call, self.matrix_of(call)) for call in calls)
+        return [(call, m[0], m[1]) for call, m in found if m is not None and m[2] == x]
+
+    def _onward(self, source: int, x: int) -> tuple[Onward, ...]:
+        """The ways from a site's output through 1, 2, ... matrix sites (Singhal eq. 7); ``x``: the first one's
+        input."""
+        tape, found = self.tape, []
+        following: int | None = x
+        while following is not None and len(found) < FURTHEST:
+            outputs = [o for call, _, _ in self._readers(following) for o in call.outputs]
+            following = self._next_input(outputs)
+            goals = outputs if following is None else [following]
+            try:
+                program = self._program(source, goals)
+            except _SharedMemory:
+                break
+            found.append(Onward(tuple(goals), tuple(tape.shapes[v] for v in goals), program))
+        return tuple(found)
 
     def _weight_key(self, w: int) -> str:
         """Names a weight across traces: its parameter's position; else its order among the closure's tensors."""
@@ -356,7 +409,8 @@ class Analysis:
         for site in sites:
             if site.segment is None or site.shares is not None:
                 continue
-            calls = (*site.segment.program, *site.segment.weight_program)
+            onward = (call for way in site.segment.onward for call in way.program)
+            calls = (*site.segment.program, *site.segment.weight_program, *onward)
             made = {site.value, *(o for call in calls for o in call.outputs)}
             needed.update(v for call in calls for v in call.inputs if v not in made)
             for matrix in site.segment.matrices:
@@ -374,6 +428,18 @@ class Analysis:
                 call_index, position = tape.first_use[v]
                 watch.setdefault(call_index, []).append(("in", position, v))
         return {c: tuple(entries) for c, entries in watch.items()}, constants
+
+    def routes_by_data(self) -> bool:
+        """Whether the network picks rows by indices computed as it runs (sorting, gathers, experts): an order that may
+        differ from step to step at the same shapes."""
+        tape = self.tape
+        for c in self.useful - self.loss:
+            call = tape.calls[c]
+            if tape.kinds[c] is Kind.PLAIN and any(v in self.active for v in call.inputs):
+                indices = [v for v in call.inputs if tape.dtypes[v] in _INDEX and numel(tape.shapes[v]) > 1]
+                if any(word in call.op for word in _ROUTING) and indices:
+                    return True
+        return False
 
     def coupled_by_batch_norm(self) -> set[int]:
         """Values of sites upstream of a batch norm in training mode: its statistics make the examples interact."""

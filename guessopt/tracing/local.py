@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
+from guessopt.rules.attention import differentiable_attention
 from guessopt.rules.elementwise import DROPOUT, derivative, pull_back
 from guessopt.rules.norm import without_side_effects
-from guessopt.sites import Call, Matrix, Shape, Site, Value
+from guessopt.sites import Call, Layout, Matrix, Onward, Shape, Site, Value
 from guessopt.tracing.interceptor import tensors_in
 
 
@@ -72,8 +73,8 @@ class Local:
 
     def pull_back(self, u: Tensor) -> Tensor:
         """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone."""
-        if self.site.segment is not None and self.site.segment.is_relu:
-            return torch.ops.aten.threshold_backward(u, self.s, 0)
+        if self.site.segment is not None and self.site.segment.fused is not None:
+            return self.site.segment.fused(u, self.s)
         if self.is_elementwise:
             return pull_back(self._path(), self.s, u) if self._m is None else self._masked(u)
         with torch.enable_grad():
@@ -85,6 +86,50 @@ class Local:
         if self.is_elementwise:
             return self._masked(v)
         return torch.func.jvp(self._segment(), (self.s,), (v,))[1]
+
+    def next_input(self) -> Tensor:
+        """``x_{i+1}``: the next matrix site's input, as this site's own output makes it."""
+        if not self.is_elementwise:
+            return self._segment()(self.s)
+        x = self.s
+        for fn, run in self._path():
+            x = x if fn in DROPOUT else run(x)
+        return x
+
+    def onward(self, matrices: int) -> Onward | None:
+        """The way through so many matrix sites, or as many as there are; None where it cannot be run by itself."""
+        ways = self.site.segment.onward if self.site.segment is not None else ()
+        return ways[min(matrices, len(ways)) - 1] if ways else None
+
+    def pull_back_from(self, way: Onward, us: list[Tensor]) -> Tensor:
+        """``J^T u``: from the way's goals back to ``s``."""
+        with torch.enable_grad():
+            s = self.s.detach().requires_grad_()
+            return torch.autograd.grad(self._onward(way)(s), s, us)[0]
+
+    def push_forward_to(self, way: Onward, v: Tensor) -> list[Tensor]:
+        """``J v``: from ``s`` to the way's goals."""
+        return list(torch.func.jvp(self._onward(way), (self.s,), (v,))[1])
+
+    def _onward(self, way: Onward) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        segment = self.site.segment
+        assert segment is not None
+
+        def run(s: Tensor) -> tuple[Tensor, ...]:
+            values = evaluate(way.program, {**self._values, segment.source: s})
+            return tuple(values[goal] for goal in way.goals)
+
+        return run
+
+    @property
+    def examples(self) -> int:
+        """How many examples ``s`` holds; 1 where they are coupled."""
+        layout = self.site.layout
+        if layout is Layout.BATCH_FIRST:
+            return self.s.shape[0]
+        if layout is Layout.BATCH_SECOND:
+            return self.s.shape[1]
+        return self.site.direction_shapes[0][0] if self.site.direction_shapes else 1
 
     def _segment(self) -> Callable[[Tensor], Tensor]:
         segment = self.site.segment
@@ -129,15 +174,10 @@ def _run(calls: tuple[Call, ...], values: dict[int, Tensor]) -> None:
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        if call.fn is F.scaled_dot_product_attention:
-            args, kwargs = args[:4], {**kwargs, **_attention_options(args), "dropout_p": 0.0}
-        out = without_side_effects(call.fn)(*args, **kwargs)
+        fn = differentiable_attention if call.fn is F.scaled_dot_product_attention else without_side_effects(call.fn)
+        out = fn(*args, **kwargs)
         results = tensors_in((out,)) if out is not None else [args[0]]
         values.update(zip(call.outputs, results, strict=True))
-
-
-def _attention_options(args: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(("is_causal",), args[5:], strict=False))
 
 
 def _fill(node: Any, values: dict[int, Tensor]) -> Any:

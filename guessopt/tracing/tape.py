@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ class Tape(Interceptor):
         self.mutations: dict[int, tuple[int, ...]] = {}
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.stopped: set[int] = set()
+        self.compiled = False
         self.active: set[int] = set()
         self.overwritten: set[int] = set()
         self._memory: dict[int, set[int]] = {}
@@ -60,6 +62,7 @@ class Tape(Interceptor):
         if torch._C._are_functorch_transforms_active() or isinstance(fn, HigherOrderOperator):
             self._check_plain(fn, tensors)
         known = len(self.shapes)
+        self.compiled = self.compiled or (bool(mine) and _within_compiled_code())
         inputs = tuple(self.value(t) for t in tensors)
         for position, (t, v) in enumerate(zip(tensors, inputs, strict=True)):
             if v >= known and v not in self.first_use:
@@ -208,6 +211,18 @@ class Tape(Interceptor):
                 self.saved[id(t)] = (t, t.detach().clone())
         if targets:
             self.mutations[index] = tuple(targets)
+
+
+def _within_compiled_code() -> bool:
+    """Whether a ``torch.compile``d function is being run (eagerly, as the interceptor sees to)."""
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _memory(t: Tensor) -> int:

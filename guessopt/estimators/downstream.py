@@ -1,0 +1,84 @@
+"""Downstream: a random cotangent further on, pulled back by partial backpropagation (Singhal 3.2, eq. 7; A.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
+from guessopt.sites import Site
+from guessopt.tracing.graph import FURTHEST
+from guessopt.tracing.local import Local
+
+
+@register_estimator("downstream")
+@dataclass(frozen=True)
+class Downstream(Estimator):
+    """``y = J^T e``: noise ``e`` after the activation of the matrix site ``l`` further on, pulled back through that
+    part of the network alone (Singhal eq. 7; A.2). In a ReLU MLP, l = 1: ``y = M_i W_{i+1}^T M_{i+1} e``.
+
+    "After the activation" is the input of the matrix site that follows; where none follows (the network's last
+    layers), the noise is at the last matrix site's output: ``y = M_i W_{i+1}^T e`` there. Last site: ``N(0, I)``. Every
+    operation in between is passed, attention, norms and residual branches included, and evaluated once more for it.
+
+    Departure: eq. 7 taken by its index would put the guess at ``x_{i+l}``, which for l = 1 gives ``M_i e``; A.2 ("until
+    the next layer") and the paper's results show that the next layer's weights are meant.
+
+    Biased: ``E[y y^T] = J^T J``.
+
+    Args:
+        l: matrix sites to pass, 1 to 4; the paper found no gain beyond 1 (Figure 7).
+        noise: kind of ``e``'s entries.
+        debias: see ``Estimator.correct``.
+
+    >>> Downstream(l=9)
+    Traceback (most recent call last):
+    ...
+    ValueError: l: the number of matrix sites to pass must be 1 to 4, got 9
+    """
+
+    l: int = 1  # noqa: E741 (the paper's letter)
+    noise: str = "normal"
+    debias: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.l, int) or not 1 <= self.l <= FURTHEST:
+            raise ValueError(f"l: the number of matrix sites to pass must be 1 to {FURTHEST}, got {self.l}")
+        check_noise(self.noise)
+        check_debias(self.debias, self.noise)
+
+    def sample(self, state: Any, local: Local) -> Tensor:
+        way = local.onward(self.l)
+        if way is None:
+            return local.noise(local.s.shape, self.noise)
+        return local.pull_back_from(way, [local.noise(shape, self.noise) for shape in way.shapes])
+
+    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
+        if self.noise == "uniform":
+            return None
+        way = local.onward(self.l)
+        return g if way is None else local.pull_back_from(way, local.push_forward_to(way, g))
+
+    def note(self, site: Site) -> str | None:
+        if site.segment is not None and not site.segment.onward:
+            return "isotropic noise: the next layers write into memory that other tensors share"
+        return None
+
+
+@register_estimator("self_sharpening")
+@dataclass(frozen=True)
+class SelfSharpening(Downstream):
+    """``Downstream`` with uniform noise, U[0, 1), whose mean is not zero, and the exact error at the last site: the
+    method that Singhal 4.1 and A.2 call self-sharpening, used there with StableAdamW.
+
+    The exact error can be refused with the optimizer's ``exact_last=False``. No second moment is declared: the guesses
+    of different sites share a mean direction, so ``E g^_i`` depends on the cotangents of all sites.
+
+    >>> SelfSharpening().noise, SelfSharpening.exact_last
+    ('uniform', True)
+    """
+
+    noise: str = "uniform"
+    exact_last: ClassVar[bool] = True

@@ -1,0 +1,106 @@
+"""Activation mixing: a guess in the subspace of the activations (Singhal 3.3, eq. 12; A.2).
+
+Letters: n, m examples; x the next matrix site's input, one row an example.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
+from guessopt.sites import Layout, Shape
+from guessopt.tracing.local import Local
+
+
+@register_estimator("activation_mixing")
+@dataclass(frozen=True)
+class ActivationMixing(Estimator):
+    """``y[n] = M (sum_m a_nm x_{i+1}[m])``, ``a ~ N(0, 1)``: a random mixture of the batch's activations, in the
+    place of ``dL/dx_{i+1}``, which approximately lies in their span (Singhal eq. 12; A.2). Last site: ``N(0, I)``.
+
+    ``x_{i+1}`` is the next matrix site's input. Where more than an activation lies between, the mixture is made there
+    and pulled back to the site. An example is mixed as a whole: all its tokens or positions by the same
+    coefficients. Where examples are coupled, the first dimension is taken for theirs.
+
+    Args:
+        normalise: to norm ``sqrt(d)`` an example, d its entries: that of isotropic noise. (The paper: "we also
+        normalize
+            the overall guess"; the norm is our choice.) Without, ``E[y y^T] = M X^T X M`` for the batch's activations X
+            as rows; with, there is no closed form.
+        noise: kind of the coefficients.
+        debias: see ``Estimator.correct``; needs ``normalise=False``.
+
+    >>> ActivationMixing(debias=True)
+    Traceback (most recent call last):
+    ...
+    ValueError: debias: a normalised mixture has no second moment in closed form; set normalise=False
+    """
+
+    normalise: bool = True
+    noise: str = "normal"
+    debias: bool = False
+
+    def __post_init__(self) -> None:
+        check_noise(self.noise)
+        check_debias(self.debias, self.noise)
+        if self.debias and self.normalise:
+            raise ValueError("debias: a normalised mixture has no second moment in closed form; set normalise=False")
+
+    def sample(self, state: Any, local: Local) -> Tensor:
+        if local.site.is_last:
+            return local.noise(local.s.shape, self.noise)
+        x = local.next_input()
+        layout = _layout_of(x, local)
+        rows = _rows(x, layout, local.examples)
+        a = local.noise((rows.shape[0], rows.shape[0]), self.noise).to(rows.dtype)
+        y = local.pull_back(_unrows(a @ rows, layout, tuple(x.shape)))  # n m, m j -> n j
+        if not self.normalise:
+            return y
+        each = _rows(y, local.site.layout, local.examples)
+        norm = each.norm(dim=1, keepdim=True)
+        scale = each.shape[1] ** 0.5 / norm.masked_fill(norm == 0, 1.0)
+        return _unrows(each * scale, local.site.layout, tuple(y.shape))
+
+    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
+        if self.noise == "uniform":
+            return None
+        if local.site.is_last:
+            return g
+        if self.normalise:
+            return None
+        x = local.next_input()
+        layout = _layout_of(x, local)
+        rows, v = (_rows(t, layout, local.examples) for t in (x, local.push_forward(g)))
+        return local.pull_back(_unrows((v @ rows.T) @ rows, layout, tuple(x.shape)))
+
+
+def _layout_of(x: Tensor, local: Local) -> Layout:
+    """Where the examples lie in the next matrix site's input: as at the site, if the shape allows it."""
+    layout, shape = local.site.layout, tuple(x.shape)
+    if layout.fits(shape, local.examples):
+        return layout
+    return Layout.candidates(shape, local.examples)[0]
+
+
+def _rows(t: Tensor, layout: Layout, n: int) -> Tensor:
+    """One row an example, ``[N, *]``; coupled: a row for each index of the first dimension."""
+    if layout is Layout.BATCH_SECOND:
+        return t.transpose(0, 1).reshape(n, -1)
+    if layout is Layout.FLAT:
+        return t.reshape(n, -1)
+    if layout is Layout.FLAT_T:
+        return t.reshape(-1, n, *t.shape[1:]).transpose(0, 1).reshape(n, -1)
+    return t.reshape(t.shape[0] if t.dim() > 1 else 1, -1)
+
+
+def _unrows(rows: Tensor, layout: Layout, shape: Shape) -> Tensor:
+    """Back to the shape that ``_rows`` was given."""
+    n = rows.shape[0]
+    if layout is Layout.BATCH_SECOND:
+        return rows.reshape(n, shape[0], *shape[2:]).transpose(0, 1)
+    if layout is Layout.FLAT_T:
+        return rows.reshape(n, shape[0] // n, *shape[1:]).transpose(0, 1).reshape(shape)
+    return rows.reshape(shape)
