@@ -64,9 +64,9 @@ def fit(step: float, *, count: int = 256, iterations: int = 3000, seed: int = 0)
         adam.zero_grad()
         losses = (compose(coefficients, x) - target).square().mean(1)
         lowest = int(losses.argmin())
-        if float(losses[lowest]) < best_loss:
-            best, best_loss = coefficients.detach()[lowest].clone(), float(losses[lowest])
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        if (loss := float(losses[lowest].detach())) < best_loss:
+            best, best_loss = coefficients.detach()[lowest].clone(), loss
+        losses.sum().backward()
         with torch.no_grad():
             g = coefficients.grad
             assert g is not None

@@ -4,10 +4,15 @@ base."""
 from guessopt import estimators
 from guessopt.errors import ClosureError, GuessWarning
 from guessopt.estimators import (
+    ActivationMixing,
     ActivationPerturbation,
     DirectionalDescent,
+    Downstream,
     Estimator,
+    SelfSharpening,
     WPerp,
+    WPerpNS,
+    WPreconditioned,
     WTranspose,
     register_estimator,
 )
@@ -16,14 +21,19 @@ from guessopt.preflight import Preflight, preflight
 from guessopt.rules import register_rule
 
 __all__ = [
+    "ActivationMixing",
     "ActivationPerturbation",
     "ClosureError",
     "DirectionalDescent",
+    "Downstream",
     "Estimator",
     "GuessGradOptimizer",
     "GuessWarning",
     "Preflight",
+    "SelfSharpening",
     "WPerp",
+    "WPerpNS",
+    "WPreconditioned",
     "WTranspose",
     "estimators",
     "preflight",

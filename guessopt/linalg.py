@@ -70,14 +70,55 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
     return (q @ rotation.flip(-1)).mT.contiguous().to(w.dtype)
 
 
+def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """``U f(S) V^T``: the matrix with other singular values; ``[b, o, i]`` as ``w``.
+
+    >>> of_singular_values(torch.diag(torch.tensor([3.0, 2.0]))[None], lambda s: s**2)[0].diagonal()
+    tensor([9., 4.])
+    """
+    work = w if w.dtype is torch.float64 else w.float()
+    u, s, vh = torch.linalg.svd(work, full_matrices=False)
+    return ((u * f(s)[..., None, :]) @ vh).to(w.dtype)
+
+
+def odd_polynomial(gram: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
+    """``Q`` with ``p(p(...p(A))) = Q A`` for ``gram = A A^T`` (``A Q`` for ``A^T A``), ``p(x) = a x + b x^3 + c x^5 + d x^7``
+    (Wang eqs. 9 and 10).
+
+    Args:
+        gram: ``[*, r, r]``; coefficients: ``[*, 4]``.
+    """
+    a, b, c, d = coefficients.to(gram.dtype)[..., None, None].unbind(-3)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    found: Tensor | None = None
+    for left in reversed(range(compositions)):
+        q = a * eye + b * gram + gram @ gram @ (c * eye + d * gram)
+        found = q if found is None else found @ q
+        if left:
+            gram = gram @ (q @ q)
+    assert found is not None
+    return found
+
+
+def newton_schulz(w: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
+    """``p(p(...p(W)))``: every singular value mapped by ``p``; see ``odd_polynomial``.
+
+    >>> newton_schulz(torch.eye(2)[None] / 2, torch.tensor([[1.0, 0.0, 0.0, 1.0]]), 1)[0].diagonal()
+    tensor([0.5078, 0.5078])
+    """
+    if w.shape[-2] <= w.shape[-1]:
+        return odd_polynomial(w @ w.mT, coefficients, compositions) @ w
+    return w @ odd_polynomial(w.mT @ w, coefficients, compositions)
+
+
 #: Up to this smaller side, one Gram matrix per example is decomposed exactly.
 EXACT_SIDE = 32
 
 #: Basis vectors beyond k that ``masked_right_basis`` carries along.
 CARRIED = 6
 
-#: Degrees of its Chebyshev filters: low first, since a steep spectrum would turn a poor block onto its first vector.
-DEGREES = (2, 3, 3)
+#: Degrees of its Chebyshev filters: on a steep spectrum a higher one would turn the whole block onto its first vector.
+DEGREES = (2, 2, 2, 2)
 
 #: Least ratio of the filtered range to the largest eigenvalue: steeper, and single precision would see that one only.
 FLATTEST = 3e-3

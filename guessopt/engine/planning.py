@@ -155,7 +155,16 @@ def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> f
         if not any(v in analysis.active for v in site.call.inputs)
         and Layout.candidates(site.shape, found.batch)[0] is Layout.COUPLED
         and site.cut is None
+        and _is_about_parameters(analysis.tape, site)
     )
+
+
+def _is_about_parameters(tape: Tape, site: Site) -> bool:
+    """Looking parameters up by index, or masking them: what else there is in the call can be no batch of inputs."""
+    mine = tape.mine[site.call.index]
+    others = [v for k, v in enumerate(site.call.inputs) if k not in mine]
+    masked = any(tape.shapes[site.call.inputs[k]] == site.shape for k in mine)
+    return masked or not any(tape.dtypes[v].is_floating_point for v in others)
 
 
 def reprobe(

@@ -3,14 +3,23 @@
 from guessopt.estimators.activation import ActivationPerturbation
 from guessopt.estimators.base import Estimator, describe, estimator_names, make_estimator, register_estimator
 from guessopt.estimators.directional import DirectionalDescent
+from guessopt.estimators.downstream import Downstream, SelfSharpening
+from guessopt.estimators.mixing import ActivationMixing
+from guessopt.estimators.newton_schulz import WPerpNS
 from guessopt.estimators.perp import WPerp
+from guessopt.estimators.precondition import WPreconditioned
 from guessopt.estimators.transpose import WTranspose
 
 __all__ = [
+    "ActivationMixing",
     "ActivationPerturbation",
     "DirectionalDescent",
+    "Downstream",
     "Estimator",
+    "SelfSharpening",
     "WPerp",
+    "WPerpNS",
+    "WPreconditioned",
     "WTranspose",
     "describe",
     "estimator_names",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_noise, register_estimator
-from guessopt.sites import Matrix
+from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
+from guessopt.linalg import of_singular_values
+from guessopt.sites import Matrix, Site
 from guessopt.tracing.local import Local
 
 
@@ -41,21 +41,53 @@ class WTranspose(Estimator):
 
     Biased: ``E[y y^T] = W~^T W~`` (Wang eq. 6).
 
-    >>> WTranspose().unbiased
-    False
+    Args:
+        noise: kind of ``e``'s entries.
+        power: of the singular values of ``W_{i+1}`` (of the filter bank, for a convolution): ``W = U S^p V^T``, the
+            manipulation with which Singhal 4.1 studies self-sharpening. 0.1 to 4.
+        refresh: steps between SVDs; 1 as in the paper is slow. Power 1 takes none.
+        debias: see ``Estimator.correct``.
+
+    >>> WTranspose().unbiased, WTranspose(power=2).prepares
+    (False, True)
     """
 
     noise: str = "normal"
+    power: float = 1.0
+    refresh: int = 50
+    debias: bool = False
 
     def __post_init__(self) -> None:
         check_noise(self.noise)
+        check_debias(self.debias, self.noise)
+        check_refresh(self.refresh)
+        if not 0.1 <= self.power <= 4:
+            raise ValueError(f"power: of the singular values must be 0.1 to 4, got {self.power}")
 
-    def sample(self, state: Any, local: Local) -> Tensor:
+    @property
+    def prepares(self) -> bool:
+        return self.power != 1
+
+    def prepare(
+        self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """``U S^p V^T`` of each next matrix, ``[b, o, i]``."""
+        return [of_singular_values(w, lambda s: s**self.power) for _, w in weights]
+
+    def sample(self, state: list[Tensor] | None, local: Local) -> Tensor:
         if local.site.is_last:
             return local.noise(local.s.shape, self.noise)
-        return pull_back_noise(local, local.weights(), self.noise)
+        return pull_back_noise(local, rows_of(state, local), self.noise)
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
+    def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
         if self.noise == "uniform":
             return None
-        return g if local.site.is_last else moment_through(local, local.weights(), g)
+        return g if local.site.is_last else moment_through(local, rows_of(state, local), g)
+
+
+def rows_of(state: list[Tensor] | None, local: Local) -> list[tuple[Matrix, Tensor]]:
+    """The next matrices with what ``prepare`` made of them; with their weights where it made nothing."""
+    if state is None:
+        return local.weights()
+    assert local.site.segment is not None
+    return list(zip(local.site.segment.matrices, state, strict=True))

@@ -284,7 +284,8 @@ class Analysis:
     def _onward(self, source: int, x: int) -> tuple[Onward, ...]:
         """The ways from a site's output through 1, 2, ... matrix sites (Singhal eq. 7); ``x``: the first one's
         input."""
-        tape, found = self.tape, []
+        tape = self.tape
+        found: list[Onward] = []
         following: int | None = x
         while following is not None and len(found) < FURTHEST:
             outputs = [o for call, _, _ in self._readers(following) for o in call.outputs]

@@ -1,0 +1,190 @@
+"""W-perp by Newton-Schulz iterations (Wang 3.2, eqs. 9 and 10).
+
+Letters: b block (convolution group), o output row, i input column, n example.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
+from guessopt.estimators.perp import OVERSAMPLING, is_masked_linear
+from guessopt.estimators.transpose import moment_through, pull_back_noise
+from guessopt.linalg import masked_right_basis, newton_schulz, odd_polynomial, refined_right_basis, right_singular_basis
+from guessopt.sites import Matrix, Site
+from guessopt.tracing.local import Local
+
+#: Made by ``python -m benchmarks.newton_schulz``.
+DATA = Path(__file__).with_name("newton_schulz.json")
+
+
+@lru_cache(maxsize=1)
+def polynomials() -> tuple[int, Tensor]:
+    """The number of compositions, and the coefficients ``[9, 4]`` for steps at 0.1 to 0.9."""
+    data = json.loads(DATA.read_text())
+    rows = [p["coefficients"] for p in sorted(data["polynomials"], key=lambda p: p["sigma_k"])]
+    return int(data["compositions"]), torch.tensor(rows, dtype=torch.float64)
+
+
+def chosen(ratio: Tensor, *, cuts: bool) -> Tensor:
+    """The coefficients whose step is closest to ``sigma_k / sigma_1`` (Wang 4.2); ``[*, 4]``.
+
+    ``cuts=False``: k is the rank, so that nothing is to be mapped to 0; then the highest step that leaves ``sigma_k``
+    clear of the ramp (our choice: the closest one would halve what lies just below it).
+    """
+    step = (ratio * 10).round() if cuts else (ratio * 10 - 0.5).floor()
+    table = polynomials()[1].to(device=ratio.device, dtype=ratio.dtype)
+    return table[step.nan_to_num(1).clamp(1, 9).long() - 1]
+
+
+@register_estimator("w_perp_ns")
+@dataclass(frozen=True)
+class WPerpNS(Estimator):
+    """``y = p^N(W~)^T e``: singular values of W~ above the k-th mapped to about 1, the rest to about 0, by N = 5
+    compositions of an odd polynomial of degree seven (Wang 3.2, eqs. 9 and 10). Last site: ``N(0, I)``.
+
+    W~ is first normalised to unit spectral norm. The polynomials are fitted to the step at ``sigma_k`` = 0.1, ..., 0.9
+    and shipped (``newton_schulz.json``, made by ``python -m benchmarks.newton_schulz``); the closest is taken. The
+    spectral norm and ``sigma_k`` come from subspace iteration (the paper: Lanczos), every ``refresh`` steps. N is not
+    in the paper.
+
+    Args:
+        k: how many singular values to keep; clipped to the site's rank.
+        basis: ``"shared"``: ``p^N(W_{i+1})``, cached, then pulled back: ``y = M p^N(W)^T e`` (a departure, for speed: a
+            step costs what one of ``WTranspose`` does). ``"example"``: the paper's ``p^N(W M_n)`` for each example,
+            from the weights as they are now; slower than ``WPerp(basis="example")``.
+        refresh: steps between iterations.
+        noise: kind of ``e``'s entries.
+        debias: see ``Estimator.correct``.
+
+    >>> w = torch.diag(torch.tensor([4.0, 3.0, 1.0, 0.5]))
+    >>> p = WPerpNS(k=2).prepare(None, [(None, w[None])])[0]["p"][0]
+    >>> (p.diagonal() - torch.tensor([1, 1, 0, 0])).abs().max() < 0.1
+    tensor(True)
+    """
+
+    k: int = 10
+    basis: str = "shared"
+    refresh: int = 50
+    noise: str = "normal"
+    debias: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"k: the guess needs at least one dimension, got {self.k}")
+        if self.basis not in ("shared", "example"):
+            raise ValueError(f"basis: {self.basis!r} is not one of shared, example")
+        check_refresh(self.refresh)
+        check_noise(self.noise)
+        check_debias(self.debias, self.noise)
+
+    @property
+    def prepares(self) -> bool:
+        return True
+
+    def prepare(
+        self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: list[dict[str, Tensor]] | None = None
+    ) -> list[dict[str, Tensor]]:
+        """``p``: ``p^N(W)`` of each next matrix, ``[b, o, i]``; ``rows``: the basis to start from next time."""
+        found = []
+        for number, (_, w) in enumerate(weights):
+            rows = (
+                right_singular_basis(w, self.k + OVERSAMPLING)
+                if previous is None
+                else refined_right_basis(w, previous[number]["rows"])
+            )
+            entry = {"rows": rows}
+            if self.basis == "shared" or not is_masked_linear(site):
+                work = w if w.dtype is torch.float64 else w.float()
+                largest, kth = _sigmas((work @ rows.mT.to(work.dtype)).norm(dim=-2), self.k)
+                coefficients = chosen(kth / largest, cuts=self.k < min(w.shape[-2:]))
+                p = newton_schulz(work / largest[:, None, None], coefficients, polynomials()[0])
+                entry["p"] = p.to(w.dtype)
+            found.append(entry)
+        return found
+
+    def sample(self, state: Any, local: Local) -> Tensor:
+        if local.site.is_last or state is None:
+            return local.noise(local.s.shape, self.noise)
+        if self._is_of_examples(local.site):
+            (_, w), m = local.weights()[0], self._mask(local)
+            e = local.noise((m.shape[0], w.shape[1]), self.noise)
+            return self._of_examples(w[0], m, state[0]["rows"][0], e, None).reshape(local.s.shape)
+        return pull_back_noise(local, self._rows(state, local), self.noise)
+
+    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
+        if self.noise == "uniform":
+            return None
+        if local.site.is_last or state is None:
+            return g
+        if self._is_of_examples(local.site):
+            (_, w), m = local.weights()[0], self._mask(local)
+            return self._of_examples(w[0], m, state[0]["rows"][0], None, g.reshape(m.shape)).reshape(g.shape)
+        return moment_through(local, self._rows(state, local), g)
+
+    def note(self, site: Site) -> str | None:
+        if self.basis == "example" and site.segment is not None and not is_masked_linear(site):
+            return "shared basis: basis='example' needs an elementwise path to a linear layer"
+        return None
+
+    def check(self, sites: tuple[Site, ...]) -> None:
+        ranks = [site.rank for site in sites if not site.is_last]
+        if ranks and self.k > max(ranks) and self.k != type(self).k:
+            raise ValueError(
+                f"k: {self.k} exceeds the rank of every site (the largest is {max(ranks)}); choose k <= {max(ranks)}"
+            )
+
+    def _is_of_examples(self, site: Site) -> bool:
+        return self.basis == "example" and is_masked_linear(site)
+
+    @staticmethod
+    def _rows(state: list[dict[str, Tensor]], local: Local) -> list[tuple[Matrix, Tensor]]:
+        assert local.site.segment is not None
+        return [(m, entry["p"]) for m, entry in zip(local.site.segment.matrices, state, strict=True)]
+
+    @staticmethod
+    def _mask(local: Local) -> Tensor:
+        m = local.derivative()
+        mask = local.s.new_ones(local.s.shape) if m is None else m.to(local.s.dtype)
+        return mask.reshape(-1, mask.shape[-1])
+
+    def _of_examples(self, w: Tensor, m: Tensor, rows: Tensor, e: Tensor | None, g: Tensor | None) -> Tensor:
+        """``p^N(W M_n)^T e``, or ``p^N(W M_n)^T p^N(W M_n) g``: ``[n, i]``, some examples at a time."""
+        side = min(w.shape)
+        size = max(1, 2**24 // (side * side))
+        parts = [
+            self._part(w, m[a : a + size], rows, *(None if t is None else t[a : a + size] for t in (e, g)))
+            for a in range(0, len(m), size)
+        ]
+        return torch.cat(parts).to(w.dtype)
+
+    def _part(self, w: Tensor, m: Tensor, rows: Tensor, e: Tensor | None, g: Tensor | None) -> Tensor:
+        # p^N(A) = A Q with Q a polynomial of A^T A, or Q A with Q one of A A^T; Q on the smaller side.
+        wide = torch.promote_types(w.dtype, torch.float32)
+        basis = masked_right_basis(w, m, rows, self.k).to(wide)
+        w, m = w.to(wide), m.to(wide)
+        largest, kth = _sigmas(((basis * m[:, None]) @ w.T).norm(dim=-1), self.k)
+        coefficients = chosen(kth / largest, cuts=self.k < min(w.shape))
+        a = (w * m[:, None]) / largest[:, None, None]  # n o i
+        left = w.shape[0] <= w.shape[1]
+        q = odd_polynomial(a @ a.mT if left else a.mT @ a, coefficients, polynomials()[0])
+        if e is None:
+            assert g is not None
+            u = g.to(wide)[..., None]
+            v = q @ (a @ u) if left else a @ (q @ u)
+        else:
+            v = e.to(wide)[..., None]
+        return (a.mT @ (q @ v) if left else q @ (a.mT @ v))[..., 0]
+
+
+def _sigmas(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest and the k-th of singular values ``[*, r]``; the largest not 0."""
+    falling = values.sort(dim=-1, descending=True).values
+    return falling[..., 0].clamp_min(torch.finfo(values.dtype).tiny), falling[..., min(k, falling.shape[-1]) - 1]
