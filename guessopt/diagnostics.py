@@ -96,13 +96,14 @@ def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Te
             moment = None if estimator.noise == "uniform" else g
         elif not opt._is_exact(site, estimator):
             local = run.locals[site.index]
+            g = g if site.reach is None else site.reach.restrict(g)
             with torch.no_grad():
-                g = g if site.reach is None else site.reach.restrict(g)
-                moment = estimator.second_moment(
-                    opt._prepared(site, estimator, opt._key(site, estimator), local), local, g
-                )
-                if moment is not None and site.reach is not None:
-                    moment = site.reach.restrict(moment)
+                state = opt._prepared(site, estimator, opt._key(site, estimator), local)
+                moment = estimator.second_moment(state, local, g)
+                if moment is not None and estimator.debias:
+                    moment = estimator.correct(state, local, moment)
+            if moment is not None and site.reach is not None:
+                moment = site.reach.restrict(moment)
         if moment is None:
             raise ValueError(f"{estimator.name} declares no second moment with these options")
         cotangents[site.index] = moment

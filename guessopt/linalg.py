@@ -82,8 +82,8 @@ def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def odd_polynomial(gram: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
-    """``Q`` with ``p(p(...p(A))) = Q A`` for ``gram = A A^T`` (``A Q`` for ``A^T A``), ``p(x) = a x + b x^3 + c x^5 + d x^7``
-    (Wang eqs. 9 and 10).
+    """``Q`` with ``p(p(...p(A))) = Q A`` for ``gram = A A^T`` (``A Q`` for ``A^T A``), where
+    ``p(x) = a x + b x^3 + c x^5 + d x^7`` (Wang eqs. 9 and 10).
 
     Args:
         gram: ``[*, r, r]``; coefficients: ``[*, 4]``.

@@ -234,8 +234,9 @@ class GuessGradOptimizer(Optimizer):
 
     def _guess(
         self, guesses: dict[int, tuple[Estimator, str]], site: Site, s: Tensor, values: dict[int, Tensor]
-    ) -> Tensor | list[Tensor] | None:
-        """The guess ``y`` for a site; None where it needs none; directions for its parameters where these are few."""
+    ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
+        """The guess ``y`` for a site; None where it needs none; directions for its parameters where these are few; with
+        the correction that undoes the bias, where it is asked for."""
         found = guesses.get(site.index)
         if found is None:
             return None
@@ -244,8 +245,10 @@ class GuessGradOptimizer(Optimizer):
         if site.by_parameter and estimator.per_example_parameters:
             return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
         with torch.no_grad():
-            y = estimator.sample(self._prepared(site, estimator, key, local), local)
-        return y if site.reach is None else site.reach.restrict(y)
+            state = self._prepared(site, estimator, key, local)
+            y = estimator.sample(state, local)
+            y = y if site.reach is None else site.reach.restrict(y)
+            return (y, estimator.correct(state, local, y)) if estimator.debias else y
 
     def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str]]:
         """By site, the estimator and the name of its prepared state; absent where the error is known exactly, or a

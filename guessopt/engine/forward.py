@@ -14,7 +14,7 @@ from guessopt.rng import RandomState, draws
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import CustomFunction, Interceptor, stops_gradient, tensors_in
 
-Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | list[Tensor] | None"]
+Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 Saved = dict[int, tuple[Tensor, Tensor]]
 
 
@@ -30,7 +30,8 @@ class Pass(Interceptor):
         graph: of an earlier run; a run that departs from it raises ``Departure``.
         level: where tangents live.
         guess: the tangent for a site, from its output without tangent and the values kept aside; None for no tangent; a
-            list for one direction ``[N, *shape]`` per parameter that the site reads.
+            list for one direction ``[N, *shape]`` per parameter that the site reads; a pair for a tangent and what takes its
+            place in the estimate.
         directions: tangents for parameters, by position.
         saved: tensors of the user's that the closure writes, with their values before; added to.
     """
@@ -193,8 +194,9 @@ class Pass(Interceptor):
                 y = self._by_parameter(site, y)
         if y is None:
             return s
+        y, kept = y if isinstance(y, tuple) else (y, y)
         if not site.by_parameter or self.visits[-1].directions is None:
-            self.guesses[site.index] = y
+            self.guesses[site.index] = kept
         return self.level.inject(s, y.clone() if site.overwritten else y, in_place)
 
     def _by_parameter(self, site: Site, directions: list[Tensor]) -> Tensor:

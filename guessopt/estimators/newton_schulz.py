@@ -33,15 +33,10 @@ def polynomials() -> tuple[int, Tensor]:
     return int(data["compositions"]), torch.tensor(rows, dtype=torch.float64)
 
 
-def chosen(ratio: Tensor, *, cuts: bool) -> Tensor:
-    """The coefficients whose step is closest to ``sigma_k / sigma_1`` (Wang 4.2); ``[*, 4]``.
-
-    ``cuts=False``: k is the rank, so that nothing is to be mapped to 0; then the highest step that leaves ``sigma_k``
-    clear of the ramp (our choice: the closest one would halve what lies just below it).
-    """
-    step = (ratio * 10).round() if cuts else (ratio * 10 - 0.5).floor()
-    table = polynomials()[1].to(device=ratio.device, dtype=ratio.dtype)
-    return table[step.nan_to_num(1).clamp(1, 9).long() - 1]
+def chosen(step: Tensor) -> Tensor:
+    """The coefficients fitted to the closest step; ``[*]`` to ``[*, 4]``."""
+    table = polynomials()[1].to(device=step.device, dtype=step.dtype)
+    return table[(step * 10).round().nan_to_num(1).clamp(1, 9).long() - 1]
 
 
 @register_estimator("w_perp_ns")
@@ -51,9 +46,10 @@ class WPerpNS(Estimator):
     compositions of an odd polynomial of degree seven (Wang 3.2, eqs. 9 and 10). Last site: ``N(0, I)``.
 
     W~ is first normalised to unit spectral norm. The polynomials are fitted to the step at ``sigma_k`` = 0.1, ..., 0.9
-    and shipped (``newton_schulz.json``, made by ``python -m benchmarks.newton_schulz``); the closest is taken. The
-    spectral norm and ``sigma_k`` come from subspace iteration (the paper: Lanczos), every ``refresh`` steps. N is not
-    in the paper.
+    and shipped (``newton_schulz.json``, made by ``python -m benchmarks.newton_schulz``). The one whose step is closest
+    to the middle between ``sigma_k`` and ``sigma_{k+1}`` is taken (the paper: to ``sigma_k`` itself, which loses the
+    k-th direction as often as not). The singular values come from subspace iteration (the paper: Lanczos), every
+    ``refresh`` steps. N is not in the paper.
 
     Args:
         k: how many singular values to keep; clipped to the site's rank.
@@ -103,9 +99,8 @@ class WPerpNS(Estimator):
             entry = {"rows": rows}
             if self.basis == "shared" or not is_masked_linear(site):
                 work = w if w.dtype is torch.float64 else w.float()
-                largest, kth = _sigmas((work @ rows.mT.to(work.dtype)).norm(dim=-2), self.k)
-                coefficients = chosen(kth / largest, cuts=self.k < min(w.shape[-2:]))
-                p = newton_schulz(work / largest[:, None, None], coefficients, polynomials()[0])
+                largest, step = _sigmas((work @ rows.mT.to(work.dtype)).norm(dim=-2), self.k)
+                p = newton_schulz(work / largest[:, None, None], chosen(step), polynomials()[0])
                 entry["p"] = p.to(w.dtype)
             found.append(entry)
         return found
@@ -168,13 +163,12 @@ class WPerpNS(Estimator):
     def _part(self, w: Tensor, m: Tensor, rows: Tensor, e: Tensor | None, g: Tensor | None) -> Tensor:
         # p^N(A) = A Q with Q a polynomial of A^T A, or Q A with Q one of A A^T; Q on the smaller side.
         wide = torch.promote_types(w.dtype, torch.float32)
-        basis = masked_right_basis(w, m, rows, self.k).to(wide)
+        basis = masked_right_basis(w, m, rows, self.k + 1).to(wide)
         w, m = w.to(wide), m.to(wide)
-        largest, kth = _sigmas(((basis * m[:, None]) @ w.T).norm(dim=-1), self.k)
-        coefficients = chosen(kth / largest, cuts=self.k < min(w.shape))
+        largest, step = _sigmas(((basis * m[:, None]) @ w.T).norm(dim=-1), self.k)
         a = (w * m[:, None]) / largest[:, None, None]  # n o i
         left = w.shape[0] <= w.shape[1]
-        q = odd_polynomial(a @ a.mT if left else a.mT @ a, coefficients, polynomials()[0])
+        q = odd_polynomial(a @ a.mT if left else a.mT @ a, chosen(step), polynomials()[0])
         if e is None:
             assert g is not None
             u = g.to(wide)[..., None]
@@ -185,6 +179,10 @@ class WPerpNS(Estimator):
 
 
 def _sigmas(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The largest and the k-th of singular values ``[*, r]``; the largest not 0."""
+    """Of singular values ``[*, r]``, the largest (not 0), and the step relative to it: half-way between the k-th and the
+    next (0 after the last)."""
     falling = values.sort(dim=-1, descending=True).values
-    return falling[..., 0].clamp_min(torch.finfo(values.dtype).tiny), falling[..., min(k, falling.shape[-1]) - 1]
+    falling = torch.cat([falling, torch.zeros_like(falling[..., :1])], -1)
+    k = min(k, values.shape[-1])
+    largest = falling[..., 0].clamp_min(torch.finfo(values.dtype).tiny)
+    return largest, (falling[..., k - 1] + falling[..., k]) / (2 * largest)

@@ -150,8 +150,8 @@ class WPerp(Estimator):
         return masked_right_basis(w[0], mask.reshape(-1, mask.shape[-1]), rows, self.k)
 
     def _inactive(self, local: Local) -> tuple[Tensor, Tensor | None]:
-        """The first k units of each example where ``M`` is 0, as a mask; and, where some example has fewer, the bottom k
-        right singular vectors of ``W M_n`` of those that do (zero for the others), ``[n, k, i]``."""
+        """The first k units of each example where ``M`` is 0, as a mask; and, where some have fewer, the bottom k right
+        singular vectors of ``W M_n`` of those that do (zero for the others), ``[n, k, i]``."""
         m = local.derivative()
         zero = local.s.new_zeros(local.s.shape, dtype=torch.bool) if m is None else m == 0
         chosen = zero & (zero.cumsum(-1) <= self.k)
@@ -170,7 +170,7 @@ class WPerp(Estimator):
 
 
 def is_masked_linear(site: Site) -> bool:
-    """Whether ``W~ = W M`` with a diagonal ``M``: an elementwise path to one linear layer (stacked ones count as one)."""
+    """Whether ``W~ = W M`` with a diagonal ``M``: an elementwise path to one linear layer (or stacked ones)."""
     segment = site.segment
     if segment is None or segment.elementwise is None or len(segment.matrices) != 1:
         return False

@@ -18,8 +18,8 @@ from guessopt.tracing.local import Local
 @register_estimator("w_preconditioned")
 @dataclass(frozen=True)
 class WPreconditioned(Estimator):
-    """``y = (W~_s^T W~_s)^{-1/2} W~_s^T e = V U^T e`` for ``W~_s = U (S^2 + sigma I)^{1/2} V^T`` (Wang eqs. 11 to 16). Last
-    site: ``N(0, I)``.
+    """``y = (W~_s^T W~_s)^{-1/2} W~_s^T e = V U^T e`` for ``W~_s = U (S^2 + sigma I)^{1/2} V^T`` (Wang eqs. 11 to 16).
+    Last site: ``N(0, I)``.
 
     ``E[y y^T] = V V^T``: the identity, so unbiased, where ``W~`` has at least as many rows as columns; before a
     narrower layer (a 10-wide head) the projection on its row space.

@@ -85,7 +85,7 @@ class Local:
         """``J v``: from ``s`` to the next matrix site's input."""
         if self.is_elementwise:
             return self._masked(v)
-        return torch.func.jvp(self._segment(), (self.s,), (v,))[1]
+        return push(lambda s: (self._segment()(s),), self.s, v)[0]
 
     def next_input(self) -> Tensor:
         """``x_{i+1}``: the next matrix site's input, as this site's own output makes it."""
@@ -109,7 +109,7 @@ class Local:
 
     def push_forward_to(self, way: Onward, v: Tensor) -> list[Tensor]:
         """``J v``: from ``s`` to the way's goals."""
-        return list(torch.func.jvp(self._onward(way), (self.s,), (v,))[1])
+        return push(self._onward(way), self.s, v)
 
     def _onward(self, way: Onward) -> Callable[[Tensor], tuple[Tensor, ...]]:
         segment = self.site.segment
@@ -140,6 +140,17 @@ class Local:
             return evaluate(segment.program, {**self._values, segment.source: s})[x]
 
         return run
+
+
+def push(run: Callable[[Tensor], tuple[Tensor, ...]], s: Tensor, v: Tensor) -> list[Tensor]:
+    """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way and does not nest."""
+    with torch.enable_grad():
+        s = s.detach().requires_grad_()
+        outs = run(s)
+        us = [torch.zeros_like(out, requires_grad=True) for out in outs]
+        pulled = torch.autograd.grad(outs, s, us, create_graph=True)[0]
+        found = torch.autograd.grad(pulled, us, v, allow_unused=True)
+    return [torch.zeros_like(u) if jv is None else jv for u, jv in zip(us, found, strict=True)]
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
