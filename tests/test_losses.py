@@ -46,7 +46,9 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "cosine_embedding_loss": lambda o: F.cosine_embedding_loss(o, TARGET, SIGN),
     "margin_ranking_loss": lambda o: F.margin_ranking_loss(o[:, 0], o[:, 1], SIGN, margin=0.2),
     "triplet_margin_loss": lambda o: F.triplet_margin_loss(o, TARGET, TARGET.flip(0)),
-    "contrastive, over the batch": lambda o: F.cross_entropy(F.normalize(o) @ F.normalize(TARGET).T / 0.3, torch.arange(N)),
+    "contrastive, over the batch": lambda o: F.cross_entropy(
+        F.normalize(o) @ F.normalize(TARGET).T / 0.3, torch.arange(N)
+    ),
     "by hand, mean": lambda o: ((o - TARGET) ** 2).mean(),
     "by hand, sum over a count": lambda o: (o - TARGET).abs().pow(1.5).sum() / N,
     "perplexity": lambda o: F.cross_entropy(o, Y).exp(),

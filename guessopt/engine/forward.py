@@ -30,8 +30,8 @@ class Pass(Interceptor):
         graph: of an earlier run; a run that departs from it raises ``Departure``.
         level: where tangents live.
         guess: the tangent for a site, from its output without tangent and the values kept aside; None for no tangent; a
-            list for one direction ``[N, *shape]`` per parameter that the site reads; a pair for a tangent and what takes its
-            place in the estimate.
+            list for one direction ``[N, *shape]`` per parameter that the site reads; a pair for a tangent and what
+            takes its place in the estimate.
         directions: tangents for parameters, by position.
         saved: tensors of the user's that the closure writes, with their values before; added to.
     """
