@@ -113,7 +113,7 @@ class DualLevel(Level):
         return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
 
     def primal(self, t: Tensor) -> Tensor:
-        return _unpack(t)[0]
+        return _unpack(t)[0].detach()  # as unpacked it is a view, which would keep the tangent alive
 
     def plain(self, t: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -127,7 +127,7 @@ class DualLevel(Level):
         if tangent is not None and s is self._fresh:
             tangent.add_(y)  # in nobody else's hands yet
             return s
-        return _pack(primal, y if tangent is None else tangent.to(y.dtype) + y)
+        return _pack(primal.detach(), y if tangent is None else tangent.to(y.dtype) + y)
 
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         return _pack(p.detach(), v)
