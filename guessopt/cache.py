@@ -1,9 +1,12 @@
-"""Prepared per-site state (a truncated SVD) and its age."""
+"""Per-site state: prepared, with its age (a truncated SVD), or learned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+#: Marks the keys of states that are learned from step to step, not prepared anew.
+LEARNED = "learned: "
 
 
 class SiteCache:
@@ -33,6 +36,24 @@ class SiteCache:
             found = (step, make(found[1]))
             self._states[key] = found
         return found[1]
+
+    def peek(self, key: str) -> Any:
+        """A state that ``put`` left; None if there is none."""
+        found = self._states.get(LEARNED + key)
+        return None if found is None else found[1]
+
+    def put(self, key: str, step: int, state: Any) -> None:
+        """A state that was learned, in place of the last one (which a snapshot may still hold)."""
+        self._states[LEARNED + key] = (step, state)
+
+    def learned(self) -> dict[str, tuple[int, Any]]:
+        """A snapshot of what ``put`` left, for ``relearn``."""
+        return {key: entry for key, entry in self._states.items() if key.startswith(LEARNED)}
+
+    def relearn(self, states: dict[str, tuple[int, Any]]) -> None:
+        """Back to a snapshot by ``learned``; prepared states stay as they are."""
+        kept = {key: entry for key, entry in self._states.items() if not key.startswith(LEARNED)}
+        self._states = {**kept, **states}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, tensors included."""

@@ -58,9 +58,12 @@ def estimated_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, T
     torch.Size([1, 2])
     """
     transaction = Transaction(opt._devices)
+    steps, learned = opt._steps, opt._cache.learned()
     try:
         return _named(opt, opt._estimate(closure, transaction)[1])
     finally:
+        opt._steps = steps
+        opt._cache.relearn(learned)
         transaction.rewind()
 
 

@@ -123,8 +123,8 @@ DEGREES = (2, 2, 2, 2)
 #: Least ratio of the filtered range to the largest eigenvalue: steeper, and single precision would see that one only.
 FLATTEST = 3e-3
 
-#: Entries of the largest tensor that it makes at once.
-CHUNK = 2**24
+#: Entries of the largest tensor that it makes at once: on the CPU what stays in its cache, on a GPU what fits.
+CHUNK, GPU_CHUNK = 2**20, 2**26
 
 
 def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
@@ -153,7 +153,7 @@ def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     k = min(k, o, i)
     work, mask, start = (t if t.dtype is torch.float64 else t.float() for t in (w, m, start))
     rows = start.shape[0] if min(o, i) > EXACT_SIDE else min(o, i)
-    size = max(1, CHUNK // (i * max(rows, 1)))
+    size = max(1, (GPU_CHUNK if w.is_cuda else CHUNK) // (i * max(rows, 1)))
     if min(o, i) <= EXACT_SIDE:
         found = [_exact_masked(work, part, k) for part in mask.split(size)]
     else:
@@ -198,10 +198,12 @@ def _filtered(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
     y, values = _rayleigh_ritz(block * (m != 0), gram, m)
     for degree in DEGREES:
         c = torch.maximum(values[:, -1], 0.3 * values[:, k - 1])
-        scale = (2 / torch.maximum(c, FLATTEST * values[:, 0]).clamp_min(torch.finfo(y.dtype).tiny))[:, None, None]
-        before, now = y, scale * (((y * m) @ gram) * m) - y
+        c = torch.maximum(c, FLATTEST * values[:, 0])
+        scale = torch.where(c > 0, 2 / c, 0.0)[:, None, None]
+        step = scale * m
+        before, now = y, ((y * m) @ gram).mul_(step).sub_(y)
         for _ in range(degree - 1):
-            before, now = now, (2 * scale) * (((now * m) @ gram) * m) - 2 * now - before
+            before, now = now, ((now * m) @ gram).mul_(2 * step).sub_(2 * now).sub_(before)
         y, values = _rayleigh_ritz(now, gram, m)
     return y[:, :k]
 

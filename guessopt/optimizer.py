@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -193,7 +194,7 @@ class GuessGradOptimizer(Optimizer):
         plan, record = self._forward(closure, transaction)
         if self.check_finite:
             check_finite(record.loss, record.d)
-        cotangents = estimated_cotangents(plan.graph, record)
+        cotangents = estimated_cotangents(plan.graph, record, self._formed(plan, record))
         return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids)
 
     def _forward(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, ForwardRecord]:
@@ -219,9 +220,11 @@ class GuessGradOptimizer(Optimizer):
             raise unstable() from None
 
     def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
-        guess = partial(self._guess, self._guesses_of(plan))
+        locals: dict[int, Local] = {}
+        guess = partial(self._guess, self._guesses_of(plan), locals)
         run = Pass(self._ids, plan.graph, self._level(), guess, self._directions(), transaction.saved)
         record = run.execute(closure, self._by_position)
+        record.locals = locals
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss)
             plan.loss = None
@@ -233,15 +236,25 @@ class GuessGradOptimizer(Optimizer):
         return record
 
     def _guess(
-        self, guesses: dict[int, tuple[Estimator, str]], site: Site, s: Tensor, values: dict[int, Tensor]
+        self,
+        guesses: dict[int, tuple[Estimator, str]],
+        locals: dict[int, Local],
+        site: Site,
+        s: Tensor,
+        values: dict[int, Tensor],
     ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
         """The guess ``y`` for a site; None where it needs none; directions for its parameters where these are few; with
-        the correction that undoes the bias, where it is asked for."""
+        the correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that
+        learns will need."""
         found = guesses.get(site.index)
         if found is None:
             return None
         estimator, key = found
         local = Local(site, s, values, self._noise)
+        if estimator.learns:
+            locals[site.index] = local = _lasting(local, values, self._noise)
+            if not estimator.injects(self._steps):
+                return None
         if site.by_parameter and estimator.per_example_parameters:
             return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
         with torch.no_grad():
@@ -249,6 +262,21 @@ class GuessGradOptimizer(Optimizer):
             y = estimator.sample(state, local)
             y = y if site.reach is None else site.reach.restrict(y)
             return (y, estimator.correct(state, local, y)) if estimator.debias else y
+
+    def _formed(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
+        """The cotangents that estimators form themselves; what they learn here serves from the next pass on."""
+        formed: dict[int, Tensor] = {}
+        guesses = self._guesses_of(plan)
+        for estimator in dict.fromkeys(guesses[index][0] for index in record.locals):
+            locals = {index: local for index, local in record.locals.items() if guesses[index][0] == estimator}
+            keys = {index: f"{describe(estimator)} {_place(plan.graph, local.site)}" for index, local in locals.items()}
+            states = {index: self._cache.peek(key) for index, key in keys.items()}
+            with torch.no_grad():
+                found, learned = estimator.estimate(locals, record, plan.graph, states)
+            formed.update(found)
+            for index, state in learned.items():
+                self._cache.put(keys[index], self._steps, state)
+        return formed
 
     def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str]]:
         """By site, the estimator and the name of its prepared state; absent where the error is known exactly, or a
@@ -464,7 +492,32 @@ class GuessGradOptimizer(Optimizer):
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, GuessWarning, stacklevel=6)
+            warnings.warn(message, GuessWarning, stacklevel=_users_frame())
+
+
+def _users_frame() -> int:
+    """The stack level, for ``warnings.warn`` in the caller, of the first frame outside this package and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _place(graph: SiteGraph, site: Site) -> str:
+    """Names a site across traces of the same model: its parameters, and which of their uses it is."""
+    use = sum(other.params == site.params for other in graph.sites[: site.index])
+    return f"at {site.params} {use}"
+
+
+def _lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:
+    """The surroundings of a site, safe from what the closure will yet write in place."""
+    site, segment = local.site, local.site.segment
+    if segment is not None and any(call.in_place for call in segment.program):
+        needed = {v for call in segment.program for v in call.inputs if v in values}
+        values = {**values, **{v: values[v].clone() for v in needed}}
+    elif not site.overwritten:
+        return local
+    return Local(site, local.s.clone(), values, source)
 
 
 def _tensors(params: Any) -> Iterable[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from guessopt.engine.levels import TREATMENTS
 from guessopt.engine.planning import Transaction, trace
 from guessopt.errors import GuessWarning
 from guessopt.optimizer import GuessGradOptimizer
@@ -41,7 +42,8 @@ class Preflight:
         batch: number of examples N (1: examples cannot be told apart).
         unread: parameters from which no derivative reaches the loss.
         coupled: sites that take the scalar derivative, because examples interact after them.
-        notes: what else a user should know; the optimizer warns of the same, once.
+        notes: what else a user should know: what the optimizer will warn of, once, and which operations run in another
+            way than they would by themselves. An operation without forward derivative raises ``ClosureError`` by name.
         cost: matrix products of a step, in forward passes: forward, tangents, parameter gradients.
         memory: bytes that ``memory="store"`` keeps until the directional derivatives are known.
     """
@@ -123,7 +125,10 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         coupled=tuple(
             f"{opt._names[site.params[0]]} ({site.op})" for site in graph.sites if site.layout is Layout.COUPLED
         ),
-        notes=tuple(str(w.message) for w in caught if issubclass(w.category, GuessWarning)),
+        notes=(
+            *(str(w.message) for w in caught if issubclass(w.category, GuessWarning)),
+            *(f"{fn.__name__} {what}" for fn, what in TREATMENTS.items() if fn in graph.functions),
+        ),
         cost=graph.cost,
         memory=sum(site.kept for site in graph.sites),
     )

@@ -323,7 +323,8 @@ class ForwardRecord:
 
     ``loss``: scalar. ``d``: ``D_n``, ``[N]``, or their sum ``[1]`` where examples cannot be told apart. ``errors``: the
     exact ``dL/dv`` of every cut. ``guesses``: ``y`` by site index. ``exact``: gradients of the parameters that the loss
-    reads itself, by position. ``params``: the guesses made for parameters, by position.
+    reads itself, by position. ``params``: the guesses made for parameters, by position. ``locals``: by site index, the
+    surroundings of sites whose estimator forms the cotangent itself.
     """
 
     loss: Tensor
@@ -334,3 +335,4 @@ class ForwardRecord:
     visits: list[Visit]
     exact: dict[int, Tensor]
     params: dict[int, Tensor]
+    locals: dict[int, Any] = field(default_factory=dict)

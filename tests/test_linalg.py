@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from guessopt.linalg import refined_right_basis, right_singular_basis
+from guessopt.linalg import conjugate_gradients, masked_right_basis, refined_right_basis, right_singular_basis
 
 SHAPES = {
     "tall": (1, 40, 24),
@@ -59,3 +59,63 @@ def test_a_refreshed_basis_captures_the_energy_of_the_moved_weights(drift: float
     refreshed = refined_right_basis(moved, rows)[:, :10]
     assert energy(moved, refreshed) > 1 - (5e-3 if drift < 0.5 else 5e-2)
     torch.testing.assert_close(refreshed @ refreshed.mT, torch.eye(10)[None], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("active", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+def test_a_basis_per_example_captures_the_energy_of_the_exact_one(width: int, active: float) -> None:
+    """Near initialisation the spectrum has almost no gap: a hard case. The bar is 0.5% of the exact top 10's energy."""
+    torch.manual_seed(0)
+    w = torch.nn.Linear(width, width).weight.detach()
+    m = (torch.rand(6, width) < active).float()
+    rows = masked_right_basis(w, m, right_singular_basis(w[None], 20)[0], 10)
+    exact = torch.linalg.svdvals(w * m[:, None])[:, :10].square().sum(1)
+    captured = ((w * m[:, None]) @ rows.mT).square().sum((1, 2))
+    assert float((captured / exact).min()) > 1 - 5e-3
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(10).expand(6, 10, 10), rtol=0, atol=1e-4)
+    assert float((rows * (1 - m[:, None])).abs().max()) == 0
+
+
+SPECTRA = {
+    "geometric": 0.8 ** torch.arange(128.0),
+    "steep": 0.5 ** torch.arange(128.0),
+    "harmonic": 1 / (1 + torch.arange(128.0)),
+    "three spikes": torch.cat([torch.full((3,), 100.0), torch.linspace(2, 0, 125)]),
+    "ten spikes": torch.cat([torch.linspace(100, 10, 10), torch.linspace(2, 0, 118)]),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_basis_per_example_of_a_matrix_with_gaps(spectrum: Tensor, smooth: bool) -> None:
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(128, 128))[0] for _ in range(2))
+    w = (u * spectrum) @ v.T
+    m = torch.rand(6, 128) if smooth else (torch.rand(6, 128) < 0.5).float()
+    rows = masked_right_basis(w, m, right_singular_basis(w[None], 20)[0], 10)
+    exact = torch.linalg.svdvals((w * m[:, None]).double())[:, :10].square().sum(1)
+    captured = ((w * m[:, None]) @ rows.mT).double().square().sum((1, 2))
+    assert float((captured / exact).min()) > 1 - 5e-3
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(10).expand(6, 10, 10), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(10, 64), (64, 10), (40, 64), (64, 40)], ids=str)
+def test_a_basis_per_example_with_hardly_any_active_units(shape: tuple[int, int]) -> None:
+    """Fewer than k: the rows beyond the rank are zero; none: all of them."""
+    torch.manual_seed(0)
+    w = torch.randn(shape)
+    m = torch.zeros(3, shape[1])
+    m[1, :3] = m[2, 2] = 1
+    rows = masked_right_basis(w, m, right_singular_basis(w[None], 20)[0], 10)
+    squares = rows.square().sum(-1)
+    torch.testing.assert_close(squares.sum(1), torch.tensor([0.0, 3.0, 1.0]), rtol=0, atol=1e-3)
+
+
+def test_conjugate_gradients_solve_many_systems() -> None:
+    torch.manual_seed(0)
+    half = torch.randn(5, 8, 6, dtype=torch.float64)
+    a = half @ half.mT  # rank 6 of 8
+    y = (a @ torch.randn(5, 8, 1, dtype=torch.float64))[..., 0]
+    y[2] = 0
+    found = conjugate_gradients(lambda v: (a @ v[..., None])[..., 0], y, lambda t: t.sum(-1, keepdim=True))
+    torch.testing.assert_close(found, (torch.linalg.pinv(a, rtol=1e-9) @ y[..., None])[..., 0], rtol=1e-6, atol=1e-8)

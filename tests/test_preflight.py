@@ -73,3 +73,12 @@ def test_it_changes_nothing_and_raises_as_a_step_would() -> None:
         opt.step(lambda: F.cross_entropy(model(x), y))
     with pytest.raises(ClosureError, match="must return the loss"):
         preflight(opt, lambda: None)
+
+
+@pytest.mark.parametrize(("name", "operation"), [("lstm", "lstm"), ("rotary language model", "scaled_dot_product")])
+def test_operations_treated_in_another_way_are_named(name: str, operation: str) -> None:
+    problem = build(name)
+    assert any(
+        operation in note and "no forward derivative" in note
+        for note in preflight(problem.named, problem.closure).notes
+    )

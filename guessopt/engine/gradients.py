@@ -12,11 +12,18 @@ from guessopt.rng import replayed
 from guessopt.sites import ForwardRecord, SiteGraph
 
 
-def estimated_cotangents(graph: SiteGraph, record: ForwardRecord) -> dict[int, Tensor]:
-    """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index."""
+def estimated_cotangents(
+    graph: SiteGraph, record: ForwardRecord, formed: Mapping[int, Tensor] | None = None
+) -> dict[int, Tensor]:
+    """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index.
+
+    ``formed``: cotangents that estimators have formed themselves.
+    """
     found: dict[int, Tensor] = {}
     for site in reversed(graph.sites):
-        if (y := record.guesses.get(site.index)) is not None:
+        if formed is not None and site.index in formed:
+            found[site.index] = formed[site.index]
+        elif (y := record.guesses.get(site.index)) is not None:
             found[site.index] = y.mul_(site.layout.spread(record.d, site.shape).to(y.dtype))  # y has served
         elif site.shares is not None and site.shares in found:
             found[site.index] = found[site.shares]

@@ -170,6 +170,13 @@ class FastLevel(DualLevel):
 _FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
+#: Operations that do not run as they stand, and what is done instead; told by ``preflight``.
+TREATMENTS: dict[Callable[..., Any], str] = {
+    **dict.fromkeys(_FUSED, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
+    F.scaled_dot_product_attention: "runs by the explicit formula: the fused kernels have no forward derivative",
+}
+
+
 def _device_type(args: tuple[Any, ...]) -> str:
     return next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
 

@@ -4,6 +4,7 @@ from guessopt.estimators.activation import ActivationPerturbation
 from guessopt.estimators.base import Estimator, describe, estimator_names, make_estimator, register_estimator
 from guessopt.estimators.directional import DirectionalDescent
 from guessopt.estimators.downstream import Downstream, SelfSharpening
+from guessopt.estimators.feedback import LearnedFeedback
 from guessopt.estimators.mixing import ActivationMixing
 from guessopt.estimators.newton_schulz import WPerpNS
 from guessopt.estimators.perp import WPerp
@@ -16,6 +17,7 @@ __all__ = [
     "DirectionalDescent",
     "Downstream",
     "Estimator",
+    "LearnedFeedback",
     "SelfSharpening",
     "WPerp",
     "WPerpNS",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from guessopt.linalg import conjugate_gradients
-from guessopt.sites import Matrix, Site
+from guessopt.sites import ForwardRecord, Matrix, Site, SiteGraph
 from guessopt.tracing.local import NOISES, Local
 
 _ESTIMATORS: dict[str, type[Estimator]] = {}
@@ -56,6 +56,9 @@ class Estimator(ABC):
     # guessed
     #: in place of the output: unbiased, and in far fewer dimensions.
     per_example_parameters: ClassVar[bool] = True
+
+    #: Whether ``estimate`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
+    learns: ClassVar[bool] = False
 
     @property
     def unbiased(self) -> bool:
@@ -104,6 +107,22 @@ class Estimator(ABC):
         return conjugate_gradients(
             apply, y, lambda t: layout.spread(layout.sum_examples(t, n), tuple(t.shape)).to(t.dtype)
         )
+
+    def injects(self, step: int) -> bool:
+        """Whether this step needs guesses; a step without runs without tangents (only where ``learns``)."""
+        return True
+
+    def estimate(
+        self, locals: dict[int, Local], record: ForwardRecord, graph: SiteGraph, states: dict[int, Any]
+    ) -> tuple[dict[int, Tensor], dict[int, Any]]:
+        """Cotangents of the sites, and the states that take the place of those given; only where ``learns``.
+
+        Args:
+            locals: by site index, every site of this estimator.
+            states: what the last call gave, by site index; None on the first. Not to be changed in place: a step that
+                fails goes back to them.
+        """
+        raise NotImplementedError
 
     def note(self, site: Site) -> str | None:
         """Why a site that is not last gets another guess than the one this estimator is named for; None if it gets

@@ -21,8 +21,9 @@ class WPreconditioned(Estimator):
     """``y = (W~_s^T W~_s)^{-1/2} W~_s^T e = V U^T e`` for ``W~_s = U (S^2 + sigma I)^{1/2} V^T`` (Wang eqs. 11 to 16).
     Last site: ``N(0, I)``.
 
-    ``E[y y^T] = V V^T``: the identity, so unbiased, where ``W~`` has at least as many rows as columns; before a
-    narrower layer (a 10-wide head) the projection on its row space.
+    ``E[y y^T] = V V^T``: the identity where ``W~`` has at least as many rows as columns; before a narrower layer (a
+    10-wide head) the projection on its row space. That holds the true cotangent ``W~^T g_{i+1}`` wherever the next
+    matrix site is the only way on: unbiased on a chain of layers, not beside a residual branch.
 
     Neither an SVD nor ``sigma`` is needed for a linear layer behind an elementwise path: a square ``V`` has the same
     noise for every rotation, so ``y ~ N(0, I)`` where ``W~`` is tall or square, and the row space of ``W M_n`` is

@@ -9,6 +9,7 @@ Letters: b examples and heads, l queries, s keys, e features, v features of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -139,13 +140,54 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (u,), (q, k, v, *ps) = gradients, ctx.saved_tensors
-        gq, gk, gv = (torch.empty_like(t) for t in (q, k, v))
+        if q.shape == k.shape == v.shape:  # side by side, as one projection gives them: see ``unbind``
+            n, h, l_, e = q.shape
+            packed = q.new_empty(n, l_, 3, h, e)
+            gq, gk, gv = (packed.select(2, k_).transpose(1, 2) for k_ in range(3))
+        else:
+            gq, gk, gv = (torch.empty_like(t) for t in (q, k, v))
         for head, p in enumerate(ps):
             da = _jacobian(torch.bmm(u[:, head], v[:, head].mT), p, -1, p.dtype).mul_(ctx.c)
             gq[:, head] = torch.bmm(da, k[:, head])
             gk[:, head] = torch.bmm(da.mT, q[:, head])
             gv[:, head] = torch.bmm(p.mT, u[:, head])
         return gq, gk, gv, None, None
+
+
+class _Unbind(torch.autograd.Function):
+    """``torch.unbind`` whose pull-back copies nothing where the gradients already lie side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> tuple[Tensor, ...]:
+        ctx.dim = dim % x.dim()
+        return x.unbind(dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        first, dim = gradients[0], ctx.dim
+        step = int(gradients[1].storage_offset() - first.storage_offset()) if len(gradients) > 1 else 0
+        beside = step > 0 and all(
+            g.stride() == first.stride()
+            and g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and g.storage_offset() == first.storage_offset() + k * step
+            for k, g in enumerate(gradients)
+        )
+        if not beside or torch.is_grad_enabled():
+            return torch.stack(gradients, dim), None
+        shape, stride = list(first.shape), list(first.stride())
+        shape.insert(dim, len(gradients))
+        stride.insert(dim, step)
+        return first.as_strided(shape, stride), None
+
+
+def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    """``torch.unbind``, for a pull-back through a projection that makes queries, keys and values in one."""
+    out: tuple[Tensor, ...] = _Unbind.apply(x, dim)
+    return out
+
+
+#: What stands in for an operation where a segment is pulled back.
+PULLED_BACK: dict[Callable[..., Any], Callable[..., Any]] = {torch.unbind: unbind, Tensor.unbind: unbind}
 
 
 def differentiable_attention(
@@ -223,3 +265,6 @@ def _autocast_dtype(q: Tensor) -> torch.dtype | None:
 
 def _without_autocast(q: Tensor, low: torch.dtype | None) -> AbstractContextManager[Any]:
     return nullcontext() if low is None else torch.autocast(q.device.type, enabled=False)
+
+
+PULLED_BACK[F.scaled_dot_product_attention] = differentiable_attention

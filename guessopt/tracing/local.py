@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.attention import differentiable_attention
+from guessopt.rules.attention import PULLED_BACK
 from guessopt.rules.elementwise import DROPOUT, derivative, pull_back
 from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Call, Layout, Matrix, Onward, Shape, Site, Value
@@ -186,8 +185,7 @@ def _run(calls: tuple[Call, ...], values: dict[int, Tensor]) -> None:
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        fn = differentiable_attention if call.fn is F.scaled_dot_product_attention else without_side_effects(call.fn)
-        out = fn(*args, **kwargs)
+        out = PULLED_BACK.get(call.fn, without_side_effects(call.fn))(*args, **kwargs)
         results = tensors_in((out,)) if out is not None else [args[0]]
         values.update(zip(call.outputs, results, strict=True))
 
