@@ -29,7 +29,7 @@ from guessopt.engine.planning import (
     warn_of_coupling,
 )
 from guessopt.errors import GuessWarning
-from guessopt.estimators.base import Estimator, describe, make_estimator
+from guessopt.estimators.base import Estimator, describe, estimators_for, plain
 from guessopt.rng import NoiseSource
 from guessopt.sites import ForwardRecord, Site, SiteGraph
 from guessopt.tracing.local import Local, draw
@@ -47,7 +47,8 @@ class GuessGradOptimizer(Optimizer):
         base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an
         optimizer built
             on the same parameters.
-        estimator: an estimator, its class or its registered name.
+        estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
+            that matches decides) to any of these.
         guesses: independent guesses averaged per step, each a forward pass.
         exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
         memory: ``"store"`` keeps every site's input until the directional derivatives are known.
@@ -104,7 +105,7 @@ class GuessGradOptimizer(Optimizer):
         self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
         self.batch_norm = batch_norm
         self.check_finite = check_finite
-        self._default = make_estimator(estimator)
+        self._default = plain(estimator)
         groups = _groups(params, self._default)
         self.base = _build(base, groups, base_kwargs, self._default)
         super().__init__([{"params": list(g["params"])} for g in self.base.param_groups], {})
@@ -380,7 +381,7 @@ class GuessGradOptimizer(Optimizer):
         if not hasattr(self, "_noise"):
             return  # Optimizer.__init__ adds groups that the base has already
         group = dict(param_group)
-        group["estimator"] = describe(make_estimator(group.get("estimator", self._default)))
+        group["estimator"] = plain(group.get("estimator", self._default))
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         _check_tensors(list(_tensors(group["params"])))
         self.base.add_param_group(group)
@@ -411,7 +412,7 @@ class GuessGradOptimizer(Optimizer):
             )
         own = state_dict["guessopt"]
         for group in state_dict["param_groups"]:
-            make_estimator(group["estimator"])
+            plain(group["estimator"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "guessopt"})
         self._steps = own["steps"]
         self._noise.load(own["noise"])
@@ -423,7 +424,7 @@ class GuessGradOptimizer(Optimizer):
         self.base.__setstate__(state)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({describe(self._default)}, base={self.base!r})"
+        return f"{type(self).__name__}({self._default}, base={self.base!r})"
 
     # --- bookkeeping --------------------------------------------------------------------------------------------------
 
@@ -444,7 +445,9 @@ class GuessGradOptimizer(Optimizer):
         self._ids = {id(p): k for k, p in self._by_position.items()}
         self._estimators: list[Estimator] = []
         for group in self.param_groups:
-            self._estimators += [make_estimator(group["estimator"])] * len(group["params"])
+            start, count = len(self._estimators), len(group["params"])
+            names = self._names[start : start + count]
+            self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []
@@ -528,7 +531,7 @@ def _tensors(params: Any) -> Iterable[Any]:
         yield item[1] if isinstance(item, tuple) else item
 
 
-def _groups(params: Any, default: Estimator) -> list[dict[str, Any]]:
+def _groups(params: Any, default: dict[str, Any]) -> list[dict[str, Any]]:
     """Parameters, named parameters or groups, as groups that each name their estimator."""
     if isinstance(params, Tensor):
         raise TypeError("params: expected an iterable of parameters or groups, got a single tensor; wrap it in a list")
@@ -541,7 +544,7 @@ def _groups(params: Any, default: Estimator) -> list[dict[str, Any]]:
     seen: list[Any] = []
     for group in groups:
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group["estimator"] = describe(make_estimator(group.get("estimator", default)))
+        group["estimator"] = plain(group.get("estimator", default))
         seen += _tensors(group["params"])
     _check_tensors(seen)
     if not any(p.requires_grad for p in seen):
@@ -568,7 +571,7 @@ def _check_tensors(tensors: Sequence[Any]) -> None:
         seen[id(p)] = k
 
 
-def _build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], default: Estimator) -> Optimizer:
+def _build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], default: dict[str, Any]) -> Optimizer:
     if isinstance(base, Optimizer):
         if kwargs:
             raise TypeError(
@@ -581,7 +584,7 @@ def _build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], defa
         own = {id(p): group["estimator"] for group in groups for p in _tensors(group["params"])}
         for group in base.param_groups:
             group.setdefault("estimator", own[id(group["params"][0])])
-            group["estimator"] = describe(make_estimator(group["estimator"]))
+            group["estimator"] = plain(group["estimator"])
         built = base
     elif isinstance(base, type) and issubclass(base, Optimizer):
         _refuse_closure_bases(base)
@@ -591,7 +594,7 @@ def _build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], defa
         if not isinstance(built, Optimizer):
             raise TypeError(f"base: the callable returned {type(built).__name__}, not a torch.optim.Optimizer")
         for group in built.param_groups:
-            group.setdefault("estimator", describe(default))
+            group.setdefault("estimator", default)
     else:
         raise TypeError(
             f"base: expected an optimizer class, a callable from groups to an optimizer, or an optimizer, got "

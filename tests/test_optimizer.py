@@ -760,3 +760,38 @@ def test_batch_norm_statistics_move_once_a_step(method: str, engine: str) -> Non
             torch.testing.assert_close(buffer, expected, rtol=1e-12, atol=1e-12, msg=name)
     assert int(model.state_dict()["1.num_batches_tracked"]) == 3
     assert all(g.any() for g in (p.grad for p in model.parameters()) if g is not None)
+
+
+# ---------------------------------------------------------------------------------------- estimators by name patterns
+
+
+def test_estimators_by_patterns_of_parameter_names() -> None:
+    """The first pattern that matches decides; a site takes the choice of its first parameter."""
+    patterns = {"0.*": WTranspose(), "3.*": {"name": "w_perp", "k": 2}, "*": "activation_perturbation"}
+    model, split = mlp(), mlp()
+    split.load_state_dict(model.state_dict())
+    groups = [
+        {"params": split[0].parameters(), "estimator": WTranspose()},
+        {"params": split[3].parameters(), "estimator": WPerp(k=2)},
+        {"params": split[5].parameters(), "estimator": "activation_perturbation"},
+    ]
+    optimizer = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, patterns, lr=0.1, seed=0)
+    reference = GuessGradOptimizer(groups, torch.optim.SGD, lr=0.1, seed=0)
+    optimizer.estimate(mean_loss(model))
+    reference.estimate(mean_loss(split))
+    assert equal(grads(model), grads(split))
+    again = GuessGradOptimizer(mlp().named_parameters(), torch.optim.SGD, "w_perp", lr=0.1)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert again._estimators == optimizer._estimators
+
+
+def test_patterns_need_names_and_must_cover_every_parameter() -> None:
+    with pytest.raises(ValueError, match="named_parameters"):
+        GuessGradOptimizer(mlp().parameters(), estimator={"*": "w_perp"})
+    with pytest.raises(ValueError, match=r"no pattern matches.*'3.weight'"):
+        GuessGradOptimizer(mlp().named_parameters(), estimator={"0.*": "w_perp"})
+    with pytest.raises(ValueError, match="w_perp"):
+        GuessGradOptimizer(mlp().named_parameters(), estimator={"*": "w_prep"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -195,6 +197,46 @@ def make_estimator(spec: Any) -> Estimator:
 def describe(estimator: Estimator) -> dict[str, Any]:
     """Name and options, as plain data that ``make_estimator`` understands."""
     return {"name": estimator.name, **estimator.options()}
+
+
+def plain(spec: Any) -> dict[str, Any]:
+    """A choice of estimator as plain data: of one (``describe``), or of several by patterns of parameter names.
+
+    >>> plain({"head.*": "w_transpose", "*": "activation_perturbation"})["patterns"]["head.*"]["name"]
+    'w_transpose'
+    """
+    if isinstance(spec, dict) and "name" not in spec:
+        patterns = spec["patterns"] if set(spec) == {"patterns"} else spec
+        if not patterns:
+            raise ValueError("estimator: the dict of name patterns is empty")
+        return {"patterns": {str(pattern): plain(choice) for pattern, choice in patterns.items()}}
+    return describe(make_estimator(spec))
+
+
+def estimators_for(choice: dict[str, Any], names: Sequence[str], named: bool) -> list[Estimator]:
+    """One for each parameter of a group; ``choice`` as ``plain`` gives it; the first pattern that matches decides.
+
+    Raises:
+        ValueError: patterns for parameters without names (``named=False``), or a parameter that none matches.
+    """
+    if "patterns" not in choice:
+        return [make_estimator(choice)] * len(names)
+    if not named:
+        raise ValueError(
+            "estimator: name patterns need named parameters; pass model.named_parameters() in place of "
+            "model.parameters()"
+        )
+    found = []
+    for name in names:
+        match = next((c for pattern, c in choice["patterns"].items() if fnmatchcase(name, pattern)), None)
+        if match is None:
+            raise ValueError(
+                f"estimator: no pattern matches the parameter {name!r} (patterns: "
+                f"{', '.join(choice['patterns'])}); add '*' "
+                "for the rest"
+            )
+        found += estimators_for(match, [name], named)
+    return found
 
 
 def check_noise(noise: str) -> None:
