@@ -37,8 +37,7 @@ def time_ratios(
     """Time of each step over the baseline's: ratio of medians over interleaved rounds.
 
     A round times `block` steps of every method in turn, so that a slow moment of the machine meets all of them; the
-    block is as long as the period at which estimators refresh what they cache, so that its cost is in.
-    """
+    block is as long as the period at which estimators refresh what they cache, so that its cost is in."""
     for step in steps.values():
         seconds(step, 3, device)  # warm-up
     times = interleaved(steps, rounds=rounds, block=block, device=device)

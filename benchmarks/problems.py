@@ -129,8 +129,8 @@ def vit(
 def causal_lm(
     vocabulary: int = 65, dim: int = 128, depth: int = 4, heads: int = 4, *, tokens: int = 64
 ) -> nn.Sequential:
-    """A Llama-like language model: RMSNorm, rotary positions, SwiGLU, no biases. Logits are ``[N, vocabulary, T]``,
-    as cross-entropy takes them."""
+    """A Llama-like language model: RMSNorm, rotary positions, SwiGLU, no biases. Logits are ``[N, vocabulary, T]``, as
+    cross-entropy takes them."""
 
     def block() -> Block:
         mix = Attention(dim, heads, bias=False, rotate=Rotary(tokens, dim // heads))

@@ -190,9 +190,8 @@ class _ReversePass(Pass):
         self.locals: dict[int, Local] = {}
         if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
             raise NotImplementedError(
-                "diagnostics cannot yet separate a loss that reads parameters itself from one that reads a "
-                "value which the "
-                "network goes on to use; leave the parameter term out of the closure for the measurement"
+                "diagnostics cannot yet separate a loss that reads parameters itself from one that reads a value "
+                "which the network goes on to use; leave the parameter term out of the closure for the measurement"
             )
 
     def note(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> None:

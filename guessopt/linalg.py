@@ -130,11 +130,11 @@ CHUNK, GPU_CHUNK = 2**20, 2**26
 def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     """The top ``k`` right singular vectors of ``W M_n``, for every example n (Wang 3.1), as rows.
 
-    No decomposition per example of a size that grows with ``W``: Chebyshev filters of ``M W^T W M`` on a block of a few
-    more than ``k`` vectors, from the basis that ``W`` itself has, then Rayleigh-Ritz within the block. Products with
-    the
-    one shared ``W^T W`` are all it takes. Angles mean nothing where the spectrum has no gap (near initialisation); what
-    is held is the captured energy ``||W M V||^2``: within 5e-3 of the exact top k. If the smaller side of ``W`` is
+    No decomposition per example of a size that grows with ``W``: Chebyshev filters of ``M W^T W M`` on a block of a
+    few more than ``k`` vectors, from the basis that ``W`` itself has, then Rayleigh-Ritz within the block. Products
+    with the one shared ``W^T W`` are all it takes. Angles mean nothing where the spectrum has no gap (near
+    initialisation); what is held is the captured energy ``||W M V||^2``: within 5e-3 of the exact top k. If the
+    smaller side of ``W`` is
     at most 32: exact.
 
     Args:

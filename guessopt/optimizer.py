@@ -39,13 +39,13 @@ MAX_PLANS = 16
 
 
 class GuessGradOptimizer(Optimizer):
-    """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``, ``base`` does the
-    update.
+    """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``,
+    ``base`` does the update.
 
     Args:
         params: parameters, named parameters, or groups; a group may carry its own ``"estimator"``.
-        base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an
-        optimizer built
+        base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an optimizer
+        built
             on the same parameters.
         estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
             that matches decides) to any of these.
@@ -141,9 +141,8 @@ class GuessGradOptimizer(Optimizer):
             return None
         if self._pending and any(p.grad is not None for p in self._params):
             raise RuntimeError(
-                "step(closure) would discard the gradients that estimate(closure) has added: call step() to "
-                "apply them or "
-                "zero_grad() to drop them"
+                "step(closure) would discard the gradients that estimate(closure) has added: call step() to apply "
+                "them or zero_grad() to drop them"
             )
         loss, gradients = self._estimate(closure)
         for position, p in enumerate(self._params):
@@ -152,8 +151,8 @@ class GuessGradOptimizer(Optimizer):
         return loss
 
     def estimate(self, closure: Callable[[], Any]) -> Tensor:
-        """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss. ``step()`` applies
-        them."""
+        """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss.
+        ``step()`` applies them."""
         loss, gradients = self._estimate(closure)
         for position, gradient in gradients.items():
             p = self._params[position]
@@ -244,9 +243,10 @@ class GuessGradOptimizer(Optimizer):
         s: Tensor,
         values: dict[int, Tensor],
     ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
-        """The guess ``y`` for a site; None where it needs none; directions for its parameters where these are few; with
-        the correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that
-        learns will need."""
+        """The guess ``y`` for a site; None where it needs none; directions for its parameters where
+        these are few; with the
+        correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that learns
+        will need."""
         found = guesses.get(site.index)
         if found is None:
             return None
@@ -406,9 +406,8 @@ class GuessGradOptimizer(Optimizer):
         """
         if "guessopt" not in state_dict:
             raise ValueError(
-                "state_dict has no 'guessopt' entry: it is not of a GuessGradOptimizer; load a plain "
-                "optimizer's state into "
-                "opt.base"
+                "state_dict has no 'guessopt' entry: it is not of a GuessGradOptimizer; load a plain optimizer's "
+                "state into opt.base"
             )
         own = state_dict["guessopt"]
         for group in state_dict["param_groups"]:
@@ -474,15 +473,13 @@ class GuessGradOptimizer(Optimizer):
         warn_of_coupling(plan, self._warn)
         if self.batch_norm == "frozen_statistics" and plan.normalises_batch:
             self._warn(
-                "batch_norm='frozen_statistics': batch statistics are taken for constants; the estimate leaves "
-                "out how examples "
-                "act on each other through them, a bias that grows as batches shrink"
+                "batch_norm='frozen_statistics': batch statistics are taken for constants; the estimate leaves out "
+                "how examples act on each other through them, a bias that grows as batches shrink"
             )
         if plan.routes:
             self._warn(
-                "the network picks rows by indices that it computes as it runs: where the examples lie is "
-                "checked anew in "
-                "every step, at the cost of one more forward-mode pass"
+                "the network picks rows by indices that it computes as it runs: where the examples lie is checked "
+                "anew in every step, at the cost of one more forward-mode pass"
             )
         if plan.compiled:
             self._warn("torch.compile'd code in the closure runs uncompiled: compiled code would lose the tangents")
@@ -550,8 +547,7 @@ def _groups(params: Any, default: dict[str, Any]) -> list[dict[str, Any]]:
     if not any(p.requires_grad for p in seen):
         raise ValueError(
             f"params: none of the {len(seen)} parameters requires a gradient: all are frozen; set "
-            f"requires_grad_(True) on "
-            "those to train"
+            "requires_grad_(True) on those to train"
         )
     return groups
 
@@ -608,9 +604,8 @@ def _refuse_closure_bases(cls: type) -> None:
     closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(
-            f"base: {cls.__name__} evaluates the closure itself, several times a step, and needs exact "
-            f"gradients; choose a "
-            "base whose step() takes no closure, such as AdamW or SGD"
+            f"base: {cls.__name__} evaluates the closure itself, several times a step, and needs exact gradients; "
+            "choose a base whose step() takes no closure, such as AdamW or SGD"
         )
 
 

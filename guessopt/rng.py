@@ -125,8 +125,8 @@ class NoiseSource:
         return {"stream": self._stream, "generators": states}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken, whatever the global seed is now; a later ``manual_seed`` is followed
-        again."""
+        """Go on where ``state`` was taken, whatever the global seed is now; a later ``manual_seed`` is
+        followed again."""
         self._seen = torch.initial_seed() if self.seed is None else self.seed
         self._stream = state["stream"]
         self._generators = {}

@@ -260,11 +260,10 @@ class Kind(enum.IntEnum):
 class SiteGraph:
     """All that a trace found: enough to run the closure again in one forward-mode pass.
 
-    ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a
-    run that departs from them is traced
-    anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments, ``constants`` holds those that are
-    there beforehand. ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built.
-    """
+    ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run
+    that departs from them is traced anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments,
+    ``constants`` holds those that are there beforehand. ``loss_params`` are read by the loss itself; ``blocked`` says,
+    by site, why no segment was built."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -304,8 +303,8 @@ def numel(shape: Shape) -> int:
 
 @dataclass
 class Visit:
-    """A site's call in a run: its arguments without tangents, which of their tensors are trainable, and the random
-    state before it if it draws."""
+    """A site's call in a run: its arguments without tangents, which of their tensors are trainable,
+    and the random state before it if it draws."""
 
     call: Call
     args: tuple[Any, ...]

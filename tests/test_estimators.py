@@ -201,8 +201,8 @@ def test_the_basis_is_refreshed_when_due_and_only_then() -> None:
 
 
 def test_more_guesses_average() -> None:
-    """K guesses: the same mean, a K-th of the variance (a ratio of sample variances; bounds from its standard
-    error)."""
+    """K guesses: the same mean, a K-th of the variance (a ratio of sample variances; bounds from its
+    standard error)."""
     made = build("mlp")
     spread = {}
     for k in (1, 4):

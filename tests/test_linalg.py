@@ -50,8 +50,8 @@ def test_a_rank_deficient_matrix_still_gives_an_orthonormal_basis() -> None:
 
 @pytest.mark.parametrize("drift", [0.01, 0.1, 0.5])
 def test_a_refreshed_basis_captures_the_energy_of_the_moved_weights(drift: float) -> None:
-    """At initialisation the spectrum has almost no gap: a hard case. The bar is 0.5% of the energy of the exact top
-    10."""
+    """At initialisation the spectrum has almost no gap: a hard case. The bar is 0.5% of the energy of
+    the exact top 10."""
     torch.manual_seed(0)
     w = torch.nn.Linear(256, 256).weight.detach()[None]
     rows = right_singular_basis(w, 20)

@@ -147,9 +147,8 @@ class Pass(Interceptor):
                 else "use another operation, or detach its input if no gradient should pass"
             )
             raise ClosureError(
-                f"{getattr(fn, '__name__', fn)} has no derivative in forward mode, by which gradients are "
-                f"estimated here; "
-                f"{remedy}"
+                f"{getattr(fn, '__name__', fn)} has no derivative in forward mode, by which gradients are estimated "
+                f"here; {remedy}"
             ) from error
 
     def _site(
@@ -234,8 +233,8 @@ class Pass(Interceptor):
                 self.saved[id(t)] = (t, t.detach().clone())
 
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
-        """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the closure
-        raises."""
+        """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the
+        closure raises."""
 
         def body() -> Tensor:
             self.duals = {id(params[p]): self.level.substitute(params[p], v) for p, v in self.directions.items()}
@@ -269,8 +268,8 @@ class Pass(Interceptor):
 
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
-    """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example): ``[N]``, or
-    ``[1]``
+    """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example):
+    ``[N]``, or ``[1]``
     where some cut's examples cannot be told apart. Equal to the derivative of each example's share of the loss."""
     parts = [
         cut.layout.sum_examples(_wide(e) * _wide(t), graph.batch)

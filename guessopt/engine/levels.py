@@ -249,9 +249,8 @@ class FuncLevel(Level):
             return s + ty
         if not torch._C._functorch.is_functorch_wrapped_tensor(s):
             raise RuntimeError(
-                "engine='func' cannot add a guess to an operation that writes its input in place before any "
-                "other site; "
-                "use engine='dual', or write the operation out of place"
+                "engine='func' cannot add a guess to an operation that writes its input in place before any other "
+                "site; use engine='dual', or write the operation out of place"
             )
         return s.add_(ty)
 

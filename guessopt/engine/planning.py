@@ -247,9 +247,8 @@ def check_finite(loss: Tensor, d: Tensor | None = None) -> None:
             "division at zero in the closure, or lower the learning rate"
         )
     raise ClosureError(
-        f"the loss is not finite ({loss.detach().mean().item()}); nothing was updated. Check the batch (an "
-        f"empty one gives "
-        "nan), lower the learning rate, or pass check_finite=False"
+        f"the loss is not finite ({loss.detach().mean().item()}); nothing was updated. Check the batch (an empty one "
+        "gives nan), lower the learning rate, or pass check_finite=False"
     )
 
 
@@ -265,9 +264,8 @@ def independent(names: Sequence[str], graph: SiteGraph) -> str:
     few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     why = " (they are read only under torch.no_grad() or through detach())" if graph.stopped_params else ""
     return (
-        f"the loss does not depend on any parameter handed to the optimizer ({few}){why}; return the loss "
-        f"itself, computed "
-        "from the model inside the closure, not a detached copy"
+        f"the loss does not depend on any parameter handed to the optimizer ({few}){why}; return the loss itself, "
+        "computed from the model inside the closure, not a detached copy"
     )
 
 
@@ -286,10 +284,9 @@ def check_repeats(first: Tensor, second: Tensor) -> None:
     tolerance = 1e-3 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
     if not torch.allclose(a, b, rtol=tolerance, atol=1e-6):
         raise ClosureError(
-            f"the closure does not repeat: a second pass from the same random state gave the loss "
-            f"{b.item():.6g} in place "
-            f"of {a.item():.6g}; draw the batch outside the closure and use torch's, numpy's or random's global "
-            f"generators"
+            f"the closure does not repeat: a second pass from the same random state gave the loss {b.item():.6g} in "
+            f"place of {a.item():.6g}; draw the batch outside the closure and use torch's, numpy's or random's "
+            "global generators"
         )
 
 
@@ -300,13 +297,12 @@ def warn_of_coupling(plan: Plan, warn: Callable[[str], None]) -> None:
     if graph.batch > 1 and coupled:
         ops = ", ".join(sorted({site.op for site in coupled}))
         warn(
-            f"examples interact after {len(coupled)} of {len(graph.sites)} sites ({ops}), as batch "
-            f"normalisation in training "
-            "mode makes them: these sites take the scalar derivative of the whole batch, which is valid but far noisier"
+            f"examples interact after {len(coupled)} of {len(graph.sites)} sites ({ops}), as batch normalisation in "
+            "training mode makes them: these sites take the scalar derivative of the whole batch, which is valid "
+            "but far noisier"
         )
     elif graph.batch == 1 and any(s.shape and s.shape[0] > 1 for s in graph.sites):
         warn(
-            "the closure's examples could not be told apart: every site takes the scalar derivative, which is "
-            "valid but "
-            "far noisier; keep the batch in the first or second dimension"
+            "the closure's examples could not be told apart: every site takes the scalar derivative, which is valid "
+            "but far noisier; keep the batch in the first or second dimension"
         )

@@ -142,8 +142,8 @@ class _Search:
         return 4 * sum(layouts[site.value] is Layout.COUPLED for site in self.free) <= len(self.free)
 
     def choose(self, layouts: dict[int, Layout], n: int) -> None:
-        """Layouts of the sites, shape by shape, given those of the cuts; where no one layout serves a shape, by
-        site."""
+        """Layouts of the sites, shape by shape, given those of the cuts; where no one layout serves a
+        shape, by site."""
         shapes: dict[Shape, list[Site]] = {}
         ends = {cut.value for cut in self.cuts}
         for site in self.free:

@@ -91,11 +91,11 @@ class Estimator(ABC):
         return None
 
     def correct(self, state: Any, local: Local, y: Tensor) -> Tensor:
-        """What takes the guess's place in ``g^ = D y`` (not in the pass): with ``debias``, ``E[y y^T]^+ y``, so that
-        ``E g^`` is the true cotangent projected on the span of the guesses ("undo the bias", which Singhal section 5
-        leaves
-        open). Conjugate gradients on ``second_moment``, all examples at once; variance grows with its condition number.
-        """
+        """What takes the guess's place in ``g^ = D y`` (not in the pass): with ``debias``, ``E[y
+        y^T]^+ y``, so that ``E g^``
+        is the true cotangent projected on the span of the guesses ("undo the bias", which Singhal section 5 leaves
+        open). Conjugate gradients on ``second_moment``, all examples at once; variance grows with its condition
+        number."""
         if not self.debias:
             return y
 
@@ -127,8 +127,8 @@ class Estimator(ABC):
         raise NotImplementedError
 
     def note(self, site: Site) -> str | None:
-        """Why a site that is not last gets another guess than the one this estimator is named for; None if it gets
-        it."""
+        """Why a site that is not last gets another guess than the one this estimator is named for;
+        None if it gets it."""
         return None
 
     def check(self, sites: tuple[Site, ...]) -> None:  # noqa: B027 (optional)
@@ -217,8 +217,7 @@ def estimators_for(choice: dict[str, Any], names: Sequence[str], named: bool) ->
     """One for each parameter of a group; ``choice`` as ``plain`` gives it; the first pattern that matches decides.
 
     Raises:
-        ValueError: patterns for parameters without names (``named=False``), or a parameter that none matches.
-    """
+        ValueError: patterns for parameters without names (``named=False``), or a parameter that none matches."""
     if "patterns" not in choice:
         return [make_estimator(choice)] * len(names)
     if not named:

@@ -222,8 +222,8 @@ _TINY = 1e-30
 
 
 def _moments(old: dict[str, Any] | None, r: Tensor) -> dict[str, Any]:
-    """Running ``E |r|^2`` and ``E (r . r')^2`` of two examples; ``width``: their ratio, a typical eigenvalue of
-    ``E r r^T``."""
+    """Running ``E |r|^2`` and ``E (r . r')^2`` of two examples; ``width``: their ratio, a typical eigenvalue of ``E r
+    r^T``."""
     flat = r.flatten(0, 1)
     power = flat.square().sum(1).mean()
     pairs = (flat * flat.roll(1, 0)).sum(1).square().mean()

@@ -179,8 +179,8 @@ class WPerpNS(Estimator):
 
 
 def _sigmas(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of singular values ``[*, r]``, the largest (not 0), and the step relative to it: half-way between the k-th and
-    the next (0 after the last)."""
+    """Of singular values ``[*, r]``, the largest (not 0), and the step relative to it: half-way
+    between the k-th and the next (0 after the last)."""
     falling = values.sort(dim=-1, descending=True).values
     falling = torch.cat([falling, torch.zeros_like(falling[..., :1])], -1)
     k = min(k, values.shape[-1])

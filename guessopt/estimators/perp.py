@@ -23,8 +23,8 @@ OVERSAMPLING = 10
 @register_estimator("w_perp")
 @dataclass(frozen=True)
 class WPerp(Estimator):
-    """``y = V_k z``, ``z ~ N(0, I_k)``: all singular values of W~ above the k-th mapped to 1, the rest to 0 (Wang
-    eq. 8).
+    """``y = V_k z``, ``z ~ N(0, I_k)``: all singular values of W~ above the k-th mapped to 1, the rest
+    to 0 (Wang eq. 8).
 
     Last site: ``N(0, I)``. For a convolution the filter bank is the matrix: k orthonormal filters take W's place.
 
@@ -75,8 +75,8 @@ class WPerp(Estimator):
     def prepare(
         self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """``V_k`` of each next matrix as rows, ``[b, k, i]``; a few rows more, unused, for the next refresh to start
-        from."""
+        """``V_k`` of each next matrix as rows, ``[b, k, i]``; a few rows more, unused, for the next
+        refresh to start from."""
         if self.select == "bottom":
             return [right_singular_basis(w, self.k, smallest=True) for _, w in weights]
         if previous is None:

@@ -54,9 +54,8 @@ def attention(
 ) -> Any:
     """``p = softmax(c q k^T + mask)``, ``out = p v``; ``da = c (dq k^T + q dk^T)``, ``dout = dp v + p dv``.
 
-    The scores are computed explicitly, a few examples and heads at a time: the tangent needs ``p``, which torch's fused
-    kernel does not give.
-    """
+    The scores are computed explicitly, a few examples and heads at a time: the tangent needs ``p``, which torch's
+    fused kernel does not give."""
     q, k, v = qkv
     low = _autocast_dtype(q)
     if dropout_p > 0 or (is_causal and attn_mask is not None) or q.dim() < 2 or q.numel() == 0 or k.numel() == 0:
@@ -94,8 +93,8 @@ def attention(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """``[n, heads, l, e]`` alike, on a CPU, without a mask of its own: heads are strided matrices, and a product per
-    head copies nothing."""
+    """``[n, heads, l, e]`` alike, on a CPU, without a mask of its own: heads are strided matrices, and
+    a product per head copies nothing."""
     alike = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     return alike and mask is None and not q.is_cuda and q.shape[0] * q.shape[-2] >= 512
 

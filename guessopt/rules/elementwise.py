@@ -53,8 +53,8 @@ def is_elementwise(fn: Callable[..., Any]) -> bool:
 
 
 def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """``(u, s) -> M u`` in one kernel, where a path of elementwise calls is one well-known activation, dropout
-    aside."""
+    """``(u, s) -> M u`` in one kernel, where a path of elementwise calls is one well-known activation,
+    dropout aside."""
     active = [call for call in calls if call.fn not in DROPOUT and call.fn not in IDENTITY]
     if len(active) != 1:
         return None

@@ -111,8 +111,8 @@ class Analysis:
         return cuts
 
     def matrix_of(self, call: Call) -> tuple[MatrixRule, int, int] | None:
-        """The rule, the weight's and the input's value, if the call is a linear layer or convolution (frozen or
-        not)."""
+        """The rule, the weight's and the input's value, if the call is a linear layer or convolution
+        (frozen or not)."""
         rule = rule_for(call.fn)
         if not isinstance(rule, MatrixRule):
             return None
@@ -282,8 +282,8 @@ class Analysis:
         return [(call, m[0], m[1]) for call, m in found if m is not None and m[2] == x]
 
     def _onward(self, source: int, x: int) -> tuple[Onward, ...]:
-        """The ways from a site's output through 1, 2, ... matrix sites (Singhal eq. 7); ``x``: the first one's
-        input."""
+        """The ways from a site's output through 1, 2, ... matrix sites (Singhal eq. 7); ``x``: the
+        first one's input."""
         tape = self.tape
         found: list[Onward] = []
         following: int | None = x

@@ -88,8 +88,8 @@ class Interceptor(TorchFunctionMode):
         if torch.is_grad_enabled() != self.enabled:
             raise ClosureError(
                 f"{getattr(fn, '__name__', fn)} is called inside the forward of a torch.autograd.Function whose "
-                f"apply was "
-                "looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in the closure"
+                "apply was looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in "
+                "the closure"
             )
         mine = [t for t in tensors if id(t) in self.params or id(t) in self.expressions]
         index = self.count

@@ -142,8 +142,8 @@ class Local:
 
 
 def push(run: Callable[[Tensor], tuple[Tensor, ...]], s: Tensor, v: Tensor) -> list[Tensor]:
-    """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way and does not
-    nest."""
+    """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way
+    and does not nest."""
     with torch.enable_grad():
         s = s.detach().requires_grad_()
         outs = run(s)
