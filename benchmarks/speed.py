@@ -185,8 +185,8 @@ class Bench:
 
 
 def warm(step: Step) -> Step:
-    """Past tracing, and past what an optimizer's first steps allocate."""
-    for _ in range(3):
+    """Past tracing and the probes of the first steps, and past what an optimizer allocates in them."""
+    for _ in range(5):
         step()
     return step
 

@@ -980,5 +980,6 @@ def test_flex_attention_on_a_cpu() -> None:
         h = first(X)[None, None]
         return loss_of(last(torch.nn.attention.flex_attention.flex_attention(h, h, h)[0, 0]))
 
-    with pytest.raises(NotImplementedError, match="FlexAttention does not support backward on CPU"):
+    refusal = r"FlexAttention does not support backward on CPU|flex_attention is a higher-order
+    operation"  # torch's, ours with pytest.raises((NotImplementedError, ClosureError), match=refusal):
         GuessGradOptimizer([*first.parameters(), *last.parameters()], lr=0.1).step(closure)
