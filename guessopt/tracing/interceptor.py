@@ -170,8 +170,7 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if cls is CheckpointFunction and torch._C._len_torch_function_stack():
         run, _, *inputs = args
         return run(*inputs)  # nothing is stored for a backward pass, so there is nothing to compute again
-    if cls.__name__ == "_NoopSaveInputs":  # torch < 2.8's other kind of checkpointing, likewise; an
-    empty tensor says so
+    if cls.__name__ == "_NoopSaveInputs":  # the other kind of checkpointing in torch before 2.8, likewise
         return torch.empty(0)
     return CustomFunction(cls)(*args, **kwargs)
 
