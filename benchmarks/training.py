@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.data import Dataset
-from guessopt import ActivationPerturbation, DirectionalDescent, GuessGradOptimizer, WPerp, WTranspose
+from guessopt import ActivationPerturbation, DirectionalDescent, GuessGradOptimizer, LearnedFeedback, WPerp, WTranspose
 from guessopt.diagnostics import cosine
 
 ESTIMATORS: dict[str, Callable[[], Any]] = {
@@ -21,6 +21,7 @@ ESTIMATORS: dict[str, Callable[[], Any]] = {
     "w_transpose": WTranspose,
     "activation_perturbation": ActivationPerturbation,
     "directional_descent": DirectionalDescent,
+    "learned_feedback": lambda: LearnedFeedback(gamma=0, every=4),
 }
 METHODS = ("backprop", *ESTIMATORS)
 LABELS = {
@@ -29,6 +30,7 @@ LABELS = {
     "w_transpose": "W^T",
     "activation_perturbation": "activation perturbation",
     "directional_descent": "directional descent",
+    "learned_feedback": "learned feedback",
 }
 
 
@@ -123,9 +125,17 @@ def batches(data: Dataset, size: int, generator: torch.Generator) -> Iterator[tu
 
 
 def fit(
-    learner: Learner, data: Dataset, settings: Settings, *, seed: int, label: str = "", cosines: int = 0
+    learner: Learner,
+    data: Dataset,
+    settings: Settings,
+    *,
+    seed: int,
+    label: str = "",
+    cosines: int = 0,
+    each: Callable[[int], object] | None = None,
 ) -> History:
-    """Train under a progress bar; `seed` orders the batches, `cosines` asks for that many looks at the cosine.
+    """Train under a progress bar; `seed` orders the batches, `cosines` asks for that many looks at the cosine, `each`
+    is called with the epoch after every one.
 
     A look is the mean over one epoch's batches, so its last one describes the trained network.
     """
@@ -140,6 +150,8 @@ def fit(
         if cosines and epoch * cosines // settings.epochs > (epoch - 1) * cosines // settings.epochs:
             history.cosine_epochs.append(epoch)
             history.cosine.append(mean_cosine(learner, data, settings.batch))
+        if each is not None:
+            each(epoch)
         bar.set_postfix(train=f"{history.train[-1]:.3f}", test=f"{history.test[-1]:.3f}")
     return history
 

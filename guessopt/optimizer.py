@@ -237,7 +237,7 @@ class GuessGradOptimizer(Optimizer):
 
     def _guess(
         self,
-        guesses: dict[int, tuple[Estimator, str]],
+        guesses: dict[int, tuple[Estimator, str, str]],
         locals: dict[int, Local],
         site: Site,
         s: Tensor,
@@ -250,7 +250,7 @@ class GuessGradOptimizer(Optimizer):
         found = guesses.get(site.index)
         if found is None:
             return None
-        estimator, key = found
+        estimator, key, learned = found
         local = Local(site, s, values, self._noise)
         if estimator.learns:
             locals[site.index] = local = _lasting(local, values, self._noise)
@@ -260,6 +260,8 @@ class GuessGradOptimizer(Optimizer):
             return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
+            if estimator.learns:
+                state = (state, self._cache.peek(learned))
             y = estimator.sample(state, local)
             y = y if site.reach is None else site.reach.restrict(y)
             return (y, estimator.correct(state, local, y)) if estimator.debias else y
@@ -270,29 +272,34 @@ class GuessGradOptimizer(Optimizer):
         guesses = self._guesses_of(plan)
         for estimator in dict.fromkeys(guesses[index][0] for index in record.locals):
             locals = {index: local for index, local in record.locals.items() if guesses[index][0] == estimator}
-            keys = {index: f"{describe(estimator)} {_place(plan.graph, local.site)}" for index, local in locals.items()}
-            states = {index: self._cache.peek(key) for index, key in keys.items()}
+            states = {index: self._cache.peek(guesses[index][2]) for index in locals}
             with torch.no_grad():
                 found, learned = estimator.estimate(locals, record, plan.graph, states)
             formed.update(found)
             for index, state in learned.items():
-                self._cache.put(keys[index], self._steps, state)
+                self._cache.put(guesses[index][2], self._steps, state)
         return formed
 
-    def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str]]:
-        """By site, the estimator and the name of its prepared state; absent where the error is known exactly, or a
-        later site's guess serves, or the parameters themselves are guessed."""
+    def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str, str]]:
+        """By site, the estimator and the names of its prepared and its learned state; absent where the error is known
+        exactly, or a later site's guess serves, or the parameters themselves are guessed."""
         if plan.guesses is None:
             plan.guesses = {}
             for site in plan.graph.sites:
                 e = self._estimator_of(site)
                 if not (self._is_served(plan.graph, site) or self._is_exact(site, e) or e.space == "parameters"):
-                    plan.guesses[site.index] = (e, self._key(site, e))
+                    plan.guesses[site.index] = (e, self._key(site, e), self._learned_key(plan.graph, site, e))
         return plan.guesses
 
     @staticmethod
     def _key(site: Site, estimator: Estimator) -> str:
         return f"{describe(estimator)} {site.segment.key}" if site.segment is not None and estimator.prepares else ""
+
+    @staticmethod
+    def _learned_key(graph: SiteGraph, site: Site, estimator: Estimator) -> str:
+        """Names a site across traces of the same model: its parameters, and which of their uses it is."""
+        use = sum(other.params == site.params for other in graph.sites[: site.index])
+        return f"{describe(estimator)} at {site.params} {use}"
 
     def _prepared(self, site: Site, estimator: Estimator, key: str, local: Local) -> Any:
         if not key:
@@ -501,12 +508,6 @@ def _users_frame() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
         level, frame = level + 1, frame.f_back
     return level
-
-
-def _place(graph: SiteGraph, site: Site) -> str:
-    """Names a site across traces of the same model: its parameters, and which of their uses it is."""
-    use = sum(other.params == site.params for other in graph.sites[: site.index])
-    return f"at {site.params} {use}"
 
 
 def _lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:

@@ -23,6 +23,9 @@ STRUCTURES = ("auto", "position", "shared")
 #: Entries of ``B`` up to which ``structure="auto"`` gives each position of a feature map its own.
 LARGEST = 2**20
 
+#: Largest amplitude of a guess, in units of the smallest.
+LOUDEST = 1e4
+
 #: Weight of the newest step in the running moments, once there are so many.
 RECENT = 0.02
 
@@ -105,8 +108,10 @@ class LearnedFeedback(Estimator):
         return self.guess.prepare(site, weights, previous)
 
     def sample(self, state: Any, local: Local) -> Tensor:
-        y: Tensor = self.guess.sample(state, local)
-        return y
+        """The guess at the site's amplitude ``a_i``; ``state``: what was prepared, and what was learned."""
+        prepared, learned = state
+        y: Tensor = self.guess.sample(prepared, local)
+        return y if learned is None else y * learned["amplitude"].to(y.dtype)
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
         """In closed form where the estimate is unbiased; elsewhere it depends on what ``B`` has learned."""
@@ -146,7 +151,8 @@ class LearnedFeedback(Estimator):
         if not guesses:
             return found, {}
 
-        learned = self._learn(output, record, ways, guesses, before)
+        amplitudes = {index: 1.0 if state is None else state["amplitude"] for index, state in states.items()}
+        learned = self._learn(output, record, ways, guesses, before, amplitudes)
         rest = self._rest(record, graph, ways, found, guesses)
         for index, y in guesses.items():
             state = before.get(index)
@@ -156,7 +162,8 @@ class LearnedFeedback(Estimator):
             elif gamma == 0:
                 found.setdefault(index, torch.zeros_like(y))
                 continue
-            correction = y.mul_(ways[index].layout.spread(rest, tuple(y.shape)).to(y.dtype))  # (e . d) y_i
+            rate = rest / amplitudes[index] ** 2
+            correction = y.mul_(ways[index].layout.spread(rate, tuple(y.shape)).to(y.dtype))  # (e . d) y_i / a_i^2
             if self.gamma == "auto" and index in learned:
                 learned[index] |= _shrunken(state, correction, ways[index], learned[index]["steps"])
             correction = correction if isinstance(gamma, float) and gamma == 1 else correction.mul_(gamma)
@@ -186,6 +193,7 @@ class LearnedFeedback(Estimator):
         ways: dict[int, _Way],
         guesses: dict[int, Tensor],
         before: dict[int, dict[str, Any] | None],
+        amplitudes: dict[int, Any],
     ) -> dict[int, dict[str, Any]]:
         """A normalised least-mean-squares step of every ``B`` on ``d = v' - sum_i B_i^T M_i y_i``."""
         d = output.of(record.tangents)
@@ -196,45 +204,49 @@ class LearnedFeedback(Estimator):
             state = before[index]
             if state is not None:
                 d = d - ways[index].foreseen(r, state["B"])
-        moments = {index: _moments(before[index], r) for index, r in moved.items()}
-        total = sum(moment["power"] for moment in moments.values())
-        learned: dict[int, dict[str, Any]] = {}
+        learned = {index: _moments(before[index], r, amplitudes[index]) for index, r in moved.items()}
+        crowd = 1 + sum(new["power"] / new["width"].clamp_min(_TINY) / _samples(moved[i]) for i, new in learned.items())
         for index, r in moved.items():
-            old, new, way = before[index], moments[index], ways[index]
-            samples = r.shape[0] * r.shape[1]
-            gradient = way.outer(r, d) / samples
+            old, new = before[index], learned[index]
+            gradient = ways[index].outer(r, d) / (_samples(r) * amplitudes[index] ** 2)
             size = gradient.norm()
             sound = torch.isfinite(size)
             bounded = size if old is None else torch.minimum(size, self.clip * old["usual"])
-            gain = max(self.beta, 1 / (new["steps"] + 1)) / (new["width"] + total / samples).clamp_min(_TINY)
+            gain = max(self.beta, 1 / (new["steps"] + 1)) / (new["width"] * crowd).clamp_min(_TINY)
             step = torch.where(sound, gradient * (gain * bounded / size.clamp_min(_TINY)), 0)
-            state = {key: new[key] for key in ("steps", "power", "pairs")}
             if old is None:
-                state |= {"B": step, "usual": torch.where(sound, size, 0)}
+                new |= {"B": step, "usual": torch.where(sound, size, 0)}
             else:
-                usual = old["usual"] + new["weight"] * (torch.where(sound, bounded, old["usual"]) - old["usual"])
-                state |= {"B": (1 - self.leak) * old["B"] + step, "usual": usual}
-            learned[index] = state
+                recent = max(RECENT, 1 / new["steps"])
+                usual = old["usual"] + recent * (torch.where(sound, bounded, old["usual"]) - old["usual"])
+                new |= {"B": (1 - self.leak) * old["B"] + step, "usual": usual}
+        reach = {i: new["B"].norm() * new["width"].sqrt() for i, new in learned.items()}
+        furthest = torch.stack(list(reach.values())).max() if reach else None
+        for index, new in learned.items():
+            new["amplitude"] = (furthest / reach[index].clamp_min(_TINY)).clamp(1, LOUDEST)
         return learned
 
 
 _TINY = 1e-30
 
 
-def _moments(old: dict[str, Any] | None, r: Tensor) -> dict[str, Any]:
-    """Running ``E |r|^2`` and ``E (r . r')^2`` of two examples; ``width``: their ratio, a typical eigenvalue of ``E r
-    r^T``."""
+def _samples(r: Tensor) -> int:
+    return r.shape[0] * r.shape[1]
+
+
+def _moments(old: dict[str, Any] | None, r: Tensor, amplitude: Any) -> dict[str, Any]:
+    """Running ``E |r|^2`` and ``E (r . r')^2`` of two examples, at amplitude 1; ``width``: their ratio, a typical
+    eigenvalue of ``E r r^T``."""
     flat = r.flatten(0, 1)
-    power = flat.square().sum(1).mean()
-    pairs = (flat * flat.roll(1, 0)).sum(1).square().mean()
+    power = flat.square().sum(1).mean() / amplitude**2
+    pairs = (flat * flat.roll(1, 0) / amplitude**2).sum(1).square().mean()
     steps = 1 if old is None else old["steps"] + 1
-    weight = max(RECENT, 1 / steps)
     if old is not None:
+        weight = max(RECENT, 1 / steps)
         power = old["power"] + weight * (power.nan_to_num(0, 0, 0) - old["power"])
         pairs = old["pairs"] + weight * (pairs.nan_to_num(0, 0, 0) - old["pairs"])
-    return {
-        "power": power, "pairs": pairs, "width": pairs / power.clamp_min(_TINY), "weight": weight, "steps": steps,
-    }  # fmt: skip
+    width = torch.maximum(pairs / power.clamp_min(_TINY), power / flat.shape[1])  # no smaller than the mean eigenvalue
+    return {"power": power, "pairs": pairs, "width": width, "steps": steps}
 
 
 def _shrunken(old: dict[str, Any] | None, correction: Tensor, way: _Way, steps: int) -> dict[str, Any]:

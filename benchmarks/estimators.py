@@ -1,0 +1,174 @@
+"""Every registered estimator in one table: cosine, bias, variance, step time over backprop's, peak
+memory (MNIST-1D)."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks.data import Dataset, mnist1d
+from benchmarks.measure import Ratio, peak_memory, time_ratios
+from benchmarks.problems import relu_mlp
+from benchmarks.report import COMMITTED, SCRATCH, print_table, write_json
+from benchmarks.training import Backprop, Guess, Learner, Settings, fit
+from guessopt import GuessGradOptimizer
+from guessopt.diagnostics import bias, cosine, variance
+from guessopt.estimators import estimator_names, make_estimator
+
+WIDTH = 128
+SITE = "0.weight"
+"""Layer 1, which the paper's tables are about."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One estimator on one batch, at parameters that backprop has trained for a while.
+
+    ``cosine`` is the mean over draws, ``error`` its standard error; ``bias`` and ``variance`` are relative to the norm
+    of the gradient of all parameters and to its square; ``site_bias`` and ``site_variance`` are layer 1's (Wang eqs. 17
+    and 18), absent where an estimator guesses parameters.
+    """
+
+    cosine: float
+    error: float
+    bias: float
+    variance: float
+    site_bias: float | None
+    site_variance: float | None
+    time: Ratio
+    peak_bytes: int
+
+
+class Estimated(Guess):
+    """A learner for any estimator; parameters keep their names."""
+
+    def __init__(self, estimator: Any, model: nn.Module, lr: float) -> None:
+        Learner.__init__(self, model)
+        self.optimizer = GuessGradOptimizer(
+            model.named_parameters(), base=torch.optim.AdamW, estimator=estimator, lr=lr, seed=0
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    quick = args.quick
+    settings = Settings(epochs=2 if quick else 30)
+    draws, rounds, block = (5, 3, 5) if quick else (200, 7, 50)
+    data = mnist1d(args.data_root).to(args.device)
+    model = trained(data, settings)
+    x, y = data.x[: settings.batch], data.y[: settings.batch]
+
+    names = ready_names()
+    makers: dict[str, Any] = {"backprop": partial(Backprop, copy.deepcopy(model), settings.lr)}
+    for name in names:
+        makers[name] = partial(Estimated, make_estimator(name), copy.deepcopy(model), settings.lr)
+    peaks = {name: peak_memory(make, x, y) for name, make in makers.items()}
+    steps = {name: partial(make().step, x, y) for name, make in makers.items()}
+    times = time_ratios(steps, baseline="backprop", rounds=rounds, block=block, device=args.device)
+
+    rows = {}
+    for name in tqdm(names, desc="bias and variance", disable=None):
+        learner = Estimated(make_estimator(name), copy.deepcopy(model), settings.lr)
+        rows[name] = judge(learner, x, y, draws, times[name], peaks[name])
+    show(rows, settings, peaks["backprop"])
+
+    out = args.out or (SCRATCH if quick else COMMITTED)
+    recorded = asdict(settings) | {"width": WIDTH, "hidden_layers": 3, "draws": draws, "device": args.device}
+    figures = {"backprop_peak_bytes": peaks["backprop"], "rows": {name: asdict(row) for name, row in rows.items()}}
+    write_json(out / "estimators.json", args, seeds=[0], settings=recorded, figures=figures)
+    plot(rows, out / "estimators.png")
+    print(f"Figures in {out / 'estimators.json'}, picture in {out / 'estimators.png'}")
+
+
+def ready_names() -> list[str]:
+    """The registered estimators that need no options."""
+    found = []
+    for name in estimator_names():
+        try:
+            make_estimator(name)
+        except (TypeError, ValueError):
+            continue
+        found.append(name)
+    return found
+
+
+def trained(data: Dataset, settings: Settings) -> nn.Module:
+    """The network that all are judged on: some epochs of backprop, so that the gradient has its structure."""
+    torch.manual_seed(0)
+    learner = Backprop(relu_mlp(WIDTH).to(data.x.device), settings.lr)
+    fit(learner, data, settings, seed=0, label="backprop")
+    return learner.model
+
+
+def judge(learner: Estimated, x: torch.Tensor, y: torch.Tensor, draws: int, time: Ratio, peak: int) -> Row:
+    opt = learner.optimizer
+
+    def closure() -> torch.Tensor:
+        return learner.loss(x, y)
+
+    cosines = torch.tensor([cosine(opt, closure).total for _ in range(draws)])
+    off = bias(
+        opt, closure, 5 * draws
+    )  # draws only where no second moment is declared: then many, to see past variance
+    spread = variance(opt, closure, draws)
+    return Row(
+        cosine=float(cosines.mean()),
+        error=float(cosines.std()) / draws**0.5,
+        bias=off.total,
+        variance=spread.total,
+        site_bias=off.per_site.get(SITE),
+        site_variance=spread.per_site.get(SITE),
+        time=time,
+        peak_bytes=peak,
+    )
+
+
+def show(rows: dict[str, Row], settings: Settings, backprop_bytes: int) -> None:
+    print_table(
+        f"MNIST-1D, 3 hidden layers of {WIDTH}, batch {settings.batch}, after {settings.epochs} epochs of backprop",
+        ["estimator", "cosine", "bias", "variance", "time", "peak MB"],
+        [
+            [
+                name,
+                f"{row.cosine:.3f}",
+                f"{row.bias:.3f}",
+                f"{row.variance:.3g}",
+                f"{row.time.ratio:.2f}",
+                f"{row.peak_bytes / 1e6:.2f}",
+            ]
+            for name, row in rows.items()
+        ],
+    )
+    print("cosine: one guess, mean over draws. bias: ||E g^ - g|| / ||g||. variance: E ||g^ - E g^||^2 / ||g||^2.")
+    print(f"time: a step over a backprop step. peak MB: of one step; backprop {backprop_bytes / 1e6:.2f}.")
+    print(
+        "Layer 1's figures (Wang eqs. 17 and 18) are in the JSON. Untrained, an estimator that learns "
+        "(learned_feedback) is its guess alone."
+    )
+
+
+def plot(rows: dict[str, Row], path: Path) -> None:
+    """Each estimator as a point: bias against variance, marked with its name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for name, row in rows.items():
+        axes.plot(row.bias, row.variance, "o")
+        axes.annotate(name, (row.bias, row.variance), textcoords="offset points", xytext=(4, 4), fontsize="small")
+    axes.set(xlabel="relative bias", ylabel="relative variance", yscale="log")
+    axes.set_title("bias and variance of one guess")
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

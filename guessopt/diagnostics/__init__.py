@@ -1,0 +1,65 @@
+"""Instruments that judge estimators. The only part of the package that may backpropagate through the network.
+
+Each is a function of ``(optimizer, closure, options)`` that returns plain data with a ``plot()``; parameters, buffers,
+``.grad``, the optimizer's state and global random states stay as they were, only the stream of guesses moves on.
+"""
+
+from guessopt.diagnostics.gradients import (
+    Cosine,
+    CosineByGuesses,
+    cosine,
+    cosine_by_guesses,
+    estimated_gradient,
+    expected_gradient,
+    true_cotangents,
+    true_gradient,
+)
+from guessopt.diagnostics.moments import Bias, CovarianceNorm, Variance, bias, covariance_norm, variance
+from guessopt.diagnostics.monitor import METRICS, CSVWriter, Monitor, TensorBoardWriter
+from guessopt.diagnostics.reverse import backpropagate as _backpropagate
+from guessopt.diagnostics.spectra import (
+    ActivationOverlap,
+    EffectiveRank,
+    JacobianSpectra,
+    Overlap,
+    activation_overlap,
+    effective_rank,
+    effective_rank_of,
+    jacobian_spectra,
+    overlap,
+)
+from guessopt.diagnostics.steps import CosineMatched, Effectiveness, effectiveness
+
+__all__ = [
+    "METRICS",
+    "ActivationOverlap",
+    "Bias",
+    "CSVWriter",
+    "Cosine",
+    "CosineByGuesses",
+    "CosineMatched",
+    "CovarianceNorm",
+    "EffectiveRank",
+    "Effectiveness",
+    "JacobianSpectra",
+    "Monitor",
+    "Overlap",
+    "TensorBoardWriter",
+    "Variance",
+    "_backpropagate",
+    "activation_overlap",
+    "bias",
+    "cosine",
+    "cosine_by_guesses",
+    "covariance_norm",
+    "effective_rank",
+    "effective_rank_of",
+    "effectiveness",
+    "estimated_gradient",
+    "expected_gradient",
+    "jacobian_spectra",
+    "overlap",
+    "true_cotangents",
+    "true_gradient",
+    "variance",
+]

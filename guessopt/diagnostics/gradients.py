@@ -1,0 +1,206 @@
+"""True, estimated and expected gradients, and the cosines between them.
+
+Letters: g the true gradient or cotangent, g^ an estimate of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.diagnostics.plots import bars, curve
+from guessopt.diagnostics.reverse import Closure, Truth, backpropagate, draw, measuring, named
+from guessopt.engine.gradients import parameter_gradients
+from guessopt.optimizer import GuessGradOptimizer
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Cosine similarity of an estimated gradient with the true one: of all parameters as one vector, of each parameter,
+    and of each site's cotangent (all examples as one vector). Sites whose parameters are guessed themselves
+    (directional descent) have no cotangent to compare."""
+
+    total: float
+    per_parameter: dict[str, float]
+    per_site: dict[str, float]
+
+    def plot(self, ax: Any = None) -> Any:
+        """A bar for each site, and one for the total; returns the axes. Needs matplotlib."""
+        return bars({**self.per_site, "all parameters": self.total}, ax, "cosine to the true gradient")
+
+
+@dataclass(frozen=True)
+class CosineByGuesses:
+    """Cosine of the mean of ``guesses[j]`` independent estimates with the true gradient (all parameters)."""
+
+    guesses: tuple[int, ...]
+    cosine: tuple[float, ...]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Singhal Figure 4, left; returns the axes. Needs matplotlib."""
+        ax = curve(self.guesses, {"": self.cosine}, ax, "guesses", "cosine to the true gradient")
+        ax.set_xscale("log", base=2)
+        return ax
+
+
+def true_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
+    """The gradient by backpropagation, by parameter name; nothing is changed.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(2, 1)
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, lr=0.1)
+    >>> true_gradient(opt, lambda: net(torch.ones(3, 2)).mean())["bias"]
+    tensor([1.])
+    """
+    _, run, record = backpropagate(opt, closure)
+    through = run.gradients(list(opt._by_position.values()), record)
+    return named(opt, {k: g for k, g in zip(opt._by_position, through, strict=True) if g is not None})
+
+
+def estimated_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
+    """One estimate by the optimizer's own engine, by parameter name. The stream of guesses moves on, so that calls
+    differ; nothing else is changed.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(2, 1)
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, lr=0.1)
+    >>> estimated_gradient(opt, lambda: net(torch.ones(3, 2)).mean())["weight"].shape
+    torch.Size([1, 2])
+    """
+    with measuring(opt) as transaction:
+        return named(opt, opt._estimate(closure, transaction)[1])
+
+
+def true_cotangents(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
+    """``g_i = dL/ds_i`` by backpropagation, shape of the site's output, by the name of the first parameter that the
+    site reads.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(2, 1)
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, lr=0.1)
+    >>> true_cotangents(opt, lambda: net(torch.ones(4, 2)).mean())["weight"].T
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    truth = Truth(opt, closure)
+    return {name: truth.g[site.index] for name, site, _ in truth.sites()}
+
+
+def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
+    """``E g^``: every site's true cotangent through its estimator's declared second moment (Singhal eq. 14), then
+    through the sites' own rules; by parameter name.
+
+    Raises:
+        ValueError: an estimator declares no second moment.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(2, 1)
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, lr=0.1)
+    >>> expected_gradient(opt, lambda: net(torch.ones(3, 2)).mean())["bias"]
+    tensor([1.])
+    """
+    return expected_from(Truth(opt, closure))
+
+
+def expected_from(truth: Truth) -> dict[str, Tensor]:
+    """``expected_gradient`` from a reverse pass that has been made."""
+    opt, cotangents = truth.opt, {}
+    for index, moment in expected_cotangents(truth).items():
+        if moment is None:
+            name = opt._estimator_of(truth.graph.sites[index]).name
+            raise ValueError(f"{name} declares no second moment with these options")
+        cotangents[index] = moment
+    return named(opt, parameter_gradients(truth.graph, truth.record, cotangents, opt._by_position, opt._ids))
+
+
+def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
+    """``E g^_i = E[y_i y_i^T] g_i`` (Singhal eq. 14) by site index, with what ``debias`` makes of it; None where the
+    estimator declares no second moment."""
+    opt, graph = truth.opt, truth.graph
+    found: dict[int, Tensor | None] = {}
+    for site in reversed(graph.sites):
+        estimator = opt._estimator_of(site)
+        g = truth.g[site.index]
+        if opt._is_served(graph, site):
+            assert site.shares is not None
+            found[site.index] = found[site.shares]
+            continue
+        moment: Tensor | None = g
+        if estimator.space == "parameters":
+            moment = g if estimator.unbiased else None
+        elif site.by_parameter and estimator.per_example_parameters:
+            moment = None if estimator.noise == "uniform" else g
+        elif not opt._is_exact(site, estimator):
+            local = truth.locals[site.index]
+            g = g if site.reach is None else site.reach.restrict(g)
+            with torch.no_grad():
+                state = opt._prepared(site, estimator, opt._key(site, estimator), local)
+                moment = estimator.second_moment(state, local, g)
+                if moment is not None and estimator.debias:
+                    moment = estimator.correct(state, local, moment)
+            if moment is not None and site.reach is not None:
+                moment = site.reach.restrict(moment)
+        found[site.index] = moment
+    return found
+
+
+def cosine(opt: GuessGradOptimizer, closure: Closure) -> Cosine:
+    """Cosine similarity of one estimate (of as many guesses as the optimizer makes) with the true gradient (Singhal
+    Figure 1).
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(2, 1)
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, lr=0.1, exact_last=True)
+    >>> round(cosine(opt, lambda: net(torch.ones(3, 2)).mean()).total, 4)
+    1.0
+    """
+    one, truth = draw(opt, closure, opt.guesses), Truth(opt, closure)
+    estimate, true = named(opt, one.gradients), named(opt, truth.gradient())
+    sites = {
+        name: similarity(one.cotangents[site.index], truth.g[site.index])
+        for name, site, _ in truth.sites()
+        if site.index in one.cotangents
+    }
+    each = {name: similarity(estimate[name], g) for name, g in true.items()}
+    return Cosine(similarity(joined(estimate), joined(true)), each, sites)
+
+
+def cosine_by_guesses(
+    opt: GuessGradOptimizer, closure: Closure, counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
+) -> CosineByGuesses:
+    """Cosine of the running mean of independent guesses with the true gradient (Singhal Figure 4, left, there for a
+    single example): it rises towards 1 for an unbiased estimator, and saturates at ``cos(E g^, g)`` for a biased one.
+
+    Args:
+        counts: numbers of guesses; the largest is how many passes are made.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(2, 1)
+    >>> opt = guessopt.GuessGradOptimizer(net.parameters(), torch.optim.SGD, "activation_perturbation", lr=0.1, seed=0)
+    >>> found = cosine_by_guesses(opt, lambda: net(torch.randn(3, 2)).square().mean(), (1, 256))
+    >>> found.guesses, found.cosine[1] > 0.9
+    ((1, 256), True)
+    """
+    counts = sorted(set(counts))
+    if not counts or counts[0] < 1:
+        raise ValueError(f"counts: numbers of guesses must be at least 1, got {counts}")
+    true = joined(true_gradient(opt, closure))
+    total, found = torch.zeros_like(true), []
+    for number in range(1, counts[-1] + 1):
+        total += joined(named(opt, draw(opt, closure).gradients))
+        if number in counts:
+            found.append(similarity(total, true))
+    return CosineByGuesses(tuple(counts), tuple(found))
+
+
+def similarity(a: Tensor, b: Tensor) -> float:
+    """Cosine of two tensors as vectors, in float64; 0 where one is 0."""
+    return float(torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+
+def joined(gradients: dict[str, Tensor]) -> Tensor:
+    """All as one vector, float64."""
+    return torch.cat([g.detach().flatten().double() for g in gradients.values()])

@@ -1,0 +1,294 @@
+"""Bias, variance and second moment of the estimates, per site (Wang 4.1; Singhal eqs. 14 and 15).
+
+Letters: n example, N examples, J draws, d entries of one example's output at a site, g the true cotangent, g^ its
+estimate, C = E[y y^T] the second moment of the guess (its covariance, where its mean is zero).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.diagnostics.gradients import expected_cotangents, expected_from, joined
+from guessopt.diagnostics.plots import bars
+from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, rows, unrows
+from guessopt.optimizer import GuessGradOptimizer
+from guessopt.sites import Site
+from guessopt.tracing.local import Local
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Bias of the estimate.
+
+    Attributes:
+        per_site: ``|| 1/N sum_n (C_n - I) g[n] ||`` (Wang eq. 17), for the loss as the closure returns it: a mean over
+            the batch puts 1/N into ``g[n]`` as well.
+        relative: the same over ``|| 1/N sum_n g[n] ||``: 1 where the guess misses the gradient.
+        total: ``||E g^ - g|| / ||g||`` of all parameters.
+        declared: by site, whether ``C`` is the estimator's declared second moment; where not, the mean of ``draws``
+            estimates stands for ``E g^``, corrected for their variance.
+    """
+
+    per_site: dict[str, float]
+    relative: dict[str, float]
+    total: float
+    declared: dict[str, bool]
+    draws: int
+
+    def plot(self, ax: Any = None) -> Any:
+        """A bar per site; returns the axes. Needs matplotlib."""
+        return bars(self.per_site, ax, "bias (Wang eq. 17)", log=True)
+
+
+@dataclass(frozen=True)
+class Variance:
+    """Variance of the estimate of one guess.
+
+    Attributes:
+        per_site: ``1/N sum_n E ||g^[n] - E g^[n]||^2``: mean squared error less squared bias, squares taken
+            element by element (Wang eq. 18 with the element-wise square that its text announces).
+        of_mean: ``E || 1/N sum_n (g^[n] - E g^[n]) ||^2``: eq. 18 as it is printed, with the square outside.
+        total: ``E ||g^ - E g^||^2 / ||g||^2`` of all parameters.
+        errors, total_error: standard errors of ``per_site`` and ``total`` over the draws.
+        mean_errors: those of ``of_mean``.
+    """
+
+    per_site: dict[str, float]
+    of_mean: dict[str, float]
+    total: float
+    errors: dict[str, float]
+    mean_errors: dict[str, float]
+    total_error: float
+    draws: int
+
+    def plot(self, ax: Any = None) -> Any:
+        """A bar per site; returns the axes. Needs matplotlib."""
+        return bars(self.per_site, ax, "variance (Wang eq. 18)", log=True)
+
+
+@dataclass(frozen=True)
+class CovarianceNorm:
+    """``||C_n - I||_F / d``, mean over the examples n (Wang 4.1, Table 2's last column); ``entries`` is d."""
+
+    per_site: dict[str, float]
+    entries: dict[str, int]
+
+    def plot(self, ax: Any = None) -> Any:
+        """A bar per site; returns the axes. Needs matplotlib."""
+        return bars(self.per_site, ax, "||Cov - I||_F / d")
+
+
+def bias(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Bias:
+    """How far the expected estimate is from the truth (Wang eq. 17; Singhal eq. 15).
+
+    Args:
+        draws: passes to make for estimators that declare no second moment; others need none.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> params, x = list(net.named_parameters()), torch.randn(6, 3)
+    >>> closure = lambda: net(x).square().mean()
+    >>> bias(guessopt.GuessGradOptimizer(params, torch.optim.SGD, "activation_perturbation"), closure).total
+    0.0
+    >>> bias(guessopt.GuessGradOptimizer(params, torch.optim.SGD, "w_transpose"), closure).per_site["0.weight"] > 0
+    True
+    """
+    truth = Truth(opt, closure)
+    declared = _declared(truth)
+    expected = expected_cotangents(truth)
+    complete = all(m is not None for m in expected.values())
+    sample = None if complete else _sample(opt, closure, truth, draws, None)
+    per_site, relative = {}, {}
+    for name, site, _ in truth.sites():
+        if name not in declared:
+            continue
+        g = truth.rows(site, truth.g[site.index]).double().mean(0)
+        moment = expected[site.index]
+        if moment is not None:
+            off = float((truth.rows(site, moment).double().mean(0) - g).norm())
+        else:
+            assert sample is not None
+            squares = float((truth.rows(site, sample.mean[name]).mean(0) - g).square().sum())
+            off = max(0.0, squares - float(sample.of_mean[name].mean()) / draws) ** 0.5
+        per_site[name], relative[name] = off, off / max(float(g.norm()), 1e-300)
+    true = joined(named(opt, truth.gradient()))
+    if complete:
+        total = float((joined(expected_from(truth)) - true).norm() / true.norm())
+    else:
+        assert sample is not None
+        squares = float((sample.parameters - true).square().sum() - sample.total.mean() / draws)
+        total = max(0.0, squares) ** 0.5 / float(true.norm())
+    return Bias(per_site, relative, total, declared, 0 if complete else draws)
+
+
+def variance(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Variance:
+    """How far an estimate is from its expectation (Wang eq. 18), from so many forward-mode passes.
+
+    Deviations are from the declared expectation; where there is none, from the mean of the draws (with J - 1 for J).
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, "activation_perturbation", seed=0)
+    >>> x = torch.randn(6, 3)
+    >>> found = variance(opt, lambda: net(x).square().mean(), draws=20)
+    >>> sorted(found.per_site), found.per_site["0.weight"] > found.of_mean["0.weight"] > 0
+    (['0.weight', '2.weight'], True)
+    """
+    if draws < 2:
+        raise ValueError(f"draws: a variance needs at least 2, got {draws}")
+    truth = Truth(opt, closure)
+    expected = expected_cotangents(truth)
+    complete = all(m is not None for m in expected.values())
+    sample = _sample(opt, closure, truth, draws, joined(expected_from(truth)) if complete else None)
+
+    def error(t: Tensor) -> float:
+        return float(t.std()) / draws**0.5
+
+    squared = float(joined(named(opt, truth.gradient())).square().sum())
+    return Variance(
+        {name: float(t.mean()) for name, t in sample.of_examples.items()},
+        {name: float(t.mean()) for name, t in sample.of_mean.items()},
+        float(sample.total.mean()) / squared,
+        {name: error(t) for name, t in sample.of_examples.items()},
+        {name: error(t) for name, t in sample.of_mean.items()},
+        error(sample.total) / squared,
+        draws,
+    )
+
+
+def covariance_norm(
+    opt: GuessGradOptimizer, closure: Closure, examples: int | None = None, probes: int | None = None
+) -> CovarianceNorm:
+    """How far the guess is from isotropic, whatever the gradient: ``||C - I||_F / d`` (Wang 4.1).
+
+    Sites whose error is exact, whose parameters are guessed themselves, or that declare no second moment are absent.
+
+    Args:
+        examples: average over so many of the batch (None: all).
+        probes: in place of all d columns of C, so many products with random signs z: ``||A||_F^2 = E ||A z||^2``.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Identity(), torch.nn.Linear(8, 4))
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, guessopt.WPerp(k=2), lr=0.1)
+    >>> x = torch.randn(6, 3)
+    >>> found = covariance_norm(opt, lambda: net(x).square().mean())  # 6 of the 8 eigenvalues of I - C are 1
+    >>> round(found.per_site["0.weight"], 4) == round(6**0.5 / 8, 4)
+    True
+    """
+    truth = Truth(opt, closure)
+    per_site, entries = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for name, site, local in truth.sites():
+        apply = _second_moment(truth, site, local)
+        if apply is None or name not in _declared(truth):
+            continue
+        n = local.examples
+        d = local.s.numel() // n
+        squares = torch.zeros(n, dtype=torch.float64)
+        for column in range(d if probes is None else probes):
+            if probes is None:
+                r = torch.zeros(n, d)
+                r[:, column] = 1
+            else:
+                r = torch.randint(2, (n, d), generator=generator) * 2.0 - 1
+            v = unrows(r.to(local.s.dtype).to(local.s.device), site.layout, tuple(local.s.shape))
+            with torch.no_grad():
+                moment = apply(v)
+            if moment is None:
+                break
+            squares += rows((moment - v).double(), site.layout, n).square().sum(1).cpu() / (probes or 1)
+        else:
+            per_site[name] = float(squares[:examples].sqrt().mean()) / d
+            entries[name] = d
+    return CovarianceNorm(per_site, entries)
+
+
+def _second_moment(truth: Truth, site: Site, local: Local) -> Callable[[Tensor], Tensor | None] | None:
+    """``v -> E[y y^T] v`` of the site's guess; None where it has no guess of its own."""
+    opt = truth.opt
+    estimator = opt._estimator_of(site)
+    own_parameters = site.by_parameter and estimator.per_example_parameters
+    if estimator.space == "parameters" or estimator.learns or own_parameters or opt._is_exact(site, estimator):
+        return None
+    state = opt._prepared(site, estimator, opt._key(site, estimator), local)
+
+    def apply(v: Tensor) -> Tensor | None:
+        v = v if site.reach is None else site.reach.restrict(v)
+        moment = estimator.second_moment(state, local, v)
+        return moment if moment is None or site.reach is None else site.reach.restrict(moment)
+
+    return apply
+
+
+def _declared(truth: Truth) -> dict[str, bool]:
+    """The sites whose cotangent is estimated (or exact), and whether their expectation is declared."""
+    opt, expected, found = truth.opt, expected_cotangents(truth), {}
+    for name, site, _ in truth.sites():
+        estimator = opt._estimator_of(site)
+        if estimator.space == "activations" and not (site.by_parameter and estimator.per_example_parameters):
+            found[name] = expected[site.index] is not None
+    return found
+
+
+@dataclass
+class _Sample:
+    """Squared deviations, one number a draw: at each site averaged over examples, at each site of the mean over
+    examples, and of the parameters; and the means of the estimates."""
+
+    of_examples: dict[str, Tensor]
+    of_mean: dict[str, Tensor]
+    total: Tensor
+    mean: dict[str, Tensor]
+    parameters: Tensor
+
+
+def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int, centre: Tensor | None) -> _Sample:
+    """Deviations of so many draws from the declared expectations; where None, from a first look at the mean of as many
+    draws of the same stream, replayed."""
+    own = _declared(truth)
+    sites = [(name, site) for name, site, _ in truth.sites() if name in own]
+    expected = expected_cotangents(truth)
+    noise = opt._noise.snapshot()
+
+    def cotangent(one: Draw, site: Site) -> Tensor:
+        found = one.cotangents.get(site.index)
+        return (torch.zeros_like(truth.g[site.index]) if found is None else found).double()
+
+    means: dict[str, Tensor] = {name: torch.zeros_like(truth.g[site.index]).double() for name, site in sites}
+    parameters = torch.zeros_like(joined(named(opt, {})))
+    correction = dict.fromkeys(own, 1.0)
+    if centre is None:
+        for _ in range(draws):
+            one = draw(opt, closure)
+            for name, site in sites:
+                means[name] += cotangent(one, site) / draws
+            parameters += joined(named(opt, one.gradients)) / draws
+        opt._noise.restore(noise)
+        correction = {name: 1.0 if known else draws / max(draws - 1, 1) for name, known in own.items()}
+    middle: dict[str, Tensor] = {}
+    for name, site in sites:
+        moment = expected[site.index]
+        middle[name] = means[name] if moment is None else moment.double()
+    of_examples: dict[str, list[Tensor]] = {name: [] for name, _ in sites}
+    of_mean: dict[str, list[Tensor]] = {name: [] for name, _ in sites}
+    total = []
+    for _ in range(draws):
+        one = draw(opt, closure)
+        for name, site in sites:
+            off = truth.rows(site, cotangent(one, site) - middle[name])
+            of_examples[name].append(off.square().sum(1).mean().cpu() * correction[name])
+            of_mean[name].append(off.mean(0).square().sum().cpu() * correction[name])
+        away = joined(named(opt, one.gradients)) - (parameters if centre is None else centre)
+        total.append(away.square().sum().cpu() * (draws / max(draws - 1, 1) if centre is None else 1.0))
+    return _Sample(
+        {name: torch.stack(each) for name, each in of_examples.items()},
+        {name: torch.stack(each) for name, each in of_mean.items()},
+        torch.stack(total),
+        means,
+        parameters,
+    )

@@ -1,0 +1,46 @@
+"""How results draw themselves. The one module of the package that may import matplotlib, and only when asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def axes(ax: Any) -> Any:
+    """The axes given, or new ones."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(layout="constrained")[1]
+
+
+def bars(values: Mapping[str, float], ax: Any, title: str, *, log: bool = False) -> Any:
+    """One horizontal bar per name, the first on top."""
+    ax = axes(ax)
+    ax.barh(list(values), list(values.values()))
+    ax.invert_yaxis()
+    ax.set_title(title)
+    if log:
+        ax.set_xscale("log")
+    return ax
+
+
+def curve(
+    x: Sequence[float] | None,
+    lines: Mapping[str, Sequence[float]],
+    ax: Any,
+    xlabel: str,
+    ylabel: str,
+    styles: Mapping[str, str] | None = None,
+) -> Any:
+    """One line per label over ``x`` (None: 1, 2, ...)."""
+    ax = axes(ax)
+    for label, y in lines.items():
+        at = range(1, len(y) + 1) if x is None else x
+        ax.plot(at, y, (styles or {}).get(label, "-"), label=label or None)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    if any(lines):
+        ax.legend(fontsize="small")
+    return ax

@@ -1,0 +1,240 @@
+"""Where measurements come from: the engine's own guesses, and a reverse pass through the whole network for the truth.
+
+Letters: n example, g the true cotangent, g^ an estimate of it, y the guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from guessopt.engine.forward import Pass
+from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
+from guessopt.engine.levels import Level
+from guessopt.engine.planning import Transaction
+from guessopt.optimizer import GuessGradOptimizer
+from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
+from guessopt.tracing.local import Local
+
+Closure = Callable[[], Any]
+T = TypeVar("T")
+
+
+@contextmanager
+def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
+    """Whatever runs within leaves no trace: the closure's side effects and random states are undone, nothing has been
+    learned, and prepared states are no older."""
+    steps, learned = opt._steps, opt._cache.learned()
+    transaction = Transaction(opt._devices)
+    try:
+        yield transaction
+    finally:
+        transaction.rewind()
+        opt._steps = steps
+        opt._cache.relearn(learned)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One guess's estimate: cotangents ``g^_i`` by site index, gradients by the parameter's position."""
+
+    graph: SiteGraph
+    cotangents: dict[int, Tensor]
+    gradients: dict[int, Tensor]
+
+
+def draw(opt: GuessGradOptimizer, closure: Closure, guesses: int = 1) -> Draw:
+    """The engine's estimate from one forward-mode pass, or the mean of several. The guess stream moves on; nothing else
+    changes."""
+    found: Draw | None = None
+    for _ in range(guesses):
+        with measuring(opt) as transaction:
+            opt._refresh()
+            opt._noise.follow()
+            plan, record = opt._forward(closure, transaction)
+            cotangents = estimated_cotangents(plan.graph, record, opt._formed(plan, record))
+            gradients = parameter_gradients(plan.graph, record, cotangents, opt._by_position, opt._ids)
+        one = Draw(plan.graph, cotangents, gradients)
+        found = one if found is None else _plus(found, one)
+    assert found is not None
+    if guesses == 1:
+        return found
+    return Draw(
+        found.graph,
+        {k: t / guesses for k, t in found.cotangents.items()},
+        {k: t / guesses for k, t in found.gradients.items()},
+    )
+
+
+def _plus(a: Draw, b: Draw) -> Draw:
+    return Draw(
+        a.graph,
+        _sums(a.cotangents, b.cotangents),
+        _sums(a.gradients, b.gradients),
+    )
+
+
+def _sums(a: dict[int, Tensor], b: dict[int, Tensor]) -> dict[int, Tensor]:
+    return {k: a[k] + b[k] if k in a and k in b else a.get(k, b.get(k)) for k in {**a, **b}}  # type: ignore[misc]
+
+
+def named(opt: GuessGradOptimizer, gradients: dict[int, Tensor]) -> dict[str, Tensor]:
+    """By parameter name, zero where there is none."""
+    return {opt._names[k]: gradients[k] if k in gradients else torch.zeros_like(p) for k, p in opt._by_position.items()}
+
+
+def backpropagate(opt: GuessGradOptimizer, closure: Closure) -> tuple[SiteGraph, ReversePass, ForwardRecord]:
+    """Run the closure with an ordinary autograd graph, along the plan that a step would follow."""
+    noise = opt._noise.snapshot()
+    draw(opt, closure)
+    opt._noise.restore(noise)
+    with measuring(opt) as transaction:
+        run = ReversePass(opt, transaction)
+        return run.graph, run, run.execute(closure, opt._by_position)
+
+
+class Truth:
+    """A reverse pass through the whole network, and what measurements need of it.
+
+    Attributes:
+        graph: the sites.
+        locals: by site index, what an estimator may know there.
+        g: by site index, the true cotangent ``dL/ds_i``, shape of ``s_i``.
+        names: of the sites with a cotangent of their own, by site index.
+        record: inputs of the sites' calls among other things.
+    """
+
+    def __init__(self, opt: GuessGradOptimizer, closure: Closure) -> None:
+        self.opt = opt
+        self.graph, self._run, self.record = backpropagate(opt, closure)
+        outputs = self._run.outputs
+        through = self._run.gradients(list(outputs.values()), self.record)
+        self.locals = self._run.locals
+        self.g = {
+            k: torch.zeros_like(s) if g is None else g.detach()
+            for (k, s), g in zip(outputs.items(), through, strict=True)
+        }
+        self.names = site_names(opt, self.graph)
+
+    @property
+    def loss(self) -> Tensor:
+        return self.record.loss
+
+    def gradient(self) -> dict[int, Tensor]:
+        """Of the parameters, by position."""
+        params = list(self.opt._by_position.values())
+        found = self._run.gradients(params, self.record)
+        return {k: g for k, g in zip(self.opt._by_position, found, strict=True) if g is not None}
+
+    def rows(self, site: Site, t: Tensor) -> Tensor:
+        """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``."""
+        return rows(t, site.layout, self.locals[site.index].examples)
+
+    def sites(self) -> Iterator[tuple[str, Site, Local]]:
+        """Those with a cotangent of their own, in the order in which the network runs them."""
+        for site in self.graph.sites:
+            if site.index in self.names and site.index in self.locals:
+                yield self.names[site.index], site, self.locals[site.index]
+
+
+def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
+    """A site is named for the first parameter it reads; the second call that reads it adds ``#2``. Sites whose
+    cotangent is another's (a bias added apart) have no name."""
+    found: dict[int, str] = {}
+    seen: dict[str, int] = {}
+    for site in graph.sites:
+        if site.shares is not None:
+            continue
+        name = opt._names[site.params[0]]
+        seen[name] = seen.get(name, 0) + 1
+        found[site.index] = name if seen[name] == 1 else f"{name} #{seen[name]}"
+    return found
+
+
+def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
+    """``[N, d]``, one row an example; coupled: ``[1, d]``."""
+    if layout is Layout.BATCH_SECOND:
+        return t.transpose(0, 1).reshape(n, -1)
+    if layout is Layout.FLAT_T:
+        return t.reshape(-1, n, *t.shape[1:]).transpose(0, 1).reshape(n, -1)
+    if layout is Layout.COUPLED:
+        return t.reshape(1, -1)
+    return t.reshape(n, -1)
+
+
+def unrows(r: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+    """Back from ``rows`` to ``shape``."""
+    n = r.shape[0]
+    if layout is Layout.BATCH_SECOND:
+        return r.reshape(n, shape[0], *shape[2:]).transpose(0, 1)
+    if layout is Layout.FLAT_T:
+        return r.reshape(n, shape[0] // n, *shape[1:]).transpose(0, 1).reshape(shape)
+    return r.reshape(shape)
+
+
+class _Reverse(Level):
+    """No tangents: the network's own graph is kept for reverse mode. ``ends``: the cuts on the network's side."""
+
+    name = "reverse"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: dict[int, Tensor] = {}
+
+    def run(self, body: Callable[[], T]) -> T:
+        return body()
+
+    def primal(self, t: Tensor) -> Tensor:
+        return t.detach()
+
+    def plain(self, t: Tensor) -> Tensor:
+        return t
+
+    def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
+        return s
+
+    def substitute(self, p: Tensor, v: Tensor) -> Tensor:
+        return p
+
+    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+        if shared:
+            return v, v
+        self.ends[number] = v
+        leaf = v.detach().requires_grad_()
+        return (leaf.clone() if clone else leaf), leaf
+
+
+class ReversePass(Pass):
+    """A pass that notes every site's output and surroundings instead of guessing."""
+
+    def __init__(self, opt: GuessGradOptimizer, transaction: Transaction) -> None:
+        self.reverse = _Reverse()
+        super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction.saved)
+        self.no_grad, self.keeps_graph = nullcontext(), True
+        self.source = opt._noise
+        self.outputs: dict[int, Tensor] = {}
+        self.locals: dict[int, Local] = {}
+        if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
+            raise NotImplementedError(
+                "diagnostics cannot yet separate a loss that reads parameters itself from one that reads a value "
+                "which the network goes on to use; leave the parameter term out of the closure for the measurement"
+            )
+
+    def note(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> None:
+        self.locals[site.index] = Local(site, s, dict(values), self.source)
+
+    def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
+        self.outputs[site.index] = s
+        return super().inject(site, s, in_place)
+
+    def gradients(self, variables: list[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:
+        """Of the loss, through the whole network."""
+        ends = self.reverse.ends
+        starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())
+        weights = [torch.ones_like(self.total)] * (len(starts) - len(ends)) + [record.errors[k] for k in ends]
+        return torch.autograd.grad(starts, variables, weights, allow_unused=True, retain_graph=True)

@@ -1,0 +1,163 @@
+"""What one step achieves, and a gradient source of a set quality (Singhal 4, Figures 1 and 4).
+
+Letters: g the true gradient of all parameters as one vector, g^ an estimate of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.diagnostics.gradients import joined
+from guessopt.diagnostics.plots import curve
+from guessopt.diagnostics.reverse import Closure, ReversePass, Truth, draw, measuring, named
+from guessopt.optimizer import GuessGradOptimizer
+
+STEP_SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Singhal 4."""
+
+
+@dataclass(frozen=True)
+class Effectiveness:
+    """Loss reduction of one step ``-eta g^`` against one of ``-eta g``.
+
+    Attributes:
+        step_sizes: the grid of ``eta``.
+        reduction, true_reduction: ``L(theta) - L(theta - eta g^)`` and the same for g, by step size.
+        ratio: the best reduction of the one over the best of the other.
+        per_parameter: the ratio where that parameter alone takes the step, on both sides; empty unless asked for.
+    """
+
+    step_sizes: tuple[float, ...]
+    reduction: tuple[float, ...]
+    true_reduction: tuple[float, ...]
+    ratio: float
+    per_parameter: dict[str, float]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Both reductions over the step size; returns the axes. Needs matplotlib."""
+        lines = {"estimate": self.reduction, "backprop": self.true_reduction}
+        ax = curve(self.step_sizes, lines, ax, "step size", "loss reduction")
+        ax.set_xscale("log")
+        return ax
+
+
+def effectiveness(
+    opt: GuessGradOptimizer, closure: Closure, step_sizes: Sequence[float] = STEP_SIZES, *, per_parameter: bool = False
+) -> Effectiveness:
+    """One-step effectiveness (Singhal 4, Figure 1's table): plain gradient steps from where the parameters are, the
+    best step size of a grid for each side, on the same batch and under the same random state.
+
+    Args:
+        per_parameter: also the ratio where one parameter alone takes the step (2 x P x grid more forward passes).
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(2, 1)
+    >>> opt = guessopt.GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, lr=0.1, exact_last=True)
+    >>> x = torch.randn(8, 2)
+    >>> round(effectiveness(opt, lambda: (net(x) - 1).square().mean()).ratio, 4)
+    1.0
+    """
+    sizes = tuple(sorted(step_sizes))
+    if not sizes or sizes[0] <= 0:
+        raise ValueError(f"step_sizes: must be positive numbers, got {list(step_sizes)}")
+    one, truth = draw(opt, closure, opt.guesses), Truth(opt, closure)
+    start, estimate, true = truth.loss, one.gradients, truth.gradient()
+    del truth
+
+    def reductions(gradients: dict[int, Tensor]) -> tuple[float, ...]:
+        return tuple(float(start.double() - _loss_after(opt, closure, gradients, size).double()) for size in sizes)
+
+    def ratio(ours: tuple[float, ...], theirs: tuple[float, ...]) -> float:
+        return max(ours) / max(theirs) if max(theirs) > 0 else float("nan")
+
+    ours, theirs = reductions(estimate), reductions(true)
+    each = {}
+    for position in true if per_parameter else ():
+        if position in estimate:
+            pair = (reductions({position: found[position]}) for found in (estimate, true))
+            each[opt._names[position]] = ratio(*pair)
+    return Effectiveness(sizes, ours, theirs, ratio(ours, theirs), each)
+
+
+def _loss_after(opt: GuessGradOptimizer, closure: Closure, gradients: dict[int, Tensor], size: float) -> Tensor:
+    """The loss with every parameter moved by ``-size`` times its gradient; then the parameters are put back."""
+    before = {k: opt._params[k].detach().clone() for k in gradients}
+    try:
+        with torch.no_grad():
+            for k, g in gradients.items():
+                opt._params[k].sub_(g.to(opt._params[k].dtype), alpha=size)
+        with measuring(opt) as transaction:
+            return ReversePass(opt, transaction).execute(closure, opt._by_position).loss
+    finally:
+        with torch.no_grad():
+            for k, p in before.items():
+                opt._params[k].copy_(p)
+
+
+class CosineMatched:
+    """A gradient source for experiments: a random direction turned to a set cosine with the true gradient (Singhal 4
+    and A.2), to see what a method of that cosine would do without bias. **Backpropagates**; it is no estimator, and no
+    name is registered for it.
+
+    ``g^ = cos g_par + sin g_perp`` with both parts of norm 1: g itself, and ``v ~ N(0, I)`` on all parameters less its
+    part along g.
+
+    Args:
+        cos: the cosine, -1 to 1.
+        norm: of g^: ``"unit"`` (the paper's) or ``"gradient"``, that of g (for bases that heed it, such as SGD).
+        seed: of the directions.
+
+    >>> import torch, guessopt
+    >>> net = torch.nn.Linear(4, 2)
+    >>> opt = guessopt.GuessGradOptimizer(net.parameters(), torch.optim.AdamW, lr=1e-2)
+    >>> x = torch.randn(8, 4)
+    >>> source = CosineMatched(0.1, seed=0)
+    >>> losses = [source.step(opt, lambda: net(x).square().mean()).item() for _ in range(100)]
+    >>> losses[-1] < losses[0]
+    True
+    """
+
+    def __init__(self, cos: float, *, norm: str = "unit", seed: int = 0) -> None:
+        if not -1 <= cos <= 1:
+            raise ValueError(f"cos: a cosine lies between -1 and 1, got {cos}")
+        if norm not in ("unit", "gradient"):
+            raise ValueError(f"norm: {norm!r} is not one of unit, gradient")
+        self.cos, self.norm = cos, norm
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def gradient(self, opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
+        """By parameter name; nothing is changed but the source's own stream."""
+        return self._gradient(opt, closure)[1]
+
+    def step(self, opt: GuessGradOptimizer, closure: Closure) -> Tensor:
+        """Put the gradients into ``.grad`` and let the optimizer's base update; returns the loss before the update."""
+        loss, gradients = self._gradient(opt, closure)
+        for position, p in opt._by_position.items():
+            p.grad = gradients[opt._names[position]]
+        opt.step()
+        return loss
+
+    def _gradient(self, opt: GuessGradOptimizer, closure: Closure) -> tuple[Tensor, dict[str, Tensor]]:
+        truth = Truth(opt, closure)
+        true = named(opt, truth.gradient())
+        g = joined(true)
+        v = torch.randn(g.shape, dtype=g.dtype, generator=self._generator).to(g.device)
+        size = g.norm()
+        if size == 0:
+            return truth.loss, true
+        along = g / size
+        across = v - (v @ along) * along
+        if across.norm() > 0:
+            across = across / across.norm()
+        found = self.cos * along + (1 - self.cos**2) ** 0.5 * across
+        if self.norm == "gradient":
+            found = found * size
+        parts = found.split([p.numel() for p in true.values()])
+        return truth.loss, {
+            name: part.reshape(p.shape).to(p.dtype) for (name, p), part in zip(true.items(), parts, strict=True)
+        }
