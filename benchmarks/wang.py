@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -159,7 +159,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--widths", type=int, nargs="+", help="only these hidden widths (default: the paper's)")
     parser.add_argument("--methods", nargs="+", choices=list(LABELS), metavar="METHOD", help=", ".join(LABELS))
     parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
-    parser.add_argument("--estimate", action="store_true", help="time an epoch of every missing run, print, and stop")
+    parser.add_argument("--estimate", action="store_true", help="print how long what is missing will take, and stop")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -269,27 +269,34 @@ def look(learner: Learner, data: Dataset, plan: Plan, epoch: int) -> Look:
 
 
 def estimate(missing: dict[tuple[int, str, int], bool], data: Dataset, plan: Plan) -> None:
-    """Seconds of one epoch and of one look for every width and method, and what all missing runs will take."""
-    rows, total, costs = [], 0.0, dict[tuple[int, str], tuple[float, float]]()
+    """Seconds of an epoch and of a look for every width and method, from two steps, and what all missing runs take."""
+    rows, total, costs = [], 0.0, dict[tuple[int, str, bool], float]()
+    steps = -(-len(data.x) // plan.settings.batch)
     for (width, method, _), measured in missing.items():
-        if (width, method) not in costs:
+        if (width, method, measured) not in costs:
             learner = make_learner(method, width, plan.settings, data.x.device)
-            fit(learner, data, Settings(epochs=1), seed=0)
-            start = time.perf_counter()
-            fit(learner, data, Settings(epochs=2), seed=0)
-            epoch = (time.perf_counter() - start) / 2
-            start = time.perf_counter()
+            x, y = data.x[: plan.settings.batch], data.y[: plan.settings.batch]
+            for _ in range(3):  # tracing, and the bases of the first step
+                learner.step(x, y)
+            step = seconds(lambda: learner.step(x, y), 2)  # noqa: B023 (called here)
+            each = 0.0
             if measured:
-                look(learner, data, plan, 1)
-            costs[width, method] = epoch, (time.perf_counter() - start if measured else 0.0)
-            one = plan.settings.epochs * epoch + plan.looks * costs[width, method][1]
-            rows.append(
-                [f"{width} {LABELS[method]}", f"{epoch:.2f}", f"{costs[width, method][1]:.1f}", f"{one / 60:.1f}"]
-            )
-        epoch, each = costs[width, method]
-        total += plan.settings.epochs * epoch + plan.looks * each
-    print_table("Estimated time", ["run", "s/epoch", "s/look", "min/run"], rows)
+                few = replace(plan, draws=2)
+                each = seconds(lambda: look(learner, data, few, 1), 1) + (plan.draws - 2) * step  # noqa: B023
+            costs[width, method, measured] = plan.settings.epochs * steps * step + plan.looks * each
+            minutes = costs[width, method, measured] / 60
+            rows.append([f"{width} {LABELS[method]}", f"{1e3 * step:.1f}", f"{each:.1f}", f"{minutes:.1f}"])
+        total += costs[width, method, measured]
+    print_table("Estimated time", ["run", "ms/step", "s/look", "min/run"], rows)
     print(f"{len(missing)} runs, {total / 3600:.2f} h in all, one after another")
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - start) / repeats
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -309,10 +316,10 @@ def show(cells: list[Cell], plan: Plan) -> None:
             show_overlap(cells, part)
         elif part.measured:
             show_moments(cells, part, name)
-        else:
+        elif name != "figure2" or "3" not in plan.parts:  # the figure draws Table 3
             show_accuracy(cells, part, name)
     print(f"{plan.settings.epochs} epochs (paper: 300), seeds {', '.join(map(str, plan.seeds))}.")
-    print("var., bias, cov.: mean over the looks; rel. bias: over the norm of the batch's mean gradient.")
+    print("var. (18), bias (17), cov.: layer 1, mean over looks and seeds; all layers and other readings in the JSON.")
 
 
 def show_accuracy(cells: list[Cell], part: Part, name: str) -> None:
@@ -354,23 +361,26 @@ def average(cells: Sequence[Cell], metric: str, layer: str = LAYER_1) -> float |
 
 
 def show_moments(cells: list[Cell], part: Part, name: str) -> None:
+    def small(value: float | None) -> str:
+        return known(value, ".2e").replace("e-0", "e-")
+
     rows = []
     for width in part.widths:
         for method in part.methods:
             runs = of(cells, width, method)
             if not runs:
                 continue
-            paper = PAPER_MOMENTS[name].get(method, ())
-            ours = [average(runs, metric) for metric in ("variance", "variance_of_mean", "bias", "relative_bias")]
-            row = [f"{width} {LABELS[method]}"]
-            row += [known(value, form) for value, form in zip(ours, (".2e", ".2e", ".2e", ".2f"), strict=True)]
-            row += [known(average(runs, "covariance_norm"))]
-            row += [known(value, ".2e") for value in paper[:2]]
-            row += [spread([run.history.train[-1] for run in runs])] if name == "5" else [known(paper[2])]
-            row += [known(PAPER_5[method][0])] if name == "5" else []
+            paper = PAPER_MOMENTS[name][method]
+            row = [f"{width} {LABELS[method]}", small(average(runs, "variance")), small(average(runs, "bias"))]
+            row += map(small, paper[:2])
+            if name == "2":
+                row += [known(average(runs, "covariance_norm")), known(paper[2])]
+            else:
+                row += [f"{mean(run.history.train[-1] for run in runs):.3f}", known(PAPER_5[method][0])]
             rows.append(row)
-    columns = ["width, method", "var.", "var. of\nmean", "bias", "rel.\nbias", "cov.", "paper\nvar.", "paper\nbias"]
-    print_table(part.title, columns + (["train", "paper\ntrain"] if name == "5" else ["paper\ncov."]), rows)
+    last = "cov." if name == "2" else "train"
+    columns = ["width, method", "var.", "bias", "paper\nvar.", "paper\nbias", last, f"paper\n{last}"]
+    print_table(part.title, columns, rows)
 
 
 def mean_overlap(cells: Sequence[Cell], layer: str) -> list[float]:

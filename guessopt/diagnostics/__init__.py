@@ -16,6 +16,7 @@ from guessopt.diagnostics.gradients import (
 )
 from guessopt.diagnostics.moments import Bias, CovarianceNorm, Variance, bias, covariance_norm, variance
 from guessopt.diagnostics.monitor import METRICS, CSVWriter, Monitor, TensorBoardWriter
+from guessopt.diagnostics.reverse import Closure
 from guessopt.diagnostics.reverse import backpropagate as _backpropagate
 from guessopt.diagnostics.spectra import (
     ActivationOverlap,
@@ -35,6 +36,7 @@ __all__ = [
     "ActivationOverlap",
     "Bias",
     "CSVWriter",
+    "Closure",
     "Cosine",
     "CosineByGuesses",
     "CosineMatched",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
-from guessopt.diagnostics.reverse import Closure, Truth, backpropagate, draw, measuring, named
+from guessopt.diagnostics.reverse import Closure, Truth, draw, measuring, named, unfused
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.optimizer import GuessGradOptimizer
 
@@ -56,9 +56,7 @@ def true_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor
     >>> true_gradient(opt, lambda: net(torch.ones(3, 2)).mean())["bias"]
     tensor([1.])
     """
-    _, run, record = backpropagate(opt, closure)
-    through = run.gradients(list(opt._by_position.values()), record)
-    return named(opt, {k: g for k, g in zip(opt._by_position, through, strict=True) if g is not None})
+    return named(opt, Truth(opt, closure).gradient)
 
 
 def estimated_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
@@ -136,7 +134,7 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
         elif not opt._is_exact(site, estimator):
             local = truth.locals[site.index]
             g = g if site.reach is None else site.reach.restrict(g)
-            with torch.no_grad():
+            with torch.no_grad(), unfused():
                 state = opt._prepared(site, estimator, opt._key(site, estimator), local)
                 moment = estimator.second_moment(state, local, g)
                 if moment is not None and estimator.debias:
@@ -158,10 +156,10 @@ def cosine(opt: GuessGradOptimizer, closure: Closure) -> Cosine:
     1.0
     """
     one, truth = draw(opt, closure, opt.guesses), Truth(opt, closure)
-    estimate, true = named(opt, one.gradients), named(opt, truth.gradient())
+    estimate, true = named(opt, one.gradients), named(opt, truth.gradient)
     sites = {
         name: similarity(one.cotangents[site.index], truth.g[site.index])
-        for name, site, _ in truth.sites()
+        for name, site, _ in truth.estimated()
         if site.index in one.cotangents
     }
     each = {name: similarity(estimate[name], g) for name, g in true.items()}

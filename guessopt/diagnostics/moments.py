@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guessopt.diagnostics.gradients import expected_cotangents, expected_from, joined
 from guessopt.diagnostics.plots import bars
-from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, rows, unrows
+from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, rows, unfused, unrows
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Site
 from guessopt.tracing.local import Local
@@ -99,14 +99,12 @@ def bias(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Bias:
     True
     """
     truth = Truth(opt, closure)
-    declared = _declared(truth)
     expected = expected_cotangents(truth)
+    declared = {name: expected[site.index] is not None for name, site, _ in truth.estimated()}
     complete = all(m is not None for m in expected.values())
     sample = None if complete else _sample(opt, closure, truth, draws, None)
     per_site, relative = {}, {}
-    for name, site, _ in truth.sites():
-        if name not in declared:
-            continue
+    for name, site, _ in truth.estimated():
         g = truth.rows(site, truth.g[site.index]).double().mean(0)
         moment = expected[site.index]
         if moment is not None:
@@ -116,7 +114,7 @@ def bias(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Bias:
             squares = float((truth.rows(site, sample.mean[name]).mean(0) - g).square().sum())
             off = max(0.0, squares - float(sample.of_mean[name].mean()) / draws) ** 0.5
         per_site[name], relative[name] = off, off / max(float(g.norm()), 1e-300)
-    true = joined(named(opt, truth.gradient()))
+    true = joined(named(opt, truth.gradient))
     if complete:
         total = float((joined(expected_from(truth)) - true).norm() / true.norm())
     else:
@@ -149,7 +147,7 @@ def variance(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Var
     def error(t: Tensor) -> float:
         return float(t.std()) / draws**0.5
 
-    squared = float(joined(named(opt, truth.gradient())).square().sum())
+    squared = float(joined(named(opt, truth.gradient)).square().sum())
     return Variance(
         {name: float(t.mean()) for name, t in sample.of_examples.items()},
         {name: float(t.mean()) for name, t in sample.of_mean.items()},
@@ -183,9 +181,9 @@ def covariance_norm(
     truth = Truth(opt, closure)
     per_site, entries = {}, {}
     generator = torch.Generator().manual_seed(0)
-    for name, site, local in truth.sites():
+    for name, site, local in truth.estimated():
         apply = _second_moment(truth, site, local)
-        if apply is None or name not in _declared(truth):
+        if apply is None:
             continue
         n = local.examples
         d = local.s.numel() // n
@@ -197,7 +195,7 @@ def covariance_norm(
             else:
                 r = torch.randint(2, (n, d), generator=generator) * 2.0 - 1
             v = unrows(r.to(local.s.dtype).to(local.s.device), site.layout, tuple(local.s.shape))
-            with torch.no_grad():
+            with torch.no_grad(), unfused():
                 moment = apply(v)
             if moment is None:
                 break
@@ -212,8 +210,7 @@ def _second_moment(truth: Truth, site: Site, local: Local) -> Callable[[Tensor],
     """``v -> E[y y^T] v`` of the site's guess; None where it has no guess of its own."""
     opt = truth.opt
     estimator = opt._estimator_of(site)
-    own_parameters = site.by_parameter and estimator.per_example_parameters
-    if estimator.space == "parameters" or estimator.learns or own_parameters or opt._is_exact(site, estimator):
+    if estimator.learns or opt._is_exact(site, estimator):
         return None
     state = opt._prepared(site, estimator, opt._key(site, estimator), local)
 
@@ -223,16 +220,6 @@ def _second_moment(truth: Truth, site: Site, local: Local) -> Callable[[Tensor],
         return moment if moment is None or site.reach is None else site.reach.restrict(moment)
 
     return apply
-
-
-def _declared(truth: Truth) -> dict[str, bool]:
-    """The sites whose cotangent is estimated (or exact), and whether their expectation is declared."""
-    opt, expected, found = truth.opt, expected_cotangents(truth), {}
-    for name, site, _ in truth.sites():
-        estimator = opt._estimator_of(site)
-        if estimator.space == "activations" and not (site.by_parameter and estimator.per_example_parameters):
-            found[name] = expected[site.index] is not None
-    return found
 
 
 @dataclass
@@ -250,8 +237,7 @@ class _Sample:
 def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int, centre: Tensor | None) -> _Sample:
     """Deviations of so many draws from the declared expectations; where None, from a first look at the mean of as many
     draws of the same stream, replayed."""
-    own = _declared(truth)
-    sites = [(name, site) for name, site, _ in truth.sites() if name in own]
+    sites = [(name, site) for name, site, _ in truth.estimated()]
     expected = expected_cotangents(truth)
     noise = opt._noise.snapshot()
 
@@ -261,7 +247,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
 
     means: dict[str, Tensor] = {name: torch.zeros_like(truth.g[site.index]).double() for name, site in sites}
     parameters = torch.zeros_like(joined(named(opt, {})))
-    correction = dict.fromkeys(own, 1.0)
+    correction, lost = dict.fromkeys(means, 1.0), draws / max(draws - 1, 1)  # lost: to the fit of the mean
     if centre is None:
         for _ in range(draws):
             one = draw(opt, closure)
@@ -269,7 +255,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
                 means[name] += cotangent(one, site) / draws
             parameters += joined(named(opt, one.gradients)) / draws
         opt._noise.restore(noise)
-        correction = {name: 1.0 if known else draws / max(draws - 1, 1) for name, known in own.items()}
+        correction = {name: lost if expected[site.index] is None else 1.0 for name, site in sites}
     middle: dict[str, Tensor] = {}
     for name, site in sites:
         moment = expected[site.index]
@@ -284,7 +270,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
             of_examples[name].append(off.square().sum(1).mean().cpu() * correction[name])
             of_mean[name].append(off.mean(0).square().sum().cpu() * correction[name])
         away = joined(named(opt, one.gradients)) - (parameters if centre is None else centre)
-        total.append(away.square().sum().cpu() * (draws / max(draws - 1, 1) if centre is None else 1.0))
+        total.append(away.square().sum().cpu() * (lost if centre is None else 1.0))
     return _Sample(
         {name: torch.stack(each) for name, each in of_examples.items()},
         {name: torch.stack(each) for name, each in of_mean.items()},

@@ -6,12 +6,13 @@ Letters: n example, g the true cotangent, g^ an estimate of it, y the guess.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.engine.forward import Pass
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
@@ -88,11 +89,16 @@ def named(opt: GuessGradOptimizer, gradients: dict[int, Tensor]) -> dict[str, Te
     return {opt._names[k]: gradients[k] if k in gradients else torch.zeros_like(p) for k, p in opt._by_position.items()}
 
 
-def backpropagate(opt: GuessGradOptimizer, closure: Closure) -> tuple[SiteGraph, ReversePass, ForwardRecord]:
-    """Run the closure with an ordinary autograd graph, along the plan that a step would follow."""
+def find_plan(opt: GuessGradOptimizer, closure: Closure) -> None:
+    """See to it that the first plan is the one that a step would follow."""
     noise = opt._noise.snapshot()
     draw(opt, closure)
     opt._noise.restore(noise)
+
+
+def backpropagate(opt: GuessGradOptimizer, closure: Closure) -> tuple[SiteGraph, ReversePass, ForwardRecord]:
+    """Run the closure with an ordinary autograd graph, along the plan that a step would follow."""
+    find_plan(opt, closure)
     with measuring(opt) as transaction:
         run = ReversePass(opt, transaction)
         return run.graph, run, run.execute(closure, opt._by_position)
@@ -105,31 +111,30 @@ class Truth:
         graph: the sites.
         locals: by site index, what an estimator may know there.
         g: by site index, the true cotangent ``dL/ds_i``, shape of ``s_i``.
+        gradient: of the parameters, by position.
         names: of the sites with a cotangent of their own, by site index.
         record: inputs of the sites' calls among other things.
     """
 
     def __init__(self, opt: GuessGradOptimizer, closure: Closure) -> None:
         self.opt = opt
-        self.graph, self._run, self.record = backpropagate(opt, closure)
-        outputs = self._run.outputs
-        through = self._run.gradients(list(outputs.values()), self.record)
-        self.locals = self._run.locals
-        self.g = {
-            k: torch.zeros_like(s) if g is None else g.detach()
-            for (k, s), g in zip(outputs.items(), through, strict=True)
-        }
+        find_plan(opt, closure)
+        with measuring(opt) as transaction:
+            run = ReversePass(opt, transaction)
+            self.record = run.execute(closure, opt._by_position)
+            # Before buffers are put back: their new values may be part of the graph.
+            sites, params = list(run.outputs), list(opt._by_position)
+            variables = [*run.outputs.values(), *opt._by_position.values()]
+            through = run.gradients(variables, self.record)
+        self.graph, self.locals = run.graph, run.locals
+        filled = [torch.zeros_like(s) if g is None else g.detach() for s, g in zip(variables, through, strict=True)]
+        self.g: dict[int, Tensor] = dict(zip(sites, filled, strict=False))
+        self.gradient: dict[int, Tensor] = dict(zip(params, filled[len(sites) :], strict=True))
         self.names = site_names(opt, self.graph)
 
     @property
     def loss(self) -> Tensor:
         return self.record.loss
-
-    def gradient(self) -> dict[int, Tensor]:
-        """Of the parameters, by position."""
-        params = list(self.opt._by_position.values())
-        found = self._run.gradients(params, self.record)
-        return {k: g for k, g in zip(self.opt._by_position, found, strict=True) if g is not None}
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
         """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``."""
@@ -140,6 +145,13 @@ class Truth:
         for site in self.graph.sites:
             if site.index in self.names and site.index in self.locals:
                 yield self.names[site.index], site, self.locals[site.index]
+
+    def estimated(self) -> Iterator[tuple[str, Site, Local]]:
+        """Those whose cotangent is estimated (or exact); elsewhere the parameters themselves are guessed."""
+        for name, site, local in self.sites():
+            estimator = self.opt._estimator_of(site)
+            if estimator.space == "activations" and not (site.by_parameter and estimator.per_example_parameters):
+                yield name, site, local
 
 
 def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
@@ -153,6 +165,12 @@ def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
         name = opt._names[site.params[0]]
         seen[name] = seen.get(name, 0) + 1
         found[site.index] = name if seen[name] == 1 else f"{name} #{seen[name]}"
+    return found
+
+
+def unfused() -> AbstractContextManager[None]:
+    """Attention by its formula: ``J v`` is made by differentiating ``J^T u`` again, which fused kernels cannot."""
+    found: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
-from guessopt.diagnostics.reverse import Closure, Truth, rows, unrows
+from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, unrows
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.rules.base import MatrixRule
 from guessopt.sites import Layout, Site, Visit
@@ -128,7 +128,7 @@ def _columns(apply: Callable[[Tensor], Tensor], site: Site, local: Local, exampl
     n, shape = local.examples, tuple(local.s.shape)
     d = local.s.numel() // n
     columns = []
-    with torch.no_grad():
+    with torch.no_grad(), unfused():
         for j in range(d):
             r = local.s.new_zeros(n, d)
             r[:, j] = 1

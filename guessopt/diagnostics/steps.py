@@ -66,7 +66,7 @@ def effectiveness(
     if not sizes or sizes[0] <= 0:
         raise ValueError(f"step_sizes: must be positive numbers, got {list(step_sizes)}")
     one, truth = draw(opt, closure, opt.guesses), Truth(opt, closure)
-    start, estimate, true = truth.loss, one.gradients, truth.gradient()
+    start, estimate, true = truth.loss, one.gradients, truth.gradient
     del truth
 
     def reductions(gradients: dict[int, Tensor]) -> tuple[float, ...]:
@@ -144,7 +144,7 @@ class CosineMatched:
 
     def _gradient(self, opt: GuessGradOptimizer, closure: Closure) -> tuple[Tensor, dict[str, Tensor]]:
         truth = Truth(opt, closure)
-        true = named(opt, truth.gradient())
+        true = named(opt, truth.gradient)
         g = joined(true)
         v = torch.randn(g.shape, dtype=g.dtype, generator=self._generator).to(g.device)
         size = g.norm()
