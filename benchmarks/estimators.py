@@ -48,12 +48,12 @@ class Row:
 
 
 class Estimated(Guess):
-    """A learner for any estimator; parameters keep their names."""
+    """A learner for any estimator; parameters keep their names. The guesses follow ``torch.manual_seed``."""
 
     def __init__(self, estimator: Any, model: nn.Module, lr: float) -> None:
         Learner.__init__(self, model)
         self.optimizer = GuessGradOptimizer(
-            model.named_parameters(), base=torch.optim.AdamW, estimator=estimator, lr=lr, seed=0
+            model.named_parameters(), base=torch.optim.AdamW, estimator=estimator, lr=lr
         )
 
 
