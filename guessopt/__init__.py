@@ -2,7 +2,7 @@
 base."""
 
 from guessopt import estimators
-from guessopt.errors import ClosureError, GuessWarning
+from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators import (
     ActivationMixing,
     ActivationPerturbation,
@@ -31,6 +31,7 @@ __all__ = [
     "GuessGradOptimizer",
     "GuessWarning",
     "LearnedFeedback",
+    "PartialUpdateError",
     "Preflight",
     "SelfSharpening",
     "WPerp",

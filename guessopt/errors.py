@@ -1,5 +1,9 @@
 """Errors and warnings that name the cause and the remedy."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class ClosureError(RuntimeError):
     """The closure did something from which no gradient can be estimated; the message names it and the remedy.
@@ -9,6 +13,24 @@ class ClosureError(RuntimeError):
     >>> issubclass(ClosureError, RuntimeError)
     True
     """
+
+
+class PartialUpdateError(RuntimeError):
+    """A step of ``memory="stream"`` failed after some parameters had been updated.
+
+    Buffers and random states are as before the step; ``opt.finish(error.journal, closure)`` updates the rest, from the
+    same guesses and directional derivatives (the inputs of the remaining sites then come from updated parameters).
+
+    Attributes:
+        journal: a ``Journal``: seeds, directional derivatives, and which parameters are done.
+
+    >>> issubclass(PartialUpdateError, RuntimeError)
+    True
+    """
+
+    def __init__(self, message: str, journal: Any) -> None:
+        super().__init__(message)
+        self.journal = journal
 
 
 class GuessWarning(UserWarning):

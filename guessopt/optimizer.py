@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,11 +29,15 @@ from guessopt.engine.planning import (
     unstable,
     warn_of_coupling,
 )
-from guessopt.errors import GuessWarning
+from guessopt.engine.replay import Deliver, Journal, Replay
+from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, describe, estimators_for, plain
 from guessopt.rng import NoiseSource
 from guessopt.sites import ForwardRecord, Site, SiteGraph
 from guessopt.tracing.local import Local, draw
+
+#: What a step keeps: see ``GuessGradOptimizer``.
+MODES = ("store", "replay", "stream")
 
 #: Plans kept: one per branch taken and shape met.
 MAX_PLANS = 16
@@ -51,7 +56,11 @@ class GuessGradOptimizer(Optimizer):
             that matches decides) to any of these.
         guesses: independent guesses averaged per step, each a forward pass.
         exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
-        memory: ``"store"`` keeps every site's input until the directional derivatives are known.
+        memory: ``"store"``: one pass, which keeps every site's input and guess until the directional derivatives are
+            known. ``"replay"``: two passes; the first keeps nothing, the second makes inputs and guesses again, as the
+            random states are the same. ``"stream"``: replay in which ``step(closure)`` has ``base`` update each
+            parameter as soon as its gradient is whole, and frees it: no full ``.grad`` ever exists (``estimate`` fills
+            ``.grad`` as ever, to accumulate or to clip).
         engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
             (``torch.func.jvp``, the reference).
         seed: of the guesses; None follows ``torch.manual_seed``.
@@ -96,8 +105,8 @@ class GuessGradOptimizer(Optimizer):
             raise ValueError(
                 f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}"
             )
-        if memory != "store":
-            raise ValueError(f"memory: {memory!r} is not one of store")
+        if memory not in MODES:
+            raise ValueError(f"memory: {memory!r} is not one of {', '.join(MODES)}")
         if batch_norm not in ("exact", "frozen_statistics"):
             raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
         self._level = partial(make_level, engine, frozen_statistics=batch_norm == "frozen_statistics")
@@ -144,6 +153,8 @@ class GuessGradOptimizer(Optimizer):
                 "step(closure) would discard the gradients that estimate(closure) has added: call step() to apply "
                 "them or zero_grad() to drop them"
             )
+        if self.memory == "stream":
+            return self._stream(closure)
         loss, gradients = self._estimate(closure)
         for position, p in enumerate(self._params):
             p.grad = gradients.get(position)
@@ -164,6 +175,26 @@ class GuessGradOptimizer(Optimizer):
         self, closure: Callable[[], Any], transaction: Transaction | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients."""
+        with self._atomic(closure, transaction) as transaction:
+            if self.memory == "store":
+                loss, gradients = self._guess_once(closure, transaction)
+                for _ in range(self.guesses - 1):
+                    transaction.rewind()
+                    _, more = self._guess_once(closure, transaction)
+                    gradients = {
+                        k: gradients[k] + more[k] if k in gradients else more[k] for k in {**gradients, **more}
+                    }
+                if self.guesses > 1:
+                    gradients = {position: g / self.guesses for position, g in gradients.items()}
+            else:
+                plan, records = self._derivatives(closure, transaction)
+                loss, gradients = records[0].loss, self._replay(plan, records, closure, transaction)
+            self._steps += 1
+            return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
+
+    @contextmanager
+    def _atomic(self, closure: Callable[[], Any], transaction: Transaction | None = None) -> Iterator[Transaction]:
+        """Everything within, or nothing: an exception leaves all as it was."""
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
         self._refresh()
@@ -172,15 +203,10 @@ class GuessGradOptimizer(Optimizer):
         self._noise.follow()
         transaction = transaction or Transaction(self._devices)
         try:
-            loss, gradients = self._guess_once(closure, transaction)
-            for _ in range(self.guesses - 1):
-                transaction.rewind()
-                _, more = self._guess_once(closure, transaction)
-                gradients = {k: gradients[k] + more[k] if k in gradients else more[k] for k in {**gradients, **more}}
-            if self.guesses > 1:
-                gradients = {position: g / self.guesses for position, g in gradients.items()}
-            self._steps += 1
-            return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
+            yield transaction
+        except PartialUpdateError:
+            transaction.rewind()
+            raise
         except BaseException:
             transaction.rewind()
             self._noise.restore(noise)
@@ -197,14 +223,120 @@ class GuessGradOptimizer(Optimizer):
         cotangents = estimated_cotangents(plan.graph, record, self._formed(plan, record))
         return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids)
 
-    def _forward(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, ForwardRecord]:
+    def _derivatives(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
+        """The first passes of replay, one a guess: what each leaves is ``D_n``, the loss and the state of the guesses'
+        stream (and the exact errors, where a site takes them)."""
+        records: list[ForwardRecord] = []
+        plan: Plan | None = None
+        for _ in range(self.guesses):
+            if plan is not None:
+                transaction.rewind()
+            found, record = self._forward(closure, transaction, keeps=False)
+            if plan is not None and found is not plan:
+                raise unstable()
+            if self.check_finite:
+                check_finite(record.loss, record.d)
+            plan = found
+            records.append(record)
+        assert plan is not None
+        return plan, records
+
+    def _replay(
+        self,
+        plan: Plan,
+        records: Sequence[ForwardRecord],
+        closure: Callable[[], Any],
+        transaction: Transaction,
+        deliver: Deliver | None = None,
+        done: Collection[int] = (),
+    ) -> dict[int, Tensor]:
+        """The second pass: gradients by position, but for those handed to ``deliver``."""
+        transaction.rewind()
+        guesses = []
+        for record in records:
+            source = NoiseSource(self._noise.seed)
+            source.restore(record.noise)
+            record.params = self._directions(source)
+            guesses.append(partial(self._guess, self._guesses_of(plan), {}, source))
+        frozen = self.batch_norm == "frozen_statistics"
+        run = Replay(
+            self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
+            frozen_statistics=frozen, deliver=deliver, done=done,
+        )  # fmt: skip
+        try:
+            return run.replay(closure)
+        except Departure:
+            raise unstable() from None
+
+    def _stream(self, closure: Callable[[], Any]) -> Tensor:
+        """Replay, each gradient applied and freed as soon as it is whole."""
+        with self._atomic(closure) as transaction:
+            for p in self._params:
+                p.grad = None
+            plan, records = self._derivatives(closure, transaction)
+            if plan.uses == self.guesses:  # a plan's first step: see the second pass through before anything moves
+                self._replay(plan, records, closure, transaction, deliver=lambda gradients: None)
+            self._apply(plan, Journal(transaction.random, tuple(records)), closure, transaction)
+            self._steps += 1
+            return records[0].loss
+
+    def finish(self, journal: Journal, closure: Callable[[], Any]) -> None:
+        """Complete a step of ``memory="stream"`` that failed half-way: update the parameters that it had not reached.
+
+        Args:
+            journal: of the ``PartialUpdateError``; completed in place.
+            closure: the same closure.
+
+        Raises:
+            PartialUpdateError: it failed again, further on or at the same place.
+        """
+        transaction = Transaction(self._devices)
+        now, transaction.random = transaction.random, journal.random
+        self._refresh()
+        if not self._plans:
+            self._plans.append(
+                trace(closure, self._by_position, self._ids, self._names, self._level, transaction, finite=False)
+            )
+        try:
+            self._apply(self._plans[0], journal, closure, transaction)
+            self._steps += 1
+        except BaseException:
+            transaction.random = now
+            transaction.rewind()
+            raise
+
+    def _apply(self, plan: Plan, journal: Journal, closure: Callable[[], Any], transaction: Transaction) -> None:
+        """The second pass, in which the base updates each parameter as its gradient is whole; its hooks fire once."""
+
+        def deliver(gradients: dict[int, Tensor]) -> None:
+            for position, g in gradients.items():
+                self._update_one(position, g.to(self._params[position].dtype))
+                journal.done.add(position)
+
+        self._fire(self.base._optimizer_step_pre_hooks)
+        try:
+            deliver(self._replay(plan, journal.records, closure, transaction, deliver, frozenset(journal.done)))
+        except BaseException as error:
+            if not journal.done:
+                raise
+            raise PartialUpdateError(
+                f"the step failed after {len(journal.done)} of {len(self._by_position)} parameters had been updated "
+                f"({type(error).__name__}: {error}); opt.finish(error.journal, closure) updates the rest",
+                journal,
+            ) from error
+        self._fire(self.base._optimizer_step_post_hooks)
+        self._pending = False
+
+    def _forward(
+        self, closure: Callable[[], Any], transaction: Transaction, *, keeps: bool = True
+    ) -> tuple[Plan, ForwardRecord]:
         """One pass, by the plan that the closure keeps to; by a new one if it keeps to none."""
         for plan in list(self._plans):
             noise = self._noise.snapshot()
             try:
                 if is_due_for_probe(plan):
                     reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
-                return plan, self._pass(plan, closure, transaction)
+                return plan, self._pass(plan, closure, transaction, keeps)
             except Departure:
                 transaction.rewind()
                 self._noise.restore(noise)
@@ -214,17 +346,27 @@ class GuessGradOptimizer(Optimizer):
         self._check_plan(plan)
         self._plans.insert(0, plan)
         try:
-            return plan, self._pass(plan, closure, transaction)
+            return plan, self._pass(plan, closure, transaction, keeps)
         except Departure:
             self._plans.remove(plan)
             raise unstable() from None
 
-    def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
+    def _pass(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, keeps: bool = True
+    ) -> ForwardRecord:
         locals: dict[int, Local] = {}
-        guess = partial(self._guess, self._guesses_of(plan), locals)
-        run = Pass(self._ids, plan.graph, self._level(), guess, self._directions(), transaction.saved)
+        guesses, before = self._guesses_of(plan), None if keeps else self._noise.snapshot()
+        guess = partial(self._guess, guesses, locals, self._noise)
+        directions = self._directions(self._noise)
+        run = Pass(self._ids, plan.graph, self._level(), guess, directions, transaction.saved, keeps=keeps)
         record = run.execute(closure, self._by_position)
-        record.locals = locals
+        record.noise = before
+        if keeps:
+            record.locals = locals
+        else:
+            record.tangents, record.params = [], {}
+            if not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
+                record.errors = []
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss)
             plan.loss = None
@@ -239,6 +381,7 @@ class GuessGradOptimizer(Optimizer):
         self,
         guesses: dict[int, tuple[Estimator, str, str]],
         locals: dict[int, Local],
+        source: NoiseSource,
         site: Site,
         s: Tensor,
         values: dict[int, Tensor],
@@ -251,9 +394,9 @@ class GuessGradOptimizer(Optimizer):
         if found is None:
             return None
         estimator, key, learned = found
-        local = Local(site, s, values, self._noise)
+        local = Local(site, s, values, source)
         if estimator.learns:
-            locals[site.index] = local = _lasting(local, values, self._noise)
+            locals[site.index] = local = _lasting(local, values, source)
             if not estimator.injects(self._steps):
                 return None
         if site.by_parameter and estimator.per_example_parameters:
@@ -323,31 +466,50 @@ class GuessGradOptimizer(Optimizer):
         wanted = estimator.exact_last if self.exact_last is None else self.exact_last
         return wanted and site.cut is not None
 
-    def _directions(self) -> dict[int, Tensor]:
+    def _directions(self, source: NoiseSource) -> dict[int, Tensor]:
         """Guesses for the parameters whose estimator works on these."""
         found: dict[int, Tensor] = {}
         for position, p in self._by_position.items():
             estimator = self._estimators[position]
             if estimator.space == "parameters":
-                v = draw(self._noise, estimator.noise, tuple(p.shape), p.dtype, p.device)
+                v = draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device)
                 found[position] = v
         return found
 
     def _update(self) -> None:
         """The base's own step, without the closure; its own hooks fire, the global ones have fired for this
         optimizer."""
+        self._fire(self.base._optimizer_step_pre_hooks)
+        self._base_step()
+        self._fire(self.base._optimizer_step_post_hooks)
+        self._pending = False
+
+    def _fire(self, hooks: Mapping[int, Callable[..., Any]]) -> None:
+        for hook in list(hooks.values()):
+            hook(self.base, (), {})
+
+    def _base_step(self) -> None:
         base_step = type(self.base).step
         plain = getattr(base_step, "__wrapped__", base_step) if getattr(base_step, "hooked", None) else base_step
-        for hook in list(self.base._optimizer_step_pre_hooks.values()):
-            hook(self.base, (), {})
         if "step" in vars(self.base):
             self.base.step()
         else:
             with torch.no_grad():
                 plain(self.base)
-        for post_hook in list(self.base._optimizer_step_post_hooks.values()):
-            post_hook(self.base, (), {})
-        self._pending = False
+
+    def _update_one(self, position: int, gradient: Tensor) -> None:
+        """The base's step for one parameter, whose gradient is then freed."""
+        p, groups = self._params[position], self.base.param_groups
+        params = [group["params"] for group in groups]
+        p.grad = gradient
+        try:
+            for group in groups:
+                group["params"] = [p] if any(q is p for q in group["params"]) else []
+            self._base_step()
+        finally:
+            for group, own in zip(groups, params, strict=True):
+                group["params"] = own
+            p.grad = None
 
     # --- what users of torch.optim expect -----------------------------------------------------------------------------
 
@@ -454,6 +616,9 @@ class GuessGradOptimizer(Optimizer):
             start, count = len(self._estimators), len(group["params"])
             names = self._names[start : start + count]
             self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
+        learners = sorted({e.name for e in self._estimators if e.learns})
+        if learners and self.memory != "store":
+            raise ValueError(f"memory: {learners[0]} needs what every site saw; use memory='store'")
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []

@@ -262,8 +262,8 @@ class SiteGraph:
 
     ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run
     that departs from them is traced anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments,
-    ``constants`` holds those that are there beforehand. ``loss_params`` are read by the loss itself; ``blocked`` says,
-    by site, why no segment was built."""
+    ``release`` after which call it needs them no more, ``constants`` holds those that are there beforehand.
+    ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -273,6 +273,7 @@ class SiteGraph:
     batch: int
     mutations: dict[int, tuple[int, ...]] = field(default_factory=dict)
     watch: dict[int, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    release: dict[int, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
     returned: tuple[int, int] | None = None
     loss_params: frozenset[int] = frozenset()
@@ -323,7 +324,7 @@ class ForwardRecord:
     ``loss``: scalar. ``d``: ``D_n``, ``[N]``, or their sum ``[1]`` where examples cannot be told apart. ``errors``: the
     exact ``dL/dv`` of every cut. ``guesses``: ``y`` by site index. ``exact``: gradients of the parameters that the loss
     reads itself, by position. ``params``: the guesses made for parameters, by position. ``locals``: by site index, the
-    surroundings of sites whose estimator forms the cotangent itself.
+    surroundings of sites whose estimator forms the cotangent itself. ``noise``: where the guesses' stream stood before.
     """
 
     loss: Tensor
@@ -335,3 +336,4 @@ class ForwardRecord:
     exact: dict[int, Tensor]
     params: dict[int, Tensor]
     locals: dict[int, Any] = field(default_factory=dict)
+    noise: Any = None

@@ -34,6 +34,7 @@ class Pass(Interceptor):
             takes its place in the estimate.
         directions: tangents for parameters, by position.
         saved: tensors of the user's that the closure writes, with their values before; added to.
+        keeps: whether what parameter gradients will need (the sites' inputs, the guesses) is kept.
     """
 
     def __init__(
@@ -44,13 +45,17 @@ class Pass(Interceptor):
         guess: Guess,
         directions: Mapping[int, Tensor],
         saved: Saved,
+        *,
+        keeps: bool = True,
     ) -> None:
         super().__init__(params)
         self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
+        self.keeps = keeps
         self.keeps_graph = False
         self.values: dict[int, Tensor] = dict(graph.constants)
         self.guesses: dict[int, Tensor] = {}
         self.visits: list[Visit] = []
+        self.visit: Visit | None = None
         self.leaves: dict[int, Tensor] = {}
         self.duals: dict[int, Tensor] = {}
         self.result: Tensor | None = None
@@ -97,6 +102,9 @@ class Pass(Interceptor):
                 results[cut.output] = after
             if graph.returned is not None and index == graph.returned[0]:
                 self.result = results[graph.returned[1]]
+        if not self.keeps:
+            for value in graph.release.get(index, ()):
+                self.values.pop(value, None)
         return out
 
     def _check_parameters(self, index: int, mine: list[Tensor]) -> None:
@@ -162,17 +170,7 @@ class Pass(Interceptor):
     ) -> Any:
         sites = self.graph.sites_at[index]
         in_place = sites[0].call.in_place
-        wanted = [k for k, t in enumerate(tensors) if any(t is m for m in mine) and not self._is_directed(t)]
-        if wanted:
-            primal: Callable[[Tensor], Tensor] = self.level.primal
-            kept_args, kept_kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
-            if in_place:
-                kept_args = (kept_args[0].clone(), *kept_args[1:])
-            state = RandomState.capture() if draws(fn) else None
-            variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
-            self.visits.append(
-                Visit(sites[0].call, kept_args, kept_kwargs, wanted, variables, state, autocast_of(tensors[0]))
-            )
+        self.visit = self._visit(fn, args, kwargs, tensors, mine, sites[0])
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
@@ -182,7 +180,36 @@ class Pass(Interceptor):
             if tuple(s.shape) != site.shape:
                 raise Departure
             out = _put(out, s, self.inject(site, s, in_place))
+        if self.visit is not None:
+            self.leave(self.visit)
+            self.visit = None
         return out
+
+    def _visit(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        mine: list[Tensor],
+        site: Site,
+    ) -> Visit | None:
+        """The call as its gradients will need it; None if none of its parameters needs any."""
+        wanted = [k for k, t in enumerate(tensors) if any(t is m for m in mine) and not self._is_directed(t)]
+        if not wanted:
+            return None
+        primal: Callable[[Tensor], Tensor] = self.level.primal
+        args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
+        if site.call.in_place:
+            args = (args[0].clone(), *args[1:])
+        state = RandomState.capture() if draws(fn) else None
+        variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
+        return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
+
+    def leave(self, visit: Visit) -> None:
+        """A site's call is over, its outputs have had their guesses."""
+        if self.keeps:
+            self.visits.append(visit)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """The site's output with its guess for tangent."""
@@ -194,13 +221,14 @@ class Pass(Interceptor):
         if y is None:
             return s
         y, kept = y if isinstance(y, tuple) else (y, y)
-        if not site.by_parameter or self.visits[-1].directions is None:
+        if self.keeps and (self.visit is None or self.visit.directions is None):
             self.guesses[site.index] = kept
         return self.level.inject(s, y.clone() if site.overwritten else y, in_place)
 
     def _by_parameter(self, site: Site, directions: list[Tensor]) -> Tensor:
         """The output's tangent as each example's own parameters move along ``directions``; these are kept."""
-        visit = self.visits[-1]
+        visit = self.visit
+        assert visit is not None
         visit.directions = directions
         return site.rule.parameter_tangent(
             visit.call.fn, visit.args, visit.kwargs, visit.wanted, directions,
@@ -211,7 +239,7 @@ class Pass(Interceptor):
         return self.level.plain(t)
 
     def _is_directed(self, t: Tensor) -> bool:
-        return bool(self.duals) and self.positions(t) <= self.directions.keys()
+        return bool(self.directions) and self.positions(t) <= self.directions.keys()
 
     def _substituted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def swap(t: Tensor) -> Tensor:

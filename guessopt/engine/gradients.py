@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from guessopt.rng import replayed
-from guessopt.sites import ForwardRecord, SiteGraph
+from guessopt.sites import ForwardRecord, SiteGraph, Visit
 
 
 def estimated_cotangents(
@@ -47,26 +47,49 @@ def parameter_gradients(
     Returns:
         Gradients by position; parameters that nothing consumed are absent.
     """
-    found: dict[int, Tensor] = {}
-    expressions: list[Tensor] = []
-    their_gradients: list[Tensor] = []
-
-    def add(position: int, gradient: Tensor) -> None:
-        found[position] = found[position] + gradient if position in found else gradient
-
-    def keep(variable: Tensor, gradient: Tensor) -> None:
-        if id(variable) in ids:
-            add(ids[id(variable)], gradient)
-        else:
-            expressions.append(variable)
-            their_gradients.append(gradient.to(variable.dtype))
-
+    gradients = Gradients(graph, params, ids, directed=record.params)
     for visit in record.visits:
         if visit.directions is not None:
-            for variable, v in zip(visit.variables, visit.directions, strict=True):
-                keep(variable, sum_over_examples(record.d, v))  # grad = sum_n D_n v[n]
-            continue
-        for site in graph.sites_at[visit.call.index]:
+            gradients.direct(visit, record.d)
+        else:
+            gradients.visit(visit, cotangents)
+    gradients.close(record)
+    return gradients.take(params)
+
+
+class Gradients:
+    """Parameter gradients as they add up, visit by visit; by the parameter's position.
+
+    Args:
+        params: trainable parameters by position; ids: ``id`` to position.
+        directed: positions of parameters that have guesses of their own.
+        origin: which parameters an expression is computed from; needed to ``take`` some before the others.
+    """
+
+    def __init__(
+        self,
+        graph: SiteGraph,
+        params: Mapping[int, Tensor],
+        ids: Mapping[int, int],
+        directed: Collection[int] = (),
+        origin: Callable[[Tensor], frozenset[int]] | None = None,
+    ) -> None:
+        self.graph, self.params, self.ids, self.directed, self.origin = graph, params, ids, directed, origin
+        self.found: dict[int, Tensor] = {}
+        self._expressions: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, position: int, gradient: Tensor) -> None:
+        self.found[position] = self.found[position] + gradient if position in self.found else gradient
+
+    def _keep(self, variable: Tensor, gradient: Tensor) -> None:
+        if id(variable) in self.ids:
+            self.add(self.ids[id(variable)], gradient)
+        else:
+            self._expressions.append((variable, gradient.to(variable.dtype)))
+
+    def visit(self, visit: Visit, cotangents: Mapping[int, Tensor]) -> None:
+        """What a site's call contributes, by its own transposed rule."""
+        for site in self.graph.sites_at[visit.call.index]:
             g = cotangents.get(site.index)
             if g is None:
                 continue
@@ -75,22 +98,38 @@ def parameter_gradients(
                 gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:
-                    keep(variable, gradient)
-    if expressions:
-        positions = [p for p in params if p not in record.params]
-        through = torch.autograd.grad(
-            expressions, [params[p] for p in positions], their_gradients, allow_unused=True, retain_graph=True
-        )
-        for position, gradient in zip(positions, through, strict=True):
-            if gradient is not None:
-                add(position, gradient)
-    if record.params:
-        total = record.d.sum()
-        for position, v in record.params.items():
-            add(position, total.to(v.dtype) * v)  # grad = D v (Baydin 2022; Singhal A.2)
-    for position, gradient in record.exact.items():
-        add(position, gradient)
-    return found
+                    self._keep(variable, gradient)
+
+    def direct(self, visit: Visit, d: Tensor) -> None:
+        """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""
+        for variable, v in zip(visit.variables, visit.directions or (), strict=True):
+            self._keep(variable, sum_over_examples(d, v))
+
+    def close(self, record: ForwardRecord, share: float = 1.0) -> None:
+        """What no site contributes: guesses for parameters themselves, and parameters that the loss reads."""
+        if record.params:
+            total = record.d.sum() * share
+            for position, v in record.params.items():
+                self.add(position, total.to(v.dtype) * v)  # grad = D v (Baydin 2022; Singhal A.2)
+        for position, gradient in record.exact.items():
+            self.add(position, gradient if share == 1.0 else gradient * share)
+
+    def take(self, positions: Collection[int]) -> dict[int, Tensor]:
+        """The gradients of these parameters, expressions of them included, handed over for good."""
+        through = [p for p in positions if p not in self.directed]
+        ready, later = self._expressions, list[tuple[Tensor, Tensor]]()
+        if self.origin is not None and ready:
+            within = [not self.origin(expression).isdisjoint(through) for expression, _ in ready]
+            ready, later = ([pair for pair, w in zip(ready, within, strict=True) if w is on] for on in (True, False))
+        self._expressions = later
+        if ready and through:
+            expressions, gradients = zip(*ready, strict=True)
+            variables = [self.params[p] for p in through]
+            found = torch.autograd.grad(expressions, variables, gradients, allow_unused=True, retain_graph=True)
+            for position, gradient in zip(through, found, strict=True):
+                if gradient is not None:
+                    self.add(position, gradient)
+        return {p: self.found.pop(p) for p in positions if p in self.found}
 
 
 def sum_over_examples(d: Tensor, v: Tensor) -> Tensor:

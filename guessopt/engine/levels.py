@@ -167,6 +167,35 @@ class FastLevel(DualLevel):
         return self._fresh
 
 
+class PlainLevel(Level):
+    """No tangents: for a pass that only has to see the same values again."""
+
+    name = "plain"
+
+    def run(self, body: Callable[[], T]) -> T:
+        return body()
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        if fn is F.scaled_dot_product_attention and not kwargs.get("dropout_p", args[4] if len(args) > 4 else 0):
+            return fn(*args, **kwargs)  # the fused kernels serve; with dropout they might draw otherwise
+        return super().call(fn, args, kwargs, writes=writes)
+
+    def primal(self, t: Tensor) -> Tensor:
+        return t.detach()
+
+    def plain(self, t: Tensor) -> Tensor:
+        return t
+
+    def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
+        return s
+
+    def substitute(self, p: Tensor, v: Tensor) -> Tensor:
+        return p
+
+    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+        return v, v
+
+
 _FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 

@@ -355,11 +355,11 @@ class Analysis:
             )
             for site in sites
         )
-        watch, constants = self._watch(final) if segments else ({}, {})
+        watch, release, constants = self._watch(final) if segments else ({}, {}, {})
         return SiteGraph(
             functions=tuple(call.fn for call in tape.calls), kinds=tuple(kinds),
             reads=tuple(tape.origins), sites=final, cuts=cuts, batch=batch,
-            mutations=dict(tape.mutations), watch=watch, constants=constants,
+            mutations=dict(tape.mutations), watch=watch, release=release, constants=constants,
             returned=(tape.producer[self.returned],
             tape.calls[tape.producer[self.returned]].outputs.index(self.returned))
             if self.returned in tape.producer else None,
@@ -403,32 +403,42 @@ class Analysis:
         clone = any(tape.calls[u].in_place for u in users if u in self.loss)
         return Cut(call.index, call.outputs.index(v), v, tape.shapes[v], layout, shared, clone)
 
-    def _watch(self, sites: tuple[Site, ...]) -> tuple[dict[int, tuple[tuple[str, int, int], ...]], dict[int, Tensor]]:
-        """What a run must keep aside for the segments: where each value first appears; and parameters for good."""
+    def _watch(
+        self, sites: tuple[Site, ...]
+    ) -> tuple[dict[int, tuple[tuple[str, int, int], ...]], dict[int, tuple[int, ...]], dict[int, Tensor]]:
+        """What a run must keep aside for the segments: where each value first appears, and after which call none needs
+        it; and parameters for good."""
         tape = self.tape
-        needed: set[int] = set()
+        last: dict[int, int] = {}  # value -> call of the last site that needs it
         for site in sites:
             if site.segment is None or site.shares is not None:
                 continue
             onward = (call for way in site.segment.onward for call in way.program)
             calls = (*site.segment.program, *site.segment.weight_program, *onward)
             made = {site.value, *(o for call in calls for o in call.outputs)}
-            needed.update(v for call in calls for v in call.inputs if v not in made)
-            for matrix in site.segment.matrices:
-                needed.update(w for w in matrix.weights if w not in made)
+            needed = {v for call in calls for v in call.inputs if v not in made}
+            needed.update(w for matrix in site.segment.matrices for w in matrix.weights if w not in made)
+            last.update(dict.fromkeys(needed, site.call.index))
         watch: dict[int, list[tuple[str, int, int]]] = {}
+        release: dict[int, list[int]] = {}
         constants: dict[int, Tensor] = {}
-        for v in sorted(needed):
+        for v in sorted(last):
             if v in tape.producer:
                 call = tape.calls[tape.producer[v]]
                 watch.setdefault(call.index, []).append(("out", call.outputs.index(v), v))
-                continue
-            if v in tape.outside:  # a later graph of the same tape takes over what an earlier one held
-                constants[v] = tape.outside[v]
-            if v not in tape.weights:
+            else:
+                if v in tape.outside:  # a later graph of the same tape takes over what an earlier one held
+                    constants[v] = tape.outside[v]
+                if v in tape.weights:
+                    continue
                 call_index, position = tape.first_use[v]
                 watch.setdefault(call_index, []).append(("in", position, v))
-        return {c: tuple(entries) for c, entries in watch.items()}, constants
+            release.setdefault(last[v], []).append(v)
+        return (
+            {c: tuple(entries) for c, entries in watch.items()},
+            {c: tuple(values) for c, values in release.items()},
+            constants,
+        )
 
     def routes_by_data(self) -> bool:
         """Whether the network picks rows by indices computed as it runs (sorting, gathers, experts): an order that may

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.rules.attention import PULLED_BACK
@@ -144,7 +145,8 @@ class Local:
 def push(run: Callable[[Tensor], tuple[Tensor, ...]], s: Tensor, v: Tensor) -> list[Tensor]:
     """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way
     and does not nest."""
-    with torch.enable_grad():
+    # Fused attention has no second derivative.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         s = s.detach().requires_grad_()
         outs = run(s)
         us = [torch.zeros_like(out, requires_grad=True) for out in outs]

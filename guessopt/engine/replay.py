@@ -1,0 +1,159 @@
+"""The second pass of ``memory="replay"`` and ``"stream"``: inputs and guesses made again, used on the spot, forgotten.
+
+The first pass finds the directional derivatives and keeps nothing. From the same random states this one makes each
+site's input ``x_i`` and guess ``y_i`` again and turns ``D_n y_i[n]`` into parameter gradients at once; ``"stream"``
+hands each gradient to the base optimizer as soon as it is whole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from guessopt.engine.forward import Departure, Guess, Pass, Saved
+from guessopt.engine.gradients import Gradients
+from guessopt.engine.levels import PlainLevel
+from guessopt.rng import RandomState
+from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
+
+#: Takes whole gradients, by position.
+Deliver = Callable[[dict[int, Tensor]], None]
+
+
+@dataclass
+class Journal:
+    """What it takes to complete a second pass: the random states before the step, what the first passes left (``D_n``
+    and where the guesses' stream stood), and the positions of the parameters that are done."""
+
+    random: RandomState
+    records: tuple[ForwardRecord, ...]
+    done: set[int] = field(default_factory=set)
+
+
+class Replay(Pass):
+    """A pass without tangents that forms each site's cotangent, and from it the gradients, as the site is reached.
+
+    Args:
+        guesses: one for each first pass that was made: what it guessed, from its random state on.
+        records: what these passes left: ``d``, and the exact errors of sites that take theirs.
+        deliver: called with gradients as soon as they are whole (and the closure reads their parameters no more); None:
+            all are returned at the end.
+        done: positions of parameters whose gradients are not wanted.
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[int, int],
+        params: Mapping[int, Tensor],
+        graph: SiteGraph,
+        guesses: Sequence[Guess],
+        records: Sequence[ForwardRecord],
+        saved: Saved,
+        *,
+        frozen_statistics: bool,
+        deliver: Deliver | None = None,
+        done: Collection[int] = (),
+    ) -> None:
+        level = PlainLevel()
+        level.frozen_statistics = frozen_statistics
+        super().__init__(ids, graph, level, guesses[0], records[0].params, saved, keeps=False)
+        self.sources = list(zip(guesses, records, strict=True))
+        self.share = 1 / len(records)
+        self.deliver, self.done = deliver, frozenset(done)
+        self.gradients = Gradients(graph, params, ids, records[0].params, self.positions if deliver else None)
+        self.cotangents: dict[int, Tensor | None] = {}
+        self.waiting: deque[Visit] = deque()
+        self.due = due(graph, params) if deliver else {}
+        self.whole: list[int] = []
+
+    def replay(self, closure: Callable[[], object]) -> dict[int, Tensor]:
+        """The gradients by position that have not been delivered. Raises ``Departure`` where the closure differs."""
+        self.run(closure)
+        if self.count != len(self.graph.functions) or self.waiting:
+            raise Departure
+        for _, record in self.sources:
+            self.gradients.close(record, self.share)
+        rest = [p for p in self.gradients.params if p not in self.done]
+        return self.gradients.take(rest)
+
+    def call(self, index: int, *rest: Any) -> Any:
+        out = super().call(index, *rest)
+        self.whole += self.due.get(index, ())
+        if self.whole and not self.waiting:
+            positions, self.whole = [p for p in self.whole if p not in self.done], []
+            if found := self.gradients.take(positions):
+                assert self.deliver is not None
+                self.deliver(found)
+        return out
+
+    def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
+        """Nothing is injected: the site's cotangent is formed."""
+        primal = self.level.primal(s)
+        found: Tensor | None = None
+        for guess, record in self.sources:
+            y = guess(site, primal, self.values)
+            if isinstance(y, list):
+                self._add_directed(y, record.d * self.share)
+                continue
+            if y is None:
+                continue
+            y = y[1] if isinstance(y, tuple) else y
+            d = record.d if self.share == 1 else record.d * self.share
+            part = y.mul_(site.layout.spread(d, site.shape).to(y.dtype))
+            found = part if found is None else found.add_(part)
+        if found is None and site.cut is not None and site.shares is None:
+            found = self._exact(site)
+        if found is not None or site.shares is None:
+            self.cotangents[site.index] = found
+        return s
+
+    def _exact(self, site: Site) -> Tensor | None:
+        assert site.cut is not None
+        errors = [record.errors[site.cut] for _, record in self.sources if record.errors]
+        return errors[0] if errors else None  # every pass had the same
+
+    def _add_directed(self, directions: list[Tensor], d: Tensor) -> None:
+        assert self.visit is not None
+        self.visit.directions = directions
+        self.gradients.direct(self.visit, d)
+
+    def leave(self, visit: Visit) -> None:
+        """Gradients in the order of the calls: a call whose cotangent a later one brings holds up those after it."""
+        if visit.directions is not None:
+            return
+        self.waiting.append(visit)
+        while self.waiting and all(self._is_known(site) for site in self.graph.sites_at[self.waiting[0].call.index]):
+            self.gradients.visit(self.waiting.popleft(), {k: g for k, g in self.cotangents.items() if g is not None})
+        if not self.waiting:
+            self.cotangents.clear()
+
+    def _is_known(self, site: Site) -> bool:
+        if site.index not in self.cotangents:
+            if site.shares not in self.cotangents:
+                return False
+            found = self.cotangents[site.shares]
+            self.cotangents[site.index] = found if found is not None or site.cut is None else self._exact(site)
+        return True
+
+
+def due(graph: SiteGraph, params: Collection[int]) -> dict[int, list[int]]:
+    """After which call each parameter's gradient is whole and its value read no more; by call, positions.
+
+    Parameters of one expression (a weight norm's two factors) fall due together: its own reverse pass reads them all.
+    Those that the closure reads without derivative, or in its loss, stay to the end."""
+    group: dict[int, set[int]] = {p: {p} for p in params}
+    for reads, kind in zip(graph.reads, graph.kinds, strict=True):
+        if kind is Kind.EXPRESSION:
+            union = set().union(*(group[p] for p in reads if p in group))
+            for p in union:
+                group[p] = union
+    last = {p: index for index, reads in enumerate(graph.reads) for p in reads}
+    found: dict[int, list[int]] = {}
+    for p in params:
+        if p in last and group[p].isdisjoint(graph.loss_params | graph.stopped_params):
+            found.setdefault(max(last[q] for q in group[p] if q in last), []).append(p)
+    return found
