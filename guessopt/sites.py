@@ -150,7 +150,8 @@ class Segment:
 
     ``elementwise`` lists the unary calls of the path where it is nothing else; otherwise ``program`` lists, in order,
     the calls that lead from the site's output to the ``matrices``' inputs. ``weight_program`` computes the weights that
-    are expressions of parameters. ``fused``: ``(u, s) -> M u`` in one kernel, for a well-known activation.
+    are expressions of parameters. ``fused``: ``(u, s, spent) -> M u`` in one kernel, for a well-known
+    activation (``spent``: in ``u``'s memory).
     ``onward`` leads further, through l = 1, 2, ... matrix sites; fewer where the network ends.
     """
 
@@ -159,7 +160,7 @@ class Segment:
     elementwise: tuple[Call, ...] | None
     program: tuple[Call, ...]
     weight_program: tuple[Call, ...] = ()
-    fused: Callable[[Tensor, Tensor], Tensor] | None = None
+    fused: Callable[[Tensor, Tensor, bool], Tensor] | None = None
     onward: tuple[Onward, ...] = ()
 
     @property

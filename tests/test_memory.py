@@ -74,12 +74,16 @@ ESTIMATORS: dict[str, Any] = {
 }
 
 
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
+
+
 def _train(model: str, steps: int = 5, accumulate: bool = False, base: Any = torch.optim.AdamW, **options: Any) -> Any:
     """Parameters, buffers, losses and random states after a few steps."""
     torch.manual_seed(0)
     net = MODELS[model]().double()
     x, y = torch.randn(5, 6).double(), torch.randint(3, (5,))
-    opt = GuessGradOptimizer(net.named_parameters(), base=base, lr=1e-2, seed=7, **options)
+    fused = {"fused": True} if base in FUSED else {}  # as stream builds them
+    opt = GuessGradOptimizer(net.named_parameters(), base=base, lr=1e-2, seed=7, **options, **fused)
 
     def closure() -> Tensor:
         return F.cross_entropy(net(x), y)

@@ -148,6 +148,7 @@ class FastLevel(DualLevel):
     name = "fast"
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        self._fresh = None
         entry = tangent_for(fn)
         if entry is None or len(args) < entry[1] or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)

@@ -127,7 +127,7 @@ def layouts_of(
         def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
             return tangents[site.index](s) if site.index in tangents else None
 
-        run = Pass(ids, graph, make_level(), guess, {}, transaction.saved)
+        run = Pass(ids, graph, make_level(), guess, {}, transaction.saved, keeps=False)
         try:
             return run.execute(closure, params).tangents
         finally:

@@ -188,7 +188,7 @@ class _Search:
         def tangent(layout: Layout) -> Callable[[Tensor], Tensor]:
             def of(s: Tensor) -> Tensor:
                 noise = torch.randn(s.shape, generator=self.generator).to(s)
-                return noise * layout.spread(half.to(s), tuple(s.shape))
+                return noise.mul_(layout.spread(half.to(s), tuple(s.shape)))
 
             return of
 

@@ -20,7 +20,7 @@ def pull_back_noise(local: Local, rows: list[tuple[Matrix, Tensor]], noise: str)
         v = m.rule.transpose(m, r, e, m.x_shape)
         u = v if u is None else u + v
     assert u is not None
-    return local.pull_back(u)
+    return local.pull_back(u, spent=True)
 
 
 def moment_through(local: Local, rows: list[tuple[Matrix, Tensor]], g: Tensor) -> Tensor:

@@ -52,22 +52,25 @@ def is_elementwise(fn: Callable[..., Any]) -> bool:
     return fn in _UNARY or fn in _WITH_NUMBER or fn in DROPOUT or fn in IDENTITY
 
 
-def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """``(u, s) -> M u`` in one kernel, where a path of elementwise calls is one well-known activation,
-    dropout aside."""
+def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor, bool], Tensor] | None:
+    """``(u, s, spent) -> M u`` in one kernel (in ``u``'s memory if it is spent), where a path of elementwise calls is
+    one well-known activation, dropout aside."""
     active = [call for call in calls if call.fn not in DROPOUT and call.fn not in IDENTITY]
     if len(active) != 1:
         return None
     call = active[0]
     if call.fn in _RELU:
-        return _relu_backward
+        return partial(_backward, torch.ops.aten.threshold_backward, threshold=0)
     if call.fn is F.gelu:
-        return partial(torch.ops.aten.gelu_backward, approximate=call.kwargs.get("approximate", "none"))
-    return torch.ops.aten.silu_backward if call.fn is F.silu else None
+        return partial(_backward, torch.ops.aten.gelu_backward, approximate=call.kwargs.get("approximate", "none"))
+    return partial(_backward, torch.ops.aten.silu_backward) if call.fn is F.silu else None
 
 
-def _relu_backward(u: Tensor, s: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(u, s, 0)
+def _backward(kernel: Any, u: Tensor, s: Tensor, spent: bool = False, **options: Any) -> Tensor:
+    """``M u``; in ``u``'s own memory if that is spent."""
+    if spent and u.dtype is s.dtype:
+        return kernel.grad_input(u, s, grad_input=u, **options)
+    return kernel(u, s, **options)
 
 
 def pull_back(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]], ...], s: Tensor, u: Tensor) -> Tensor:

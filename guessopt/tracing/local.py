@@ -71,10 +71,11 @@ class Local:
         m = self.derivative()
         return u if m is None else u * m
 
-    def pull_back(self, u: Tensor) -> Tensor:
-        """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone."""
+    def pull_back(self, u: Tensor, *, spent: bool = False) -> Tensor:
+        """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone; into ``u``'s memory
+        if it is ``spent``."""
         if self.site.segment is not None and self.site.segment.fused is not None:
-            return self.site.segment.fused(u, self.s)
+            return self.site.segment.fused(u, self.s, spent)
         if self.is_elementwise:
             return pull_back(self._path(), self.s, u) if self._m is None else self._masked(u)
         with torch.enable_grad():
