@@ -114,8 +114,9 @@ def newton_schulz(w: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
 #: Up to this smaller side, one Gram matrix per example is decomposed exactly.
 EXACT_SIDE = 32
 
-#: Basis vectors beyond k that ``masked_right_basis`` carries along.
-CARRIED = 6
+#: Basis vectors beyond k that ``masked_right_basis`` carries along: in products with the active units, and with all
+#: (weights that differ converge slower).
+CARRIED, CARRIED_DENSE = 6, 10
 
 #: Degrees of its Chebyshev filters: on a steep spectrum a higher one would turn the whole block onto its first vector.
 DEGREES = (2, 2, 2)
@@ -159,7 +160,7 @@ def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     if min(o, i) <= EXACT_SIDE:
         found = [_exact_masked(work, part, k) for part in mask.split(max(1, chunk // min(o, i)))]
     else:
-        gram, block = work.T @ work, start[: k + CARRIED]
+        gram, block = work.T @ work, start[: k + CARRIED_DENSE]
         size = max(1, chunk // max(len(block), i // 8))
         found = [_filtered_masked(gram, part, block, k) for part in mask.split(size)]
     return torch.cat(found).to(w.dtype)
@@ -186,7 +187,7 @@ def _filtered_masked(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
     n, i = m.shape
     active = m != 0
     most = i if m.is_cuda else max(k, int(active.sum(1).max()))  # a GPU does not wait for it
-    exact = most <= 2 * len(block)
+    exact = most <= 2 * (k + CARRIED)
     if most > SPARSE * i and not exact:
         return _filtered(gram, m[:, None], block * active[:, None], k, DEGREES)
     units = active.byte().topk(most).indices  # n a: the active ones, made up to equal number by others
@@ -194,31 +195,35 @@ def _filtered_masked(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
     own = gram.new_empty(n, most, most)
     for part, chosen in zip(own, units, strict=True):
         torch.index_select(gram.index_select(0, chosen), 1, chosen, out=part)
-    y = torch.eye(most, dtype=m.dtype) if exact else block[:, units].transpose(0, 1)
+    y = torch.eye(most, dtype=m.dtype) if exact else block[: k + CARRIED, units].transpose(0, 1)
     rows = _filtered(own, m, y * (m != 0), k, () if exact else DEGREES)
     return rows.new_zeros(n, k, i).scatter_(2, units[:, None].expand(-1, k, -1), rows)
 
 
 def _filtered(gram: Tensor, m: Tensor, y: Tensor, k: int, degrees: tuple[int, ...]) -> Tensor:
     """Top ``k`` of Chebyshev filters ``T_d(2 A / c - 1)`` of ``A = M gram M`` applied to the block ``y`` ``[n, r, i]``,
-    ``c`` between the largest eigenvalues and the rest as the block sees them, with Rayleigh-Ritz before, between and
-    after."""
+    ``c`` between the largest eigenvalues and the rest as the block sees them, with Rayleigh-Ritz before and between:
+    the last filter is of its ``k`` largest alone."""
 
     def apply(y: Tensor) -> Tensor:
         return ((y * m) @ gram).mul_(m)
 
     y, ay, values = _rayleigh_ritz(y, apply)
-    for degree in degrees:
+    for stage, degree in enumerate(degrees, 1):
         c = torch.maximum(values[:, -1], 0.3 * values[:, k - 1])
         c = torch.maximum(c, FLATTEST * values[:, 0])
         scale = torch.where(c > 0, 2 / c, 0.0)[:, None, None]
+        if stage == len(degrees):  # the others have served
+            y, ay = y[:, :k], ay[:, :k]
         before, now = y, (scale * ay).sub_(y)
         for _ in range(degree - 1):
             before, now = now, apply(now).mul_(2 * scale).sub_(2 * now).sub_(before)
-        y, ay, values = _rayleigh_ritz(now, apply)
-    y = y[:, :k]
-    y = _unit(y * (y.norm(dim=-1, keepdim=True) > 0.5))  # short: beyond the rank, held off zero by rounding alone
-    return _whitening(y @ y.mT) @ y
+        y, ay, values = _rayleigh_ritz(now, apply) if stage < len(degrees) else (now, ay, values)
+    y = _unit(y[:, :k])
+    for _ in range(2):  # one Cholesky factorisation leaves an error of eps times the condition number squared
+        y = _whitening(y @ y.mT) @ y
+        y = _unit(y * (y.norm(dim=-1, keepdim=True) > 0.5))  # short: beyond the rank
+    return y
 
 
 def _rayleigh_ritz(y: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
