@@ -114,14 +114,18 @@ def newton_schulz(w: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
 #: Up to this smaller side, one Gram matrix per example is decomposed exactly.
 EXACT_SIDE = 32
 
-#: Basis vectors beyond k that ``masked_right_basis`` carries along.
-CARRIED = 6
+#: Basis vectors beyond k that ``masked_right_basis`` carries along: in products with the active units, and with all
+#: (weights that differ converge slower).
+CARRIED, CARRIED_DENSE = 6, 10
 
 #: Degrees of its Chebyshev filters: on a steep spectrum a higher one would turn the whole block onto its first vector.
-DEGREES = (2, 2, 2, 2)
+DEGREES = (2, 2, 2)
 
 #: Least ratio of the filtered range to the largest eigenvalue: steeper, and single precision would see that one only.
 FLATTEST = 3e-3
+
+#: Up to this share of active units (``M`` not 0), an example's own part of ``W^T W`` is copied out: smaller products.
+SPARSE = 0.75
 
 #: Entries of the largest tensor that it makes at once: on the CPU what stays in its cache, on a GPU what fits.
 CHUNK, GPU_CHUNK = 2**20, 2**26
@@ -131,16 +135,16 @@ def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     """The top ``k`` right singular vectors of ``W M_n``, for every example n (Wang 3.1), as rows.
 
     No decomposition per example of a size that grows with ``W``: Chebyshev filters of ``M W^T W M`` on a block of a
-    few more than ``k`` vectors, from the basis that ``W`` itself has, then Rayleigh-Ritz within the block. Products
-    with the one shared ``W^T W`` are all it takes. Angles mean nothing where the spectrum has no gap (near
-    initialisation); what is held is the captured energy ``||W M V||^2``: within 5e-3 of the exact top k. If the
-    smaller side of ``W`` is
-    at most 32: exact.
+    few more than ``k`` vectors, from the basis that ``W`` itself has, with Rayleigh-Ritz within the block. Products
+    with ``W^T W`` are all it takes: with the one that all examples share or, on the CPU and where many units are
+    inactive, with its rows and columns of the active ones. Angles mean nothing where the spectrum has no gap (near
+    initialisation); what is held is the captured energy ``||W M V||^2``: within 5e-3 of the exact top k. Exact where
+    the smaller side of ``W`` is at most 32 or, on the CPU, the active units are at most ``2 (k + 6)``.
 
     Args:
-        w: ``[o, i]``; m: ``[n, i]``, the diagonals of ``M``; start: ``[k', i]``, the top right singular vectors of
-        ``W``,
-            best a few more than k.
+        w: ``[o, i]``.
+        m: ``[n, i]``, the diagonals of ``M``.
+        start: ``[k', i]``, the top right singular vectors of ``W``, best a few more than k.
 
     Returns:
         ``[n, k, i]``: rows orthonormal, or zero beyond the rank of ``W M_n``; in falling order of singular values.
@@ -152,13 +156,13 @@ def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     o, i = w.shape
     k = min(k, o, i)
     work, mask, start = (t if t.dtype is torch.float64 else t.float() for t in (w, m, start))
-    rows = start.shape[0] if min(o, i) > EXACT_SIDE else min(o, i)
-    size = max(1, (GPU_CHUNK if w.is_cuda else CHUNK) // (i * max(rows, 1)))
+    chunk = (GPU_CHUNK if w.is_cuda else CHUNK) // i
     if min(o, i) <= EXACT_SIDE:
-        found = [_exact_masked(work, part, k) for part in mask.split(size)]
+        found = [_exact_masked(work, part, k) for part in mask.split(max(1, chunk // min(o, i)))]
     else:
-        gram, block = work.T @ work, start[: k + CARRIED]
-        found = [_filtered(gram, part[:, None], block, k) for part in mask.split(size)]
+        gram, block = work.T @ work, start[: k + CARRIED_DENSE]
+        size = max(1, chunk // max(len(block), i // 8))
+        found = [_filtered_masked(gram, part, block, k) for part in mask.split(size)]
     return torch.cat(found).to(w.dtype)
 
 
@@ -169,15 +173,9 @@ def _exact_masked(w: Tensor, m: Tensor, k: int) -> Tensor:
         values, vectors = torch.linalg.eigh(wm.mT @ wm)
         rows = vectors[..., -k:].flip(-1).mT
         return rows * _is_positive(values)[..., -k:].flip(-1)[..., None]
-    return _orthonormal(wm)[0][:, :k]
-
-
-def _orthonormal(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[n, r, i]`` made orthonormal, by falling singular value, zero beyond the rank; and the squared singular
-    values."""
-    values, vectors = torch.linalg.eigh(y @ y.mT)
-    scale = torch.where(_is_positive(values), values.clamp_min(torch.finfo(y.dtype).tiny).rsqrt(), 0.0)
-    return (vectors * scale[:, None, :]).flip(-1).mT @ y, values.flip(-1)
+    values, vectors = torch.linalg.eigh(wm @ wm.mT)
+    scale = torch.where(_is_positive(values), values.clamp_min(torch.finfo(w.dtype).tiny).rsqrt(), 0.0)
+    return (vectors * scale[:, None])[..., -k:].flip(-1).mT @ wm
 
 
 def _is_positive(values: Tensor) -> Tensor:
@@ -185,27 +183,73 @@ def _is_positive(values: Tensor) -> Tensor:
     return values > values[..., -1:] * 10 * values.shape[-1] * torch.finfo(values.dtype).eps
 
 
-def _rayleigh_ritz(y: Tensor, gram: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's rows turned to the Ritz vectors of ``M gram M``, and the Ritz values; falling."""
-    q, _ = _orthonormal(y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny))
-    values, vectors = torch.linalg.eigh(q @ (((q * m) @ gram) * m).mT)
-    return vectors.flip(-1).mT @ q, values.flip(-1)
+def _filtered_masked(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
+    n, i = m.shape
+    active = m != 0
+    most = i if m.is_cuda else max(k, int(active.sum(1).max()))  # a GPU does not wait for it
+    exact = most <= 2 * (k + CARRIED)
+    if most > SPARSE * i and not exact:
+        return _filtered(gram, m[:, None], block * active[:, None], k, DEGREES)
+    units = active.byte().topk(most).indices  # n a: the active ones, made up to equal number by others
+    m = m.gather(1, units)[:, None]
+    own = gram.new_empty(n, most, most)
+    for part, chosen in zip(own, units, strict=True):
+        torch.index_select(gram.index_select(0, chosen), 1, chosen, out=part)
+    y = torch.eye(most, dtype=m.dtype) if exact else block[: k + CARRIED, units].transpose(0, 1)
+    rows = _filtered(own, m, y * (m != 0), k, () if exact else DEGREES)
+    return rows.new_zeros(n, k, i).scatter_(2, units[:, None].expand(-1, k, -1), rows)
 
 
-def _filtered(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
-    """Chebyshev filters ``T_d(2 A / c - 1)`` of ``A = M gram M`` applied to the block, ``c`` between the largest
-    eigenvalues and the rest as the block sees them, with Rayleigh-Ritz before, between and after."""
-    y, values = _rayleigh_ritz(block * (m != 0), gram, m)
-    for degree in DEGREES:
+def _filtered(gram: Tensor, m: Tensor, y: Tensor, k: int, degrees: tuple[int, ...]) -> Tensor:
+    """Top ``k`` of Chebyshev filters ``T_d(2 A / c - 1)`` of ``A = M gram M`` applied to the block ``y`` ``[n, r, i]``,
+    ``c`` between the largest eigenvalues and the rest as the block sees them, with Rayleigh-Ritz before and between:
+    the last filter is of its ``k`` largest alone."""
+
+    def apply(y: Tensor) -> Tensor:
+        return ((y * m) @ gram).mul_(m)
+
+    y, ay, values = _rayleigh_ritz(y, apply)
+    for stage, degree in enumerate(degrees, 1):
         c = torch.maximum(values[:, -1], 0.3 * values[:, k - 1])
         c = torch.maximum(c, FLATTEST * values[:, 0])
         scale = torch.where(c > 0, 2 / c, 0.0)[:, None, None]
-        step = scale * m
-        before, now = y, ((y * m) @ gram).mul_(step).sub_(y)
+        if stage == len(degrees):  # the others have served
+            y, ay = y[:, :k], ay[:, :k]
+        before, now = y, (scale * ay).sub_(y)
         for _ in range(degree - 1):
-            before, now = now, ((now * m) @ gram).mul_(2 * step).sub_(2 * now).sub_(before)
-        y, values = _rayleigh_ritz(now, gram, m)
-    return y[:, :k]
+            before, now = now, apply(now).mul_(2 * scale).sub_(2 * now).sub_(before)
+        y, ay, values = _rayleigh_ritz(now, apply) if stage < len(degrees) else (now, ay, values)
+    y = _unit(y[:, :k])
+    for _ in range(2):  # one Cholesky factorisation leaves an error of eps times the condition number squared
+        y = _whitening(y @ y.mT) @ y
+        y = _unit(y * (y.norm(dim=-1, keepdim=True) > 0.5))  # short: beyond the rank
+    return y
+
+
+def _rayleigh_ritz(y: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's rows turned to the Ritz vectors of ``A``, these times ``A``, and the Ritz values; falling."""
+    y = _unit(y)
+    ay, gram = apply(y), y @ y.mT
+    inner = y @ ay.mT
+    # A + shift: otherwise what the block has no rank for would mix with what A maps to 0.
+    shift = inner.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None] + torch.finfo(y.dtype).tiny
+    white = _whitening(gram)
+    values, vectors = torch.linalg.eigh(white @ (inner + shift * gram) @ white.mT)
+    turn = vectors.flip(-1).mT @ white
+    return turn @ y, turn @ ay, values.flip(-1) - shift[..., 0]
+
+
+def _unit(y: Tensor) -> Tensor:
+    """Rows scaled to length 1, or left zero."""
+    return y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+
+
+def _whitening(gram: Tensor) -> Tensor:
+    """``L^-1`` with ``L L^T`` the Gram matrix of unit rows: makes them orthonormal, in their order (a fraction of an
+    eigendecomposition's cost); and what depends on earlier rows short, by a ridge just above rounding."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, _ = torch.linalg.cholesky_ex(gram + 50 * torch.finfo(gram.dtype).eps * eye)
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
 
 
 def conjugate_gradients(

@@ -81,6 +81,7 @@ SPECTRA = {
     "steep": 0.5 ** torch.arange(128.0),
     "harmonic": 1 / (1 + torch.arange(128.0)),
     "three spikes": torch.cat([torch.full((3,), 100.0), torch.linspace(2, 0, 125)]),
+    "condition 1e4": torch.logspace(0, -4, 128),
     "ten spikes": torch.cat([torch.linspace(100, 10, 10), torch.linspace(2, 0, 118)]),
 }
 
@@ -97,6 +98,42 @@ def test_a_basis_per_example_of_a_matrix_with_gaps(spectrum: Tensor, smooth: boo
     captured = ((w * m[:, None]) @ rows.mT).double().square().sum((1, 2))
     assert float((captured / exact).min()) > 1 - 5e-3
     torch.testing.assert_close(rows @ rows.mT, torch.eye(10).expand(6, 10, 10), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 10, 25])
+@pytest.mark.parametrize("width", [64, 128, 512])
+def test_a_basis_per_example_of_unequal_weights(width: int, k: int) -> None:
+    """GELU's derivative: no unit is quite inactive; some exceed 1."""
+    torch.manual_seed(0)
+    w = torch.nn.Linear(width, width).weight.detach()
+    x = torch.randn(12, width, requires_grad=True)
+    (m,) = torch.autograd.grad(torch.nn.functional.gelu(x).sum(), x)
+    m[0, : width // 2] = 0
+    rows = masked_right_basis(w, m, right_singular_basis(w[None], k + 10)[0], k)
+    exact = torch.linalg.svdvals(w * m[:, None])[:, :k].square().sum(1)
+    captured = ((w * m[:, None]) @ rows.mT).square().sum((1, 2))
+    assert float((captured / exact).min()) > 1 - 5e-3
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(k).expand(12, k, k), rtol=0, atol=1e-4)
+    assert float(rows[0, :, : width // 2].abs().max()) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 3, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_basis_per_example_where_fewer_units_are_active_than_in_the_others(rank: int, dtype: torch.dtype) -> None:
+    """Weights of low rank too: orthonormal rows, as many as units at most, all the energy there is."""
+    torch.manual_seed(0)
+    w = (torch.randn(96, rank, dtype=dtype) @ torch.randn(rank, 96, dtype=dtype)) if rank else torch.zeros(96, 96)
+    w, counts = w.to(dtype), torch.tensor([60, 12, 4, 1, 0])
+    m = (torch.arange(96) < counts[:, None]).to(dtype)
+    rows = masked_right_basis(w, m, right_singular_basis(w[None], 20)[0], 10)
+    assert rows.dtype is dtype
+    squares = rows.square().sum(-1)
+    assert bool(((squares - 1).abs().minimum(squares) < 1e-4).all())
+    assert bool((squares.sum(1) < counts.clamp(max=10) + 1e-3).all())
+    off = (rows @ rows.mT).masked_fill(torch.eye(10, dtype=torch.bool), 0)
+    assert float(off.abs().max()) < 1e-4
+    exact = torch.linalg.svdvals(w * m[:, None])[:, :10].square().sum(1)
+    assert bool((((w * m[:, None]) @ rows.mT).square().sum((1, 2)) >= exact * (1 - 5e-3)).all())
 
 
 @pytest.mark.parametrize("shape", [(10, 64), (64, 10), (40, 64), (64, 40)], ids=str)
