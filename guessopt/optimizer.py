@@ -32,7 +32,7 @@ from guessopt.errors import GuessWarning
 from guessopt.estimators.base import Estimator, describe, estimators_for, plain
 from guessopt.rng import NoiseSource
 from guessopt.sites import ForwardRecord, Site, SiteGraph
-from guessopt.tracing.local import Local, draw
+from guessopt.tracing.local import Local, centred, draw
 
 #: Plans kept: one per branch taken and shape met.
 MAX_PLANS = 16
@@ -257,7 +257,7 @@ class GuessGradOptimizer(Optimizer):
             if not estimator.injects(self._steps):
                 return None
         if site.by_parameter and estimator.per_example_parameters:
-            return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
+            return [local.noise(shape, centred(estimator.noise)) for shape in site.direction_shapes]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
@@ -330,7 +330,8 @@ class GuessGradOptimizer(Optimizer):
             estimator = self._estimators[position]
             if estimator.space == "parameters":
                 v = draw(self._noise, estimator.noise, tuple(p.shape), p.dtype, p.device)
-                found[position] = v
+                amplitude = self._amplitudes[estimator]
+                found[position] = v if amplitude == 1 else v.mul_(amplitude)
         return found
 
     def _update(self) -> None:
@@ -454,6 +455,10 @@ class GuessGradOptimizer(Optimizer):
             start, count = len(self._estimators), len(group["params"])
             names = self._names[start : start + count]
             self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
+        entries: dict[Estimator, int] = {}
+        for position, p in self._by_position.items():
+            entries[self._estimators[position]] = entries.get(self._estimators[position], 0) + p.numel()
+        self._amplitudes = {estimator: estimator.amplitude(count) for estimator, count in entries.items()}
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []

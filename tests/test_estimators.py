@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guessopt import GuessGradOptimizer, WPerp
 from guessopt.diagnostics import estimated_gradient, expected_gradient, true_gradient
-from guessopt.estimators import make_estimator
+from guessopt.estimators import estimator_names, make_estimator
 
 from .problems import build
 
@@ -18,7 +18,10 @@ from .problems import build
 ESTIMATORS: dict[str, dict[str, object]] = {
     "directional_descent": {"name": "directional_descent"},
     "directional_descent, rademacher": {"name": "directional_descent", "noise": "rademacher"},
+    "directional_descent, scaled": {"name": "directional_descent", "scaled": True},
+    "directional_descent, uniform": {"name": "directional_descent", "noise": "uniform"},
     "activation_perturbation": {"name": "activation_perturbation"},
+    "activation_perturbation, uniform": {"name": "activation_perturbation", "noise": "uniform"},
     "activation_perturbation, masked": {"name": "activation_perturbation", "masked": True},
     "activation_perturbation, uniform_centred": {"name": "activation_perturbation", "noise": "uniform_centred"},
     "w_transpose": {"name": "w_transpose"},
@@ -36,14 +39,20 @@ ESTIMATORS: dict[str, dict[str, object]] = {
     "downstream": {"name": "downstream"},
     "downstream, l 2": {"name": "downstream", "l": 2},
     "self_sharpening": {"name": "self_sharpening"},
+    "learned_feedback": {"name": "learned_feedback", "gamma": 1},
     "activation_mixing": {"name": "activation_mixing"},
     "activation_mixing, raw": {"name": "activation_mixing", "normalise": False},
 }
-#: No closed form: their formulas are checked against slow references in test_estimator_formulas.py.
-UNDECLARED = ("self_sharpening", "activation_mixing")
+#: No closed form: its formula is checked against a slow reference in test_estimator_formulas.py.
+UNDECLARED = ("activation_mixing",)
 DECLARED = [name for name in ESTIMATORS if name not in UNDECLARED]
 PROBLEMS = ["mlp", "gelu mlp", "cnn", "residual, batch norm in eval mode", "transformer", "functional", "prompts"]
 DRAWS = {"mlp": 2400}  # 500 elsewhere: there the declaration is checked, here also the power to tell estimators apart
+
+
+def test_every_registered_estimator_is_a_row() -> None:
+    shipped = {name for name in estimator_names() if type(make_estimator(name)).__module__.startswith("guessopt.")}
+    assert shipped == {row["name"] for row in ESTIMATORS.values()}
 
 
 @cache
@@ -52,6 +61,8 @@ def sampled(problem: str, estimator: str) -> tuple[dict[str, Tensor], dict[str, 
     made = build(problem)
     spec = make_estimator(ESTIMATORS[estimator])
     opt = GuessGradOptimizer(made.named, torch.optim.SGD, spec, lr=0.1, seed=1)
+    for _ in range(20 if spec.learns else 0):
+        opt.estimate(made.closure)  # the draws then share what has been learned
     draws = [estimated_gradient(opt, made.closure) for _ in range(DRAWS.get(problem, 500))]
     stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     return stacked, expected_gradient(opt, made.closure), true_gradient(opt, made.closure)
@@ -116,6 +127,8 @@ DIFFERENT = [
     ("w_preconditioned, shared", "w_preconditioned"),
     ("downstream", "w_transpose"),
     ("downstream, l 2", "downstream"),
+    ("self_sharpening", "downstream"),
+    ("activation_perturbation, uniform", "activation_perturbation"),
     ("activation_mixing, raw", "activation_perturbation"),
     ("activation_mixing, raw", "w_transpose"),
 ]
