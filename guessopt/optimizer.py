@@ -463,10 +463,14 @@ class GuessGradOptimizer(Optimizer):
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []
 
-    def _estimator_of(self, site: Site) -> Estimator:
+    def _choice_of(self, site: Site) -> Estimator:
         """The first parameter's; parameters with guesses of their own (directional descent) come last."""
         estimators = [self._estimators[position] for position in site.params]
         return next((e for e in estimators if e.space == "activations"), estimators[0])
+
+    def _estimator_of(self, site: Site) -> Estimator:
+        """The one that serves the site; the choice itself, unless that leaves the work to others."""
+        return self._choice_of(site).at(site)
 
     def _check_plan(self, plan: Plan) -> None:
         """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""
@@ -478,7 +482,7 @@ class GuessGradOptimizer(Optimizer):
             estimator.check(tuple(sites))
             for site in sites:
                 note = plan.graph.blocked.get(site.index) or estimator.note(site)
-                if note:
+                if note and estimator is self._choice_of(site):
                     self._warn(
                         f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
                     )

@@ -61,6 +61,10 @@ class Estimator(ABC):
     #: Whether ``estimate`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
+    def at(self, site: Site) -> Estimator:
+        """The estimator that serves a site: this one, unless it leaves the work to others."""
+        return self
+
     @property
     def unbiased(self) -> bool:
         """Whether ``E g^ = g`` at every site."""
