@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -61,6 +62,52 @@ def _dataset(arrays: Mapping[str, Any], source: str) -> Dataset:
         y_test=tensor("y_test", torch.int64),
         source=source,
     )
+
+
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def cifar10(root: Path | None = None, images: int = 50_000, test_images: int = 10_000) -> Dataset:
+    """CIFAR-10 as normalised float32 rows of 3072, the first so many images.
+
+    Read from `root/cifar10_lossless.npz` (strips of 50 images as lossless WebP, `train_offsets[k]` to
+    `train_offsets[k + 1]` of `train_webp`, classes in turn) where that file exists, otherwise by torchvision, which
+    downloads the data to `root` if they are not there.
+    """
+    path = None if root is None else root / "cifar10_lossless.npz"
+    if path is not None and path.is_file():
+        with np.load(path) as arrays:
+            train, test = (_strips(arrays, k, n) for k, n in (("train", images), ("test", test_images)))
+        source = path.name
+    else:
+        declare_torchvision_schemas()
+        from torchvision.datasets import CIFAR10
+
+        if root is None:
+            raise SystemExit("CIFAR-10: name a folder for the data by --data-root or GUESSOPT_DATA")
+        sets = (CIFAR10(root, train=part, download=True) for part in (True, False))
+        train, test = ((s.data[:n], s.targets[:n]) for s, n in zip(sets, (images, test_images), strict=True))
+        source = "torchvision"
+    mean, std = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_STD)
+
+    def rows(pixels: Any) -> Tensor:
+        return ((torch.from_numpy(pixels).float() / 255 - mean) / std).permute(0, 3, 1, 2).flatten(1)  # n h w c
+
+    def labels(found: Any) -> Tensor:
+        return torch.as_tensor(found, dtype=torch.int64)
+
+    return Dataset(rows(train[0]), labels(train[1]), rows(test[0]), labels(test[1]), source)
+
+
+def _strips(arrays: Mapping[str, Any], part: str, images: int) -> tuple[Any, Any]:
+    """Pixels ``[n, 32, 32, 3]`` and labels of the first images."""
+    from PIL import Image
+
+    webp, offsets = arrays[f"{part}_webp"], arrays[f"{part}_offsets"]
+    count = min(-(-images // 50), len(offsets) - 1)
+    strips = (Image.open(io.BytesIO(webp[offsets[k] : offsets[k + 1]].tobytes())) for k in range(count))
+    pixels = np.concatenate([np.asarray(strip.convert("RGB")).reshape(-1, 32, 32, 3) for strip in strips])
+    return pixels[:images], arrays[f"{part}_labels"][: min(images, len(pixels))]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from benchmarks.data import Dataset, mnist1d
 from benchmarks.measure import Ratio, peak_memory, time_ratios
 from benchmarks.problems import relu_mlp
-from benchmarks.report import COMMITTED, SCRATCH, print_table, write_json
+from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.training import Backprop, Guess, Learner, Settings, fit
 from guessopt import GuessGradOptimizer
 from guessopt.diagnostics import bias, cosine, variance
@@ -50,11 +50,11 @@ class Row:
 class Estimated(Guess):
     """A learner for any estimator; parameters keep their names. The guesses follow ``torch.manual_seed``."""
 
-    def __init__(self, estimator: Any, model: nn.Module, lr: float) -> None:
+    def __init__(
+        self, estimator: Any, model: nn.Module, lr: float, base: Any = torch.optim.AdamW, **options: Any
+    ) -> None:
         Learner.__init__(self, model)
-        self.optimizer = GuessGradOptimizer(
-            model.named_parameters(), base=torch.optim.AdamW, estimator=estimator, lr=lr
-        )
+        self.optimizer = GuessGradOptimizer(model.named_parameters(), base=base, estimator=estimator, lr=lr, **options)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     for name in tqdm(names, desc="bias and variance", disable=None):
         learner = Estimated(make_estimator(name), copy.deepcopy(model), settings.lr)
         rows[name] = judge(learner, x, y, draws, times[name], peaks[name])
-    show(rows, settings, peaks["backprop"])
+    print_table(*table(rows, settings, peaks["backprop"]))
 
     out = args.out or (SCRATCH if quick else COMMITTED)
     recorded = asdict(settings) | {"width": WIDTH, "hidden_layers": 3, "draws": draws, "device": args.device}
@@ -131,8 +131,16 @@ def judge(learner: Estimated, x: torch.Tensor, y: torch.Tensor, draws: int, time
     )
 
 
-def show(rows: dict[str, Row], settings: Settings, backprop_bytes: int) -> None:
-    print_table(
+def tables_of(content: dict[str, Any]) -> list[Table]:
+    """The tables of a JSON that this experiment wrote."""
+    recorded, figures = content["settings"], content["figures"]
+    rows = {name: Row(**{**row, "time": Ratio(**row["time"])}) for name, row in figures["rows"].items()}
+    settings = Settings(recorded["epochs"], recorded["batch"], recorded["lr"])
+    return [table(rows, settings, figures["backprop_peak_bytes"])]
+
+
+def table(rows: dict[str, Row], settings: Settings, backprop_bytes: int) -> Table:
+    return Table(
         f"MNIST-1D, 3 hidden layers of {WIDTH}, batch {settings.batch}, after {settings.epochs} epochs of backprop",
         ["estimator", "cosine", "bias", "variance", "time", "peak MB"],
         [
@@ -146,12 +154,10 @@ def show(rows: dict[str, Row], settings: Settings, backprop_bytes: int) -> None:
             ]
             for name, row in rows.items()
         ],
-    )
-    print("cosine: one guess, mean over draws. bias: ||E g^ - g|| / ||g||. variance: E ||g^ - E g^||^2 / ||g||^2.")
-    print(f"time: a step over a backprop step. peak MB: of one step; backprop {backprop_bytes / 1e6:.2f}.")
-    print(
+        "cosine: one guess, mean over draws. bias: ||E g^ - g|| / ||g||. variance: E ||g^ - E g^||^2 / ||g||^2.\n"
+        f"time: a step over a backprop step. peak MB: of one step; backprop {backprop_bytes / 1e6:.2f}.\n"
         "Layer 1's figures (Wang eqs. 17 and 18) are in the JSON. Untrained, an estimator that learns "
-        "(learned_feedback) is its guess alone."
+        "(learned_feedback) is its guess alone.",
     )
 
 

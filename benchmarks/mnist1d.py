@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.data import Dataset, mnist1d
 from benchmarks.problems import relu_mlp
-from benchmarks.report import COMMITTED, SCRATCH, plot_curves, print_table, spread, write_json
+from benchmarks.report import COMMITTED, SCRATCH, Table, plot_curves, print_table, spread, write_json
 from benchmarks.training import LABELS, METHODS, History, Settings, fit, make_learner
 
 # Wang, Table 3: train accuracy after 300 epochs. Weight perturbation there is directional descent here.
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         cells.sort(key=lambda cell: (cell.width, METHODS.index(cell.method), cell.seed))
         kept_seeds = sorted({cell.seed for cell in cells})
         write_json(path, args, seeds=kept_seeds, settings=recorded, figures=[asdict(cell) for cell in cells])
-    show(cells, settings)
+    print_table(*table(cells, settings))
     plot(cells, out / "mnist1d.png")
     print(f"Figures in {path}, curves in {out / 'mnist1d.png'}")
 
@@ -107,9 +107,17 @@ def finished(path: Path, settings: dict[str, Any]) -> list[Cell]:
     if not path.is_file():
         return []
     content = json.loads(path.read_text())
-    if content["settings"] != settings:
-        return []
+    return cells_of(content) if content["settings"] == settings else []
+
+
+def cells_of(content: dict[str, Any]) -> list[Cell]:
     return [Cell(**{**figures, "history": History(**figures["history"])}) for figures in content["figures"]]
+
+
+def tables_of(content: dict[str, Any]) -> list[Table]:
+    """The tables of a JSON that this experiment wrote."""
+    recorded = content["settings"]
+    return [table(cells_of(content), Settings(recorded["epochs"], recorded["batch"], recorded["lr"]))]
 
 
 def train(width: int, method: str, seed: int, data: Dataset, settings: Settings) -> History:
@@ -137,13 +145,13 @@ def grouped(cells: Iterable[Cell]) -> dict[int, dict[str, list[History]]]:
     return groups
 
 
-def show(cells: list[Cell], settings: Settings) -> None:
+def table(cells: list[Cell], settings: Settings) -> Table:
     def published(table: dict[int, dict[str, float]], width: int, method: str) -> str:
         value = table.get(width, {}).get(method)
         return "-" if value is None else f"{value:.3f}"
 
     seeds = ", ".join(map(str, sorted({cell.seed for cell in cells})))
-    print_table(
+    return Table(
         f"MNIST-1D, 3 hidden layers, AdamW {settings.lr:g}, {settings.epochs} epochs (paper: 300), seeds {seeds}",
         ["width, method", "train", "test", "paper\ntrain", "paper\ntest"],
         [

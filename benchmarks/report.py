@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rich import table as rich_table
 from rich.console import Console
-from rich.table import Table
 
 COMMITTED = Path("benchmarks/results")
 """Where results that documents quote are kept."""
@@ -77,13 +77,24 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(title=title)
+class Table(NamedTuple):
+    """What `print_table` prints; the first column is text, the others are figures. `note`: what stands below."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
+    table = rich_table.Table(title=title)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+    if note:
+        print(note)
 
 
 Curve = tuple[Sequence[float], Sequence[Sequence[float]]]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import Ratio, Step, Stopwatch, interleaved, ratio, seconds
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
-from benchmarks.report import COMMITTED, SCRATCH, print_table, write_json
+from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.training import ESTIMATORS, LABELS
 from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, optimizer
 from guessopt.engine import levels
@@ -332,7 +332,8 @@ def run(args: argparse.Namespace) -> None:
                 write_json(path, args, seeds=[0], settings=asdict(settings), figures=figures)
     finally:
         torch.set_num_threads(before)
-    show(rows, settings)
+    for table in tables(rows, settings):
+        print_table(*table)
     plot(rows, out / "speed.png")
     print(f"Figures in {path}, shares in {out / 'speed.png'}")
 
@@ -363,14 +364,27 @@ def measure(name: str, settings: Settings) -> Row:
     )
 
 
-def show(rows: dict[str, Row], settings: Settings) -> None:
+def tables_of(content: dict[str, Any]) -> list[Table]:
+    """The tables of a JSON that this experiment wrote."""
+
+    def ratios(found: dict[str, Any]) -> dict[str, Ratio]:
+        return {key: Ratio(**value) for key, value in found.items()}
+
+    rows = {}
+    for name, row in content["figures"].items():
+        over = {key: ratios(row[key]) for key in ("over_backprop", "over_checkpointed")}
+        rows[name] = Row(**{**row, **over, "long_run": LongRun(**row["long_run"])})
+    return tables(rows, Settings(**content["settings"]))
+
+
+def tables(rows: dict[str, Row], settings: Settings) -> list[Table]:
     engines = {engine for _, engine in settings.methods.values()}
 
     def label(key: str) -> str:
         method, _, engine = key.partition(", ")
         return LABELS.get(method, "checkpointed backprop") + (f", {engine}" if engine and len(engines) > 1 else "")
 
-    print_table(
+    over = Table(
         "Step time, ratios of medians (quartiles)",
         ["problem, method", "over backprop", "over checkpointed"],
         [
@@ -381,7 +395,7 @@ def show(rows: dict[str, Row], settings: Settings) -> None:
     )
     titles = [PROBLEMS[name].title.replace(" ", "\n", 1) for name in rows]
     runs = [row.long_run for row in rows.values()]
-    print_table(
+    consecutive = Table(
         f"{settings.steps} consecutive steps with two refreshes of every basis",
         ["", *titles],
         [
@@ -393,16 +407,15 @@ def show(rows: dict[str, Row], settings: Settings) -> None:
             ["slowest / median, backprop", *(f"{run.slowest['backprop']:.2f}" for run in runs)],
         ],
     )
-    print_table(
+    shares = Table(
         "Shares of a W-perp step (k=10)",
         ["phase", *titles],
         [[phase, *(f"{100 * run.breakdown[phase]:.1f}%" for run in runs)] for phase in PHASES],
+        "forward: the closure by itself. interception: a pass without guesses, less the forward. tangents: a pass\n"
+        "with guesses, less their making and the pass without. bookkeeping: what is left of the step."
+        + "".join(f"\n{PROBLEMS[name].title}: {note}." for name, row in rows.items() for note in row.notes),
     )
-    print("forward: the closure by itself. interception: a pass without guesses, less the forward. tangents: a pass")
-    print("with guesses, less their making and the pass without. bookkeeping: what is left of the step.")
-    for name, row in rows.items():
-        for note in row.notes:
-            print(f"{PROBLEMS[name].title}: {note}.")
+    return [over, consecutive, shares]
 
 
 def plot(rows: dict[str, Row], path: Path) -> None:

@@ -132,10 +132,11 @@ def fit(
     seed: int,
     label: str = "",
     cosines: int = 0,
+    every: int = 1,
     each: Callable[[int], object] | None = None,
 ) -> History:
-    """Train under a progress bar; `seed` orders the batches, `cosines` asks for that many looks at the cosine, `each`
-    is called with the epoch after every one.
+    """Train under a progress bar; `seed` orders the batches, `cosines` asks for that many looks at the cosine,
+    accuracies are taken after every `every`-th epoch and the last, `each` is called with the epoch after every one.
 
     A look is the mean over one epoch's batches, so its last one describes the trained network.
     """
@@ -144,15 +145,16 @@ def fit(
     for epoch in bar:
         for x, y in batches(data, settings.batch, generator):
             learner.step(x, y)
-        history.epochs.append(epoch)
-        history.train.append(learner.accuracy(data.x, data.y))
-        history.test.append(learner.accuracy(data.x_test, data.y_test))
+        if epoch % every == 0 or epoch == settings.epochs:
+            history.epochs.append(epoch)
+            history.train.append(learner.accuracy(data.x, data.y))
+            history.test.append(learner.accuracy(data.x_test, data.y_test))
+            bar.set_postfix(train=f"{history.train[-1]:.3f}", test=f"{history.test[-1]:.3f}")
         if cosines and epoch * cosines // settings.epochs > (epoch - 1) * cosines // settings.epochs:
             history.cosine_epochs.append(epoch)
             history.cosine.append(mean_cosine(learner, data, settings.batch))
         if each is not None:
             each(epoch)
-        bar.set_postfix(train=f"{history.train[-1]:.3f}", test=f"{history.test[-1]:.3f}")
     return history
 
 

@@ -17,7 +17,7 @@ from benchmarks.data import Dataset, mnist1d
 from benchmarks.estimators import Estimated
 from benchmarks.mnist1d import PAPER_TEST, PAPER_TRAIN, thinned
 from benchmarks.problems import relu_mlp
-from benchmarks.report import COMMITTED, SCRATCH, plot_curves, print_table, spread, write_json
+from benchmarks.report import COMMITTED, SCRATCH, Table, plot_curves, print_table, spread, write_json
 from benchmarks.training import Backprop, History, Learner, Settings, batches, fit
 from guessopt import ActivationPerturbation, DirectionalDescent, WPerp, WPerpNS, WPreconditioned, WTranspose
 from guessopt.diagnostics import bias, covariance_norm, overlap, variance
@@ -187,7 +187,9 @@ def run(args: argparse.Namespace) -> None:
         figures = [asdict(cells[k]) for k in sorted(cells)]
         write_json(path, args, seeds=sorted({k[2] for k in cells}), settings=recorded, figures=figures)
     chosen = [cells[key] for key in plan.cells() if key in cells]
-    show(chosen, plan)
+    for table in tables(chosen, plan.parts):
+        print_table(*table)
+    print(f"{plan.settings.epochs} epochs (paper: 300), seeds {', '.join(map(str, plan.seeds))}.")
     plot(chosen, plan, out / "wang.png")
     print(f"Figures in {path}, curves in {out / 'wang.png'}")
 
@@ -215,8 +217,10 @@ def finished(path: Path, settings: dict[str, Any]) -> dict[tuple[int, str, int],
     if not path.is_file():
         return {}
     content = json.loads(path.read_text())
-    if content["settings"] != settings:
-        return {}
+    return cells_of(content) if content["settings"] == settings else {}
+
+
+def cells_of(content: dict[str, Any]) -> dict[tuple[int, str, int], Cell]:
     found = {}
     for figures in content["figures"]:
         looks = [Look(**look) for look in figures["looks"]]
@@ -314,19 +318,25 @@ def known(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def show(cells: list[Cell], plan: Plan) -> None:
-    for name, part in plan.parts.items():
+def tables_of(content: dict[str, Any]) -> list[Table]:
+    """The tables of a JSON that this experiment wrote, as far as it has runs for them."""
+    found = tables([*cells_of(content).values()], PARTS)
+    return [table for table in found if table.rows]
+
+
+def tables(cells: list[Cell], parts: dict[str, Part]) -> list[Table]:
+    found = []
+    for name, part in parts.items():
         if name == "figure1":
-            show_overlap(cells, part)
+            found.append(overlap_table(cells, part))
         elif part.measured:
-            show_moments(cells, part, name)
-        elif name != "figure2" or "3" not in plan.parts:  # the figure draws Table 3
-            show_accuracy(cells, part, name)
-    print(f"{plan.settings.epochs} epochs (paper: 300), seeds {', '.join(map(str, plan.seeds))}.")
-    print("var. (18), bias (17), cov.: layer 1, mean over looks and seeds; all layers and other readings in the JSON.")
+            found.append(moments_table(cells, part, name))
+        elif name != "figure2" or "3" not in parts:  # the figure draws Table 3
+            found.append(accuracy_table(cells, part, name))
+    return found
 
 
-def show_accuracy(cells: list[Cell], part: Part, name: str) -> None:
+def accuracy_table(cells: list[Cell], part: Part, name: str) -> Table:
     timed = name == "4"
     rows = []
     for width in part.widths:
@@ -348,7 +358,7 @@ def show_accuracy(cells: list[Cell], part: Part, name: str) -> None:
                 row + ([f"{mean(run.seconds for run in runs):.0f} s", paper[2] if paper else "-"] if timed else [])
             )
     columns = ["width, method", "train", "test", "paper\ntrain", "paper\ntest"]
-    print_table(part.title, columns + (["time", "paper\ntime"] if timed else []), rows)
+    return Table(part.title, columns + (["time", "paper\ntime"] if timed else []), rows)
 
 
 def _paper_train(name: str, width: int, method: str) -> float | None:
@@ -364,7 +374,7 @@ def average(cells: Sequence[Cell], metric: str, layer: str = LAYER_1) -> float |
     return mean(there) if there else None
 
 
-def show_moments(cells: list[Cell], part: Part, name: str) -> None:
+def moments_table(cells: list[Cell], part: Part, name: str) -> Table:
     def small(value: float | None) -> str:
         return known(value, ".2e").replace("e-0", "e-")
 
@@ -384,7 +394,8 @@ def show_moments(cells: list[Cell], part: Part, name: str) -> None:
             rows.append(row)
     last = "cov." if name == "2" else "train"
     columns = ["width, method", "var.", "bias", "paper\nvar.", "paper\nbias", last, f"paper\n{last}"]
-    print_table(part.title, columns, rows)
+    note = "var. (18), bias (17), cov.: layer 1, mean over looks and seeds; all layers and other readings in the JSON."
+    return Table(part.title, columns, rows, note)
 
 
 def mean_overlap(cells: Sequence[Cell], layer: str) -> list[float]:
@@ -393,7 +404,7 @@ def mean_overlap(cells: Sequence[Cell], layer: str) -> list[float]:
     return [mean(column) for column in zip(*curves, strict=False)]
 
 
-def show_overlap(cells: list[Cell], part: Part) -> None:
+def overlap_table(cells: list[Cell], part: Part) -> Table:
     rows = []
     for width in part.widths:
         for method in part.methods:
@@ -402,7 +413,7 @@ def show_overlap(cells: list[Cell], part: Part) -> None:
                 if found:
                     at = [found[k - 1] if k <= len(found) else None for k in (1, 5, 10, 25, 50)]
                     rows.append([f"{width} layer {number}", *(known(value) for value in at), str(len(found))])
-    print_table(part.title, ["width, layer", "k = 1", "5", "10", "25", "50", "rank"], rows)
+    return Table(part.title, ["width, layer", "k = 1", "5", "10", "25", "50", "rank"], rows)
 
 
 def plot(cells: list[Cell], plan: Plan, path: Path) -> None:

@@ -6,6 +6,7 @@ from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators import (
     ActivationMixing,
     ActivationPerturbation,
+    Auto,
     DirectionalDescent,
     Downstream,
     Estimator,
@@ -24,6 +25,7 @@ from guessopt.rules import register_rule
 __all__ = [
     "ActivationMixing",
     "ActivationPerturbation",
+    "Auto",
     "ClosureError",
     "DirectionalDescent",
     "Downstream",

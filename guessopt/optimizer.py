@@ -34,7 +34,7 @@ from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, describe, estimators_for, plain
 from guessopt.rng import NoiseSource
 from guessopt.sites import ForwardRecord, Site, SiteGraph
-from guessopt.tracing.local import Local, draw
+from guessopt.tracing.local import Local, centred, draw
 
 #: What a step keeps: see ``GuessGradOptimizer``.
 MODES = ("store", "replay", "stream")
@@ -403,7 +403,7 @@ class GuessGradOptimizer(Optimizer):
             if not estimator.injects(self._steps):
                 return None
         if site.by_parameter and estimator.per_example_parameters:
-            return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
+            return [local.noise(shape, centred(estimator.noise)) for shape in site.direction_shapes]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
@@ -476,7 +476,8 @@ class GuessGradOptimizer(Optimizer):
             estimator = self._estimators[position]
             if estimator.space == "parameters":
                 v = draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device)
-                found[position] = v
+                amplitude = self._amplitudes[estimator]
+                found[position] = v if amplitude == 1 else v.mul_(amplitude)
         return found
 
     def _update(self) -> None:
@@ -622,14 +623,22 @@ class GuessGradOptimizer(Optimizer):
         learners = sorted({e.name for e in self._estimators if e.learns})
         if learners and self.memory != "store":
             raise ValueError(f"memory: {learners[0]} needs what every site saw; use memory='store'")
+        entries: dict[Estimator, int] = {}
+        for position, p in self._by_position.items():
+            entries[self._estimators[position]] = entries.get(self._estimators[position], 0) + p.numel()
+        self._amplitudes = {estimator: estimator.amplitude(count) for estimator, count in entries.items()}
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []
 
-    def _estimator_of(self, site: Site) -> Estimator:
+    def _choice_of(self, site: Site) -> Estimator:
         """The first parameter's; parameters with guesses of their own (directional descent) come last."""
         estimators = [self._estimators[position] for position in site.params]
         return next((e for e in estimators if e.space == "activations"), estimators[0])
+
+    def _estimator_of(self, site: Site) -> Estimator:
+        """The one that serves the site; the choice itself, unless that leaves the work to others."""
+        return self._choice_of(site).at(site)
 
     def _check_plan(self, plan: Plan) -> None:
         """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""
@@ -641,7 +650,7 @@ class GuessGradOptimizer(Optimizer):
             estimator.check(tuple(sites))
             for site in sites:
                 note = plan.graph.blocked.get(site.index) or estimator.note(site)
-                if note:
+                if note and estimator is self._choice_of(site):
                     self._warn(
                         f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
                     )

@@ -6,6 +6,7 @@ Units: ``cost`` in forward passes (matrix products only; a backpropagation step 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,8 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         opt._warned = warned
     graph = plan.graph
     guesses = opt._guesses_of(plan)
+    left = [site for site in graph.sites if site.index in guesses and opt._choice_of(site) != opt._estimator_of(site)]
+    picked = Counter(f"{opt._choice_of(site).name} picked {opt._estimator_of(site).name}" for site in left)
     by_value = {site.value: site for site in graph.sites}
     read = {k for site in graph.sites for k in site.params} | set(graph.loss_params)
     return Preflight(
@@ -127,6 +130,7 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         ),
         notes=(
             *(str(w.message) for w in caught if issubclass(w.category, GuessWarning)),
+            *(f"{pick} for {count} site{'s' * (count > 1)}" for pick, count in picked.items()),
             *(f"{fn.__name__} {what}" for fn, what in TREATMENTS.items() if fn in graph.functions),
         ),
         cost=graph.cost,
@@ -137,8 +141,9 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
 def _report(opt: GuessGradOptimizer, site: Site, guesses: dict[int, Any], by_value: dict[int, Site]) -> SiteReport:
     estimator = opt._estimator_of(site)
     segment = site.segment
+    choice = opt._choice_of(site)
     if site.index in guesses:
-        guess = _named(estimator, site)
+        guess = ("" if choice.name == estimator.name else f"{choice.name}: ") + _named(estimator, site)
     elif estimator.space == "parameters":
         guess = f"{estimator.name} (on the parameters)"
     elif site.shares is not None:

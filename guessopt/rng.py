@@ -80,7 +80,8 @@ def draws(fn: Callable[..., Any]) -> bool:
 class NoiseSource:
     """The stream that guesses are drawn from: separate from the closure's, so that dropout sees what it always saw.
 
-    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream.
+    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``means``: whoever draws
+    is to take each draw's mean instead, for diagnostics.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
     >>> a.follow(); b.follow()
@@ -90,7 +91,7 @@ class NoiseSource:
     """
 
     def __init__(self, seed: int | None) -> None:
-        self.seed = seed
+        self.seed, self.means = seed, False
         self._seen: int | None = None
         self._stream = 0
         self._generators: dict[torch.device, torch.Generator] = {}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from guessopt import GuessGradOptimizer, WPerp
-from guessopt.diagnostics import estimated_gradient, expected_gradient, true_gradient
-from guessopt.estimators import make_estimator
+from guessopt.diagnostics import cosine, estimated_gradient, expected_gradient, true_gradient
+from guessopt.estimators import estimator_names, make_estimator
 
 from .problems import build
 
@@ -18,7 +18,10 @@ from .problems import build
 ESTIMATORS: dict[str, dict[str, object]] = {
     "directional_descent": {"name": "directional_descent"},
     "directional_descent, rademacher": {"name": "directional_descent", "noise": "rademacher"},
+    "directional_descent, scaled": {"name": "directional_descent", "scaled": True},
+    "directional_descent, uniform": {"name": "directional_descent", "noise": "uniform"},
     "activation_perturbation": {"name": "activation_perturbation"},
+    "activation_perturbation, uniform": {"name": "activation_perturbation", "noise": "uniform"},
     "activation_perturbation, masked": {"name": "activation_perturbation", "masked": True},
     "activation_perturbation, uniform_centred": {"name": "activation_perturbation", "noise": "uniform_centred"},
     "w_transpose": {"name": "w_transpose"},
@@ -36,14 +39,22 @@ ESTIMATORS: dict[str, dict[str, object]] = {
     "downstream": {"name": "downstream"},
     "downstream, l 2": {"name": "downstream", "l": 2},
     "self_sharpening": {"name": "self_sharpening"},
+    "learned_feedback": {"name": "learned_feedback", "gamma": 1},
+    "auto": {"name": "auto"},  # Downstream on these narrow networks
+    "auto, k 1": {"name": "auto", "k": 1},
     "activation_mixing": {"name": "activation_mixing"},
     "activation_mixing, raw": {"name": "activation_mixing", "normalise": False},
 }
-#: No closed form: their formulas are checked against slow references in test_estimator_formulas.py.
-UNDECLARED = ("self_sharpening", "activation_mixing")
+#: No closed form: its formula is checked against a slow reference in test_estimator_formulas.py.
+UNDECLARED = ("activation_mixing",)
 DECLARED = [name for name in ESTIMATORS if name not in UNDECLARED]
 PROBLEMS = ["mlp", "gelu mlp", "cnn", "residual, batch norm in eval mode", "transformer", "functional", "prompts"]
 DRAWS = {"mlp": 2400}  # 500 elsewhere: there the declaration is checked, here also the power to tell estimators apart
+
+
+def test_every_registered_estimator_is_a_row() -> None:
+    shipped = {name for name in estimator_names() if type(make_estimator(name)).__module__.startswith("guessopt.")}
+    assert shipped == {row["name"] for row in ESTIMATORS.values()}
 
 
 @cache
@@ -52,6 +63,8 @@ def sampled(problem: str, estimator: str) -> tuple[dict[str, Tensor], dict[str, 
     made = build(problem)
     spec = make_estimator(ESTIMATORS[estimator])
     opt = GuessGradOptimizer(made.named, torch.optim.SGD, spec, lr=0.1, seed=1)
+    for _ in range(20 if spec.learns else 0):
+        opt.estimate(made.closure)  # the draws then share what has been learned
     draws = [estimated_gradient(opt, made.closure) for _ in range(DRAWS.get(problem, 500))]
     stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     return stacked, expected_gradient(opt, made.closure), true_gradient(opt, made.closure)
@@ -116,6 +129,8 @@ DIFFERENT = [
     ("w_preconditioned, shared", "w_preconditioned"),
     ("downstream", "w_transpose"),
     ("downstream, l 2", "downstream"),
+    ("self_sharpening", "downstream"),
+    ("activation_perturbation, uniform", "activation_perturbation"),
     ("activation_mixing, raw", "activation_perturbation"),
     ("activation_mixing, raw", "w_transpose"),
 ]
@@ -186,6 +201,18 @@ def test_the_last_site_gets_isotropic_noise_or_its_exact_error() -> None:
             continue
         torch.testing.assert_close(estimate["4.weight"], true["4.weight"], rtol=1e-9, atol=1e-12)
         assert not torch.allclose(estimate["0.weight"], true["0.weight"])
+
+
+@pytest.mark.parametrize("problem", ["mlp", "cnn", "residual, batch norm in eval mode", "transformer", "prompts"])
+def test_auto_points_closer_to_the_gradient_than_isotropic_noise(problem: str) -> None:
+    """The mean cosine of 60 estimates, by more than 3 standard errors of the difference."""
+    made, cosines = build(problem), {}
+    for name in ("auto", "activation_perturbation"):
+        opt = GuessGradOptimizer(made.named, torch.optim.SGD, name, exact_last=True, lr=0.1, seed=0)
+        cosines[name] = torch.tensor([cosine(opt, made.closure).total for _ in range(60)])
+    one, other = cosines.values()
+    error = float((one.var() + other.var()) / 60) ** 0.5
+    assert float(one.mean() - other.mean()) > 3 * error
 
 
 def test_the_basis_is_refreshed_when_due_and_only_then() -> None:

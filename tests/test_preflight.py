@@ -57,6 +57,55 @@ def test_each_group_shows_its_own_guess() -> None:
     assert [site.guess for site in report.sites] == ["w_transpose", "directional_descent (on the parameters)"]
 
 
+def test_auto_says_what_it_picks_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """W-perp where it leaves something out, Downstream before few rows, the exact error where the loss reads."""
+    model = nn.Sequential(
+        nn.Embedding(9, 24), nn.LayerNorm(24), nn.Linear(24, 32), nn.GELU(), nn.Linear(32, 32), nn.Tanh(),
+        nn.Linear(32, 3), nn.Flatten(), nn.Softmax(-1),
+    )  # fmt: skip
+    ids = torch.randint(9, (6, 9))
+    opt = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, "auto", lr=0.1)
+    report = preflight(opt, lambda: model(ids).square().sum())
+    assert [site.guess for site in report.sites] == [
+        "auto: w_perp k=10", "auto: w_perp: each example's parameters", "auto: w_perp k=10", "auto: downstream",
+        "none: exact error",
+    ]  # fmt: skip
+    assert "auto picked w_perp for 3 sites" in report.notes and "auto picked downstream for 1 site" in report.notes
+    opt.step(lambda: model(ids).square().sum())
+    assert not [w for w in recwarn if issubclass(w.category, GuessWarning)]
+
+
+def test_auto_by_group_and_by_pattern() -> None:
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    x = torch.ones(3, 4)
+    patterns = {"4.*": "w_transpose", "*": {"name": "auto", "k": 4}}
+    groups = [
+        {"params": model[:4].named_parameters(), "estimator": {"name": "auto", "k": 4}},
+        {"params": model[4].named_parameters("4"), "estimator": "w_transpose"},
+    ]
+    expected = ["auto: w_perp k=4", "auto: downstream", "w_transpose: isotropic (last site)"]
+    for opt in (
+        GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, patterns, lr=0.1),
+        GuessGradOptimizer(groups, torch.optim.SGD, lr=0.1),
+    ):
+        assert [site.guess for site in preflight(opt, lambda: model(x).square().sum()).sites] == expected
+
+
+def test_auto_takes_isotropic_noise_where_a_segment_is_blocked(recwarn: pytest.WarningsRecorder) -> None:
+    first, second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def closure() -> torch.Tensor:
+        h = first(torch.ones(3, 4))
+        h[:, :2].mul_(2)
+        return second(h).square().sum()
+
+    named = [*first.named_parameters("first"), *second.named_parameters("second")]
+    opt = GuessGradOptimizer(named, torch.optim.SGD, "auto", lr=0.1)
+    assert preflight(opt, closure).sites[0].guess == "auto: activation_perturbation: isotropic (last site)"
+    opt.step(closure)
+    assert not [w for w in recwarn if issubclass(w.category, GuessWarning)]
+
+
 def test_it_changes_nothing_and_raises_as_a_step_would() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2))
     opt = GuessGradOptimizer(model.parameters(), lr=0.1, seed=0)

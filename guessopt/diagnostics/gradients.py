@@ -16,6 +16,7 @@ from guessopt.diagnostics.plots import bars, curve
 from guessopt.diagnostics.reverse import Closure, Truth, draw, measuring, named, unfused
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.optimizer import GuessGradOptimizer
+from guessopt.tracing.local import NOISES
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def true_cotangents(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tens
 
 def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
     """``E g^``: every site's true cotangent through its estimator's declared second moment (Singhal eq. 14), then
-    through the sites' own rules; by parameter name.
+    through the sites' own rules; by parameter name. Uniform noise has a mean ``mu_i``, by which sites act on each
+    other: ``E g^_i = Cov(y_i) g_i + mu_i sum_j <mu_j, g_j>``.
 
     Raises:
         ValueError: an estimator declares no second moment.
@@ -111,12 +113,16 @@ def expected_from(truth: Truth) -> dict[str, Tensor]:
             name = opt._estimator_of(truth.graph.sites[index]).name
             raise ValueError(f"{name} declares no second moment with these options")
         cotangents[index] = moment
-    return named(opt, parameter_gradients(truth.graph, truth.record, cotangents, opt._by_position, opt._ids))
+    gradients = parameter_gradients(truth.graph, truth.record, cotangents, opt._by_position, opt._ids)
+    for position, estimator in enumerate(opt._estimators):
+        if estimator.noise == "uniform" and position in truth.means[1]:
+            gradients[position] = gradients[position] + truth.means[1][position]
+    return named(opt, gradients)
 
 
 def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
-    """``E g^_i = E[y_i y_i^T] g_i`` (Singhal eq. 14) by site index, with what ``debias`` makes of it; None where the
-    estimator declares no second moment."""
+    """``E g^_i = E[y_i y_i^T] g_i`` (Singhal eq. 14) by site index, with what ``debias`` makes of it and what the mean
+    of the guess adds; None where the estimator declares no second moment."""
     opt, graph = truth.opt, truth.graph
     found: dict[int, Tensor | None] = {}
     for site in reversed(graph.sites):
@@ -128,9 +134,9 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
             continue
         moment: Tensor | None = g
         if estimator.space == "parameters":
-            moment = g if estimator.unbiased else None
+            moment = g * (opt._amplitudes[estimator] ** 2 * NOISES[estimator.noise][1])
         elif site.by_parameter and estimator.per_example_parameters:
-            moment = None if estimator.noise == "uniform" else g
+            moment = g
         elif not opt._is_exact(site, estimator):
             local = truth.locals[site.index]
             g = g if site.reach is None else site.reach.restrict(g)
@@ -141,6 +147,8 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
                     moment = estimator.correct(state, local, moment)
             if moment is not None and site.reach is not None:
                 moment = site.reach.restrict(moment)
+            if moment is not None and estimator.noise == "uniform":
+                moment = moment * NOISES["uniform"][1] + truth.means[0][site.index]
         found[site.index] = moment
     return found
 

@@ -1,7 +1,8 @@
 """Bias, variance and second moment of the estimates, per site (Wang 4.1; Singhal eqs. 14 and 15).
 
 Letters: n example, N examples, J draws, d entries of one example's output at a site, g the true cotangent, g^ its
-estimate, C = E[y y^T] the second moment of the guess (its covariance, where its mean is zero).
+estimate, C = E[y y^T] the second moment of the guess (its covariance, where its mean is zero; ``covariance_norm``
+takes the covariance everywhere).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from guessopt.diagnostics.plots import bars
 from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, rows, unfused, unrows
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.local import NOISES, Local
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def covariance_norm(
     per_site, entries = {}, {}
     generator = torch.Generator().manual_seed(0)
     for name, site, local in truth.estimated():
-        apply = _second_moment(truth, site, local)
+        apply = _covariance(truth, site, local)
         if apply is None:
             continue
         n = local.examples
@@ -206,8 +207,8 @@ def covariance_norm(
     return CovarianceNorm(per_site, entries)
 
 
-def _second_moment(truth: Truth, site: Site, local: Local) -> Callable[[Tensor], Tensor | None] | None:
-    """``v -> E[y y^T] v`` of the site's guess; None where it has no guess of its own."""
+def _covariance(truth: Truth, site: Site, local: Local) -> Callable[[Tensor], Tensor | None] | None:
+    """``v -> C v``, C the covariance of the site's guess; None where it has no guess of its own."""
     opt = truth.opt
     estimator = opt._estimator_of(site)
     if estimator.learns or opt._is_exact(site, estimator):
@@ -217,7 +218,8 @@ def _second_moment(truth: Truth, site: Site, local: Local) -> Callable[[Tensor],
     def apply(v: Tensor) -> Tensor | None:
         v = v if site.reach is None else site.reach.restrict(v)
         moment = estimator.second_moment(state, local, v)
-        return moment if moment is None or site.reach is None else site.reach.restrict(moment)
+        moment = moment if moment is None or site.reach is None else site.reach.restrict(moment)
+        return moment if moment is None or estimator.noise != "uniform" else moment * NOISES["uniform"][1]
 
     return apply
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -117,7 +118,7 @@ class Truth:
     """
 
     def __init__(self, opt: GuessGradOptimizer, closure: Closure) -> None:
-        self.opt = opt
+        self.opt, self.closure = opt, closure
         find_plan(opt, closure)
         with measuring(opt) as transaction:
             run = ReversePass(opt, transaction)
@@ -135,6 +136,20 @@ class Truth:
     @property
     def loss(self) -> Tensor:
         return self.record.loss
+
+    @cached_property
+    def means(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """``D y`` for the mean of the guess in place of the guess: cotangents by site index, and gradients of
+        parameters that are guessed themselves by position. Zero unless the noise is uniform."""
+        opt = self.opt
+        with measuring(opt) as transaction:
+            opt._noise.means = True
+            try:
+                plan, record = opt._forward(self.closure, transaction)
+            finally:
+                opt._noise.means = False
+            total = record.d.sum()
+            return estimated_cotangents(plan.graph, record), {k: total * v for k, v in record.params.items()}
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
         """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``."""

@@ -1,6 +1,7 @@
 """The estimators: one family a file, all on one contract (``base.py``)."""
 
 from guessopt.estimators.activation import ActivationPerturbation
+from guessopt.estimators.auto import Auto
 from guessopt.estimators.base import Estimator, describe, estimator_names, make_estimator, register_estimator
 from guessopt.estimators.directional import DirectionalDescent
 from guessopt.estimators.downstream import Downstream, SelfSharpening
@@ -14,6 +15,7 @@ from guessopt.estimators.transpose import WTranspose
 __all__ = [
     "ActivationMixing",
     "ActivationPerturbation",
+    "Auto",
     "DirectionalDescent",
     "Downstream",
     "Estimator",

@@ -42,8 +42,6 @@ class ActivationPerturbation(Estimator):
         return y if m is None else y * m
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        if self.noise == "uniform":
-            return None
         m = local.derivative() if self.masked and local.is_elementwise else None
         return g if m is None else g * m * m
 

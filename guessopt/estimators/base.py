@@ -55,12 +55,15 @@ class Estimator(ABC):
     #: Undo the bias within the span of the guesses; see ``correct``.
     debias: bool = False
     #: Whether sites whose output far outnumbers their parameters (a norm's scale) have each example's parameters
-    # guessed
-    #: in place of the output: unbiased, and in far fewer dimensions.
+    #: guessed in place of the output: unbiased (uniform noise is centred there), and in far fewer dimensions.
     per_example_parameters: ClassVar[bool] = True
 
     #: Whether ``estimate`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
+
+    def at(self, site: Site) -> Estimator:
+        """The estimator that serves a site: this one, unless it leaves the work to others."""
+        return self
 
     @property
     def unbiased(self) -> bool:
@@ -87,7 +90,9 @@ class Estimator(ABC):
         """The guess ``y``: shape, dtype and device of ``local.s``. ``state`` is what ``prepare`` gave (else None)."""
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        """``E[y y^T] g``, shape of ``g`` (that of ``local.s``); None where there is no closed form."""
+        """``E[y y^T] g``, shape of ``g`` (that of ``local.s``), for noise of mean zero and unit variance; None where
+        there is no closed form. Give one only if the guess is linear in the noise: ``diagnostics.expected_gradient``
+        then finds what the mean of ``noise="uniform"`` adds, by which sites act on each other."""
         return None
 
     def correct(self, state: Any, local: Local, y: Tensor) -> Tensor:
@@ -109,6 +114,10 @@ class Estimator(ABC):
         return conjugate_gradients(
             apply, y, lambda t: layout.spread(layout.sum_examples(t, n), tuple(t.shape)).to(t.dtype)
         )
+
+    def amplitude(self, entries: int) -> float:
+        """Factor on the noise, where parameters are guessed; ``entries``: how many these have in all."""
+        return 1.0
 
     def injects(self, step: int) -> bool:
         """Whether this step needs guesses; a step without runs without tangents (only where ``learns``)."""
@@ -250,4 +259,4 @@ def check_refresh(refresh: int) -> None:
 
 def check_debias(debias: bool, noise: str) -> None:
     if debias and noise == "uniform":
-        raise ValueError("debias: uniform noise has no second moment in closed form; use noise='uniform_centred'")
+        raise ValueError("debias: the mean of uniform noise couples the sites; use noise='uniform_centred'")

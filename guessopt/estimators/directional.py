@@ -36,5 +36,8 @@ class DirectionalDescent(Estimator):
     def unbiased(self) -> bool:
         return not self.scaled and self.noise != "uniform"
 
+    def amplitude(self, entries: int) -> float:
+        return entries**-0.5 if self.scaled else 1.0
+
     def sample(self, state: Any, local: Local) -> Tensor:
         raise TypeError("DirectionalDescent guesses parameters, not a site's cotangent")

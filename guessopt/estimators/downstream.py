@@ -56,8 +56,6 @@ class Downstream(Estimator):
         return local.pull_back_from(way, [local.noise(shape, self.noise) for shape in way.shapes])
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        if self.noise == "uniform":
-            return None
         way = local.onward(self.l)
         return g if way is None else local.pull_back_from(way, local.push_forward_to(way, g))
 
@@ -73,8 +71,8 @@ class SelfSharpening(Downstream):
     """``Downstream`` with uniform noise, U[0, 1), whose mean is not zero, and the exact error at the last site: the
     method that Singhal 4.1 and A.2 call self-sharpening, used there with StableAdamW.
 
-    The exact error can be refused with the optimizer's ``exact_last=False``. No second moment is declared: the guesses
-    of different sites share a mean direction, so ``E g^_i`` depends on the cotangents of all sites.
+    The exact error can be refused with the optimizer's ``exact_last=False``. Since the guesses have means ``mu_i``,
+    each site's estimate depends on all sites' cotangents: ``E g^_i = J_i^T J_i g_i / 12 + mu_i sum_j <mu_j, g_j>``.
 
     >>> SelfSharpening().noise, SelfSharpening.exact_last
     ('uniform', True)

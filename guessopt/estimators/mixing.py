@@ -65,8 +65,6 @@ class ActivationMixing(Estimator):
         return _unrows(each * scale, local.site.layout, tuple(y.shape))
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        if self.noise == "uniform":
-            return None
         if local.site.is_last:
             return g
         if self.normalise:

@@ -115,8 +115,6 @@ class WPerpNS(Estimator):
         return pull_back_noise(local, self._rows(state, local), self.noise)
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        if self.noise == "uniform":
-            return None
         if local.site.is_last or state is None:
             return g
         if self._is_of_examples(local.site):

@@ -95,8 +95,6 @@ class WPerp(Estimator):
         return pull_back_noise(local, self._rows(state, local), self.noise)
 
     def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        if self.noise == "uniform":
-            return None
         if local.site.is_last or state is None:
             return g
         if not self._masks(local.site):

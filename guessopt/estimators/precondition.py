@@ -80,8 +80,6 @@ class WPreconditioned(Estimator):
         return pull_back_noise(local, self._polar(state, local), self.noise)
 
     def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        if self.noise == "uniform":
-            return None
         if local.site.is_last or self._is_complete(local.site):
             return g
         if self._is_of_examples(local.site):

@@ -80,8 +80,6 @@ class WTranspose(Estimator):
         return pull_back_noise(local, rows_of(state, local), self.noise)
 
     def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        if self.noise == "uniform":
-            return None
         return g if local.site.is_last else moment_through(local, rows_of(state, local), g)
 
 

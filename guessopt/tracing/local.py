@@ -157,7 +157,9 @@ def push(run: Callable[[Tensor], tuple[Tensor, ...]], s: Tensor, v: Tensor) -> l
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Noise of a kind; see ``Local.noise``."""
+    """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means."""
+    if source.means:
+        return torch.full(shape, NOISES[kind][0], dtype=dtype, device=device)
     if kind == "normal":
         return source.normal(shape, dtype, device)
     u = source.uniform(shape, dtype, device)
@@ -168,7 +170,13 @@ def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, devic
     return u
 
 
-NOISES = ("normal", "rademacher", "uniform", "uniform_centred")
+#: Kinds of noise: the mean and the variance of an entry.
+NOISES = {"normal": (0.0, 1.0), "rademacher": (0.0, 1.0), "uniform": (0.5, 1 / 12), "uniform_centred": (0.0, 1.0)}
+
+
+def centred(kind: str) -> str:
+    """The same noise with mean zero and unit variance."""
+    return "uniform_centred" if kind == "uniform" else kind
 
 
 def evaluate(calls: tuple[Call, ...], values: dict[int, Tensor]) -> dict[int, Tensor]:
