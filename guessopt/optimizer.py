@@ -28,6 +28,7 @@ from guessopt.engine.planning import (
     unstable,
     warn_of_coupling,
 )
+from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import GuessWarning
 from guessopt.estimators.base import Estimator, describe, estimators_for, plain
 from guessopt.rng import NoiseSource
@@ -49,7 +50,15 @@ class GuessGradOptimizer(Optimizer):
             on the same parameters.
         estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
             that matches decides) to any of these.
-        guesses: independent guesses averaged per step, each a forward pass.
+        guesses: independent guesses per step, averaged. They share one pass, with K tangents in memory at a time.
+        stack_guesses: False takes a pass for each guess in turn, with the memory of one. None, the default, does so
+            only where guesses cannot share: another engine than ``"fast"``, estimators that learn, a network that writes
+            into memory which other tensors share, a GPU out of memory. True raises in place of that. The
+            guesses are the same either way.
+        orthogonal: in place of the mean, take the cotangent's projection on the span of the guesses, times
+            ``c = mean_k |y_k|^2 / K``: ``g^ = c Y (Y^T Y)^{-1} D`` with ``Y`` an example's K guesses at all sites. Equal to
+            the mean where these are orthogonal and of one length, and unbiased where they are isotropic; never noisier
+            from guesses that overlap. Guesses in turn are then all kept.
         exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
         memory: ``"store"`` keeps every site's input until the directional derivatives are known.
         engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
@@ -84,6 +93,8 @@ class GuessGradOptimizer(Optimizer):
         estimator: Any = "w_perp",
         *,
         guesses: int = 1,
+        stack_guesses: bool | None = None,
+        orthogonal: bool = False,
         exact_last: bool | None = None,
         memory: str = "store",
         engine: str = "fast",
@@ -96,12 +107,17 @@ class GuessGradOptimizer(Optimizer):
             raise ValueError(
                 f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}"
             )
+        if stack_guesses not in (None, True, False):
+            raise ValueError(f"stack_guesses: {stack_guesses!r} is not one of None, True, False")
+        if orthogonal and guesses < 2:
+            raise ValueError(f"orthogonal: takes at least 2 guesses to project on, got guesses={guesses}")
         if memory != "store":
             raise ValueError(f"memory: {memory!r} is not one of store")
         if batch_norm not in ("exact", "frozen_statistics"):
             raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
         self._level = partial(make_level, engine, frozen_statistics=batch_norm == "frozen_statistics")
         self._level()
+        self.stack_guesses, self.orthogonal = stack_guesses, bool(orthogonal)
         self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
         self.batch_norm = batch_norm
         self.check_finite = check_finite
@@ -172,13 +188,14 @@ class GuessGradOptimizer(Optimizer):
         self._noise.follow()
         transaction = transaction or Transaction(self._devices)
         try:
-            loss, gradients = self._guess_once(closure, transaction)
-            for _ in range(self.guesses - 1):
+            loss, gradients, guesses = self._guess_once(closure, transaction)
+            passes = self.guesses // guesses
+            for self._noise.lane in range(1, passes):
                 transaction.rewind()
-                _, more = self._guess_once(closure, transaction)
+                more = self._guess_once(closure, transaction)[1]
                 gradients = {k: gradients[k] + more[k] if k in gradients else more[k] for k in {**gradients, **more}}
-            if self.guesses > 1:
-                gradients = {position: g / self.guesses for position, g in gradients.items()}
+            if passes > 1:
+                gradients = {position: g / passes for position, g in gradients.items()}
             self._steps += 1
             return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
         except BaseException:
@@ -189,22 +206,51 @@ class GuessGradOptimizer(Optimizer):
             for p, grad in zip(self._params, grads, strict=True):
                 p.grad = grad
             raise
+        finally:
+            self._noise.lane = 0
 
-    def _guess_once(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
-        plan, record = self._forward(closure, transaction)
+    def _guess_once(
+        self, closure: Callable[[], Any], transaction: Transaction
+    ) -> tuple[Tensor, dict[int, Tensor], int]:
+        """An estimate, and how many guesses have gone into it: all, or where they go in turn one."""
+        plan, record = self._forward(closure, transaction, self.guesses)
+        if self.orthogonal and record.d.dim() == 1:
+            record = self._in_turn(plan, record, closure, transaction)
         if self.check_finite:
             check_finite(record.loss, record.d)
-        cotangents = estimated_cotangents(plan.graph, record, self._formed(plan, record))
-        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids)
+        guesses = len(record.d) if record.d.dim() == 2 else 1
+        if guesses > 1:
+            weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
+            record, formed = combined(record, plan.graph, weights)
+        else:
+            formed = self._formed(plan, record)
+        cotangents = estimated_cotangents(plan.graph, record, formed)
+        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids), guesses
 
-    def _forward(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, ForwardRecord]:
-        """One pass, by the plan that the closure keeps to; by a new one if it keeps to none."""
+    def _in_turn(
+        self, plan: Plan, first: ForwardRecord, closure: Callable[[], Any], transaction: Transaction
+    ) -> ForwardRecord:
+        """The other guesses by passes of their own; all as if they had shared one."""
+        records = [first]
+        for self._noise.lane in range(1, self.guesses):
+            transaction.rewind()
+            try:
+                records.append(self._pass(plan, closure, transaction))
+            except Departure:
+                raise unstable() from None
+        return stack(records)
+
+    def _forward(
+        self, closure: Callable[[], Any], transaction: Transaction, guesses: int = 1
+    ) -> tuple[Plan, ForwardRecord]:
+        """One pass, by the plan that the closure keeps to; by a new one if it keeps to none. It carries all guesses if
+        they can share it, else one."""
         for plan in list(self._plans):
             noise = self._noise.snapshot()
             try:
                 if is_due_for_probe(plan):
                     reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
-                return plan, self._pass(plan, closure, transaction)
+                return plan, self._shared_pass(plan, closure, transaction, guesses)
             except Departure:
                 transaction.rewind()
                 self._noise.restore(noise)
@@ -214,15 +260,66 @@ class GuessGradOptimizer(Optimizer):
         self._check_plan(plan)
         self._plans.insert(0, plan)
         try:
-            return plan, self._pass(plan, closure, transaction)
+            return plan, self._shared_pass(plan, closure, transaction, guesses)
         except Departure:
             self._plans.remove(plan)
             raise unstable() from None
 
-    def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
+    def _shared_pass(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int
+    ) -> ForwardRecord:
+        """A pass with all guesses if it can be, else with one; what a failed attempt has changed is put back."""
+        if guesses == 1 or not self._stacks(plan):
+            return self._pass(plan, closure, transaction)
+        noise, cached = self._noise.snapshot(), self._cache.copy()
+        try:
+            record = self._pass(plan, closure, transaction, guesses)
+            plan.stacks = True
+            return record
+        except Exception as error:
+            if self.stack_guesses or (plan.stacks and not isinstance(error, torch.OutOfMemoryError)):
+                raise
+            why = f"{type(error).__name__}: {error}"
+        transaction.rewind()
+        self._noise.restore(noise)
+        self._cache.restore(cached)
+        record = self._pass(plan, closure, transaction)  # raises too where the closure is at fault
+        plan.stacks = False
+        self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why.splitlines()[0]}")
+        return record
+
+    def _stacks(self, plan: Plan) -> bool:
+        """Whether guesses may share a pass, as far as is known.
+
+        Raises:
+            ValueError: they cannot, and ``stack_guesses=True``."""
+        if self.stack_guesses is False:
+            return False
+        if plan.stacks is None or (self.stack_guesses and not plan.stacks):
+            shared = ", ".join(dict.fromkeys(plan.graph.shared_writes))
+            reasons = {
+                f"engine={self.engine!r} carries one tangent": self.engine != "fast",
+                "an estimator learns from one guess at a time": any(e.learns for e in self._estimators),
+                f"the network writes into memory that other tensors share ({shared})": bool(shared),
+            }
+            why = next((reason for reason, holds in reasons.items() if holds), None)
+            if why is not None and self.stack_guesses:
+                raise ValueError(f"stack_guesses: guesses cannot share a pass here: {why}; leave it at None")
+            if why is not None:
+                plan.stacks = False
+                if shared:
+                    self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why}")
+        return plan.stacks is not False
+
+    def _pass(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int = 1
+    ) -> ForwardRecord:
         locals: dict[int, Local] = {}
-        guess = partial(self._guess, self._guesses_of(plan), locals)
-        run = Pass(self._ids, plan.graph, self._level(), guess, self._directions(), transaction.saved)
+        level = self._level()
+        if guesses > 1:
+            level = StackedLevel(guesses, plan.ways, frozen_statistics=level.frozen_statistics)
+        guess = partial(self._guess, self._guesses_of(plan), locals, guesses)
+        run = Pass(self._ids, plan.graph, level, guess, self._directions(guesses), transaction.saved)
         record = run.execute(closure, self._by_position)
         record.locals = locals
         if plan.loss is not None:
@@ -239,6 +336,7 @@ class GuessGradOptimizer(Optimizer):
         self,
         guesses: dict[int, tuple[Estimator, str, str]],
         locals: dict[int, Local],
+        count: int,
         site: Site,
         s: Tensor,
         values: dict[int, Tensor],
@@ -246,25 +344,29 @@ class GuessGradOptimizer(Optimizer):
         """The guess ``y`` for a site; None where it needs none; directions for its parameters where
         these are few; with the
         correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that learns
-        will need."""
+        will need. ``count``: guesses; more than one are stacked in front."""
         found = guesses.get(site.index)
         if found is None:
             return None
         estimator, key, learned = found
-        local = Local(site, s, values, self._noise)
+        local = Local(site, s, values, self._noise, several=count > 1)
         if estimator.learns:
             locals[site.index] = local = _lasting(local, values, self._noise)
             if not estimator.injects(self._steps):
                 return None
+        lanes = self._noise.lanes
         if site.by_parameter and estimator.per_example_parameters:
-            return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
+            drawn = [[local.noise(shape, estimator.noise) for shape in site.direction_shapes] for _ in lanes(count)]
+            return [_stacked(list(each)) for each in zip(*drawn, strict=True)]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
-            y = estimator.sample(state, local)
-            y = y if site.reach is None else site.reach.restrict(y)
-            return (y, estimator.correct(state, local, y)) if estimator.debias else y
+            ys = [estimator.sample(state, local) for _ in lanes(count)]
+            ys = ys if site.reach is None else [site.reach.restrict(y) for y in ys]
+            if not estimator.debias:
+                return _stacked(ys)
+            return _stacked(ys), _stacked([estimator.correct(state, local, y) for y in ys])
 
     def _formed(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
         """The cotangents that estimators form themselves; what they learn here serves from the next pass on."""
@@ -323,14 +425,14 @@ class GuessGradOptimizer(Optimizer):
         wanted = estimator.exact_last if self.exact_last is None else self.exact_last
         return wanted and site.cut is not None
 
-    def _directions(self) -> dict[int, Tensor]:
+    def _directions(self, count: int) -> dict[int, Tensor]:
         """Guesses for the parameters whose estimator works on these."""
         found: dict[int, Tensor] = {}
         for position, p in self._by_position.items():
-            estimator = self._estimators[position]
-            if estimator.space == "parameters":
-                v = draw(self._noise, estimator.noise, tuple(p.shape), p.dtype, p.device)
-                found[position] = v
+            noise = self._estimators[position].noise
+            if self._estimators[position].space == "parameters":
+                vs = [draw(self._noise, noise, tuple(p.shape), p.dtype, p.device) for _ in self._noise.lanes(count)]
+                found[position] = _stacked(vs)
         return found
 
     def _update(self) -> None:
@@ -508,6 +610,11 @@ def _users_frame() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _stacked(guesses: list[Tensor]) -> Tensor:
+    """One as it is, several with K in front."""
+    return torch.stack(guesses) if len(guesses) > 1 else guesses[0]
 
 
 def _lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:
