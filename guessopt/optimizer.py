@@ -32,7 +32,7 @@ from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projec
 from guessopt.errors import GuessWarning
 from guessopt.estimators.base import Estimator, describe, estimators_for, plain
 from guessopt.rng import NoiseSource
-from guessopt.sites import ForwardRecord, Site, SiteGraph
+from guessopt.sites import ForwardRecord, Site, SiteGraph, numel
 from guessopt.tracing.local import Local, draw
 
 #: Plans kept: one per branch taken and shape met.
@@ -50,15 +50,16 @@ class GuessGradOptimizer(Optimizer):
             on the same parameters.
         estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
             that matches decides) to any of these.
-        guesses: independent guesses per step, averaged. They share one pass, with K tangents in memory at a time.
+        guesses: K independent guesses per step, averaged. They share one pass: the primal is computed once, and K
+            tangents are in memory at a time.
         stack_guesses: False takes a pass for each guess in turn, with the memory of one. None, the default, does so
-            only where guesses cannot share: another engine than ``"fast"``, estimators that learn, a network that writes
-            into memory which other tensors share, a GPU out of memory. True raises in place of that. The
+            only where guesses cannot share: another engine than ``"fast"``, estimators that learn, a network that
+            writes into memory which other tensors share, a GPU out of memory. True raises in place of that. The
             guesses are the same either way.
         orthogonal: in place of the mean, take the cotangent's projection on the span of the guesses, times
-            ``c = mean_k |y_k|^2 / K``: ``g^ = c Y (Y^T Y)^{-1} D`` with ``Y`` an example's K guesses at all sites. Equal to
-            the mean where these are orthogonal and of one length, and unbiased where they are isotropic; never noisier
-            from guesses that overlap. Guesses in turn are then all kept.
+            ``c = mean_k |y_k|^2 / K``: ``g^ = c Y (Y^T Y)^{-1} D``, with ``Y`` an example's K guesses at all sites.
+            Equal to the mean where these are orthogonal and of one length, and unbiased where they are isotropic and
+            normal; what guesses have in common is not counted twice. Guesses in turn are then all kept.
         exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
         memory: ``"store"`` keeps every site's input until the directional derivatives are known.
         engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
@@ -71,7 +72,8 @@ class GuessGradOptimizer(Optimizer):
             derivative per example, far less noise, and a bias (what examples do to each other is left out).
 
     Raises:
-        ValueError, TypeError: bad arguments, by name.
+        ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
+            guesses cannot share a pass, and for ``orthogonal`` with estimators that learn or undo their bias.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
 
@@ -190,7 +192,8 @@ class GuessGradOptimizer(Optimizer):
         try:
             loss, gradients, guesses = self._guess_once(closure, transaction)
             passes = self.guesses // guesses
-            for self._noise.lane in range(1, passes):
+            for lane in range(1, passes):
+                self._noise.lane = lane
                 transaction.rewind()
                 more = self._guess_once(closure, transaction)[1]
                 gradients = {k: gradients[k] + more[k] if k in gradients else more[k] for k in {**gradients, **more}}
@@ -232,7 +235,8 @@ class GuessGradOptimizer(Optimizer):
     ) -> ForwardRecord:
         """The other guesses by passes of their own; all as if they had shared one."""
         records = [first]
-        for self._noise.lane in range(1, self.guesses):
+        for lane in range(1, self.guesses):
+            self._noise.lane = lane
             transaction.rewind()
             try:
                 records.append(self._pass(plan, closure, transaction))
@@ -580,6 +584,8 @@ class GuessGradOptimizer(Optimizer):
                         f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
                     )
         warn_of_coupling(plan, self._warn)
+        if self.orthogonal:
+            self._check_orthogonal(plan)
         if self.batch_norm == "frozen_statistics" and plan.normalises_batch:
             self._warn(
                 "batch_norm='frozen_statistics': batch statistics are taken for constants; the estimate leaves out "
@@ -597,6 +603,24 @@ class GuessGradOptimizer(Optimizer):
         if unread:
             few = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
             self._warn(f"the loss does not depend on {few}: no gradient will be estimated for them")
+
+    def _check_orthogonal(self, plan: Plan) -> None:
+        for estimator in self._estimators:
+            if estimator.learns or estimator.debias:
+                how = (
+                    "forms the estimate itself" if estimator.learns else "undoes its bias guess by guess (debias=True)"
+                )
+                raise ValueError(f"orthogonal: not with {estimator.name}, which {how}; leave out one of the two")
+        guessed = [plan.graph.sites[index] for index in self._guesses_of(plan)]
+        entries = sum(
+            sum(map(numel, site.direction_shapes)) if site.by_parameter else numel(site.shape) for site in guessed
+        )
+        entries += sum(p.numel() for k, p in self._by_position.items() if self._estimators[k].space == "parameters")
+        if self.guesses * plan.graph.batch > entries:
+            self._warn(
+                f"orthogonal: {self.guesses} guesses in {entries // plan.graph.batch} dimensions per example depend on "
+                "each other: the estimate is the projection on all that they span; fewer guesses give the same"
+            )
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

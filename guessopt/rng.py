@@ -80,8 +80,9 @@ def draws(fn: Callable[..., Any]) -> bool:
 class NoiseSource:
     """The stream that guesses are drawn from: separate from the closure's, so that dropout sees what it always saw.
 
-    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``lane`` (0) picks one of
-    any number of independent streams: one for each of a step's guesses, which are so the same in one pass as in several.
+    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``lane`` (0) picks one
+    of any number of independent streams: one for each of a step's guesses, which are so the same in one pass as in
+    several.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
     >>> a.follow(); b.follow()
@@ -108,7 +109,7 @@ class NoiseSource:
         """The stream on a device."""
         found = self._generators.get((device, self.lane))
         if found is None:
-            # Odd constants keep the stream apart from the closure's own, which starts at the seed itself, and lanes too.
+            # Odd constants keep lanes apart, and the first from the closure's own, which starts at the seed itself.
             seed = (self._stream ^ 0x9E3779B97F4A7C15) + self.lane * 0xD1342543DE82EF95
             found = torch.Generator(device=device).manual_seed(seed & (2**63 - 1))
             self._generators[device, self.lane] = found
@@ -121,8 +122,9 @@ class NoiseSource:
             return
         before = self.lane
         try:
-            for self.lane in range(count):
-                yield self.lane
+            for lane in range(count):
+                self.lane = lane
+                yield lane
         finally:
             self.lane = before
 

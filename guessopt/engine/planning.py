@@ -21,8 +21,8 @@ from guessopt.tracing.tape import Tape
 
 @dataclass
 class Plan:
-    """A graph in use. ``loss``: of the trace, until a pass has confirmed it; ``uses``: passes so far; ``stacks``: whether
-    K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``."""
+    """A graph in use. ``loss``: of the trace, until a pass has confirmed it; ``uses``: passes so far; ``stacks``:
+    whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``."""
 
     graph: SiteGraph
     analysis: Analysis | None

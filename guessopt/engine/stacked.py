@@ -66,12 +66,12 @@ class StackedLevel(FastLevel):
         self._table: dict[int, tuple[ref[Tensor], Tensor]] = {}
 
     def run(self, body: Callable[[], T]) -> T:
-        slow = functorch._is_vmap_fallback_enabled()
-        functorch._set_vmap_fallback_enabled(False)  # it would go K times too, and warn
+        slow = functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
+        functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]  # goes K times as well, and warns
         try:
             return body()
         finally:
-            functorch._set_vmap_fallback_enabled(slow)
+            functorch._set_vmap_fallback_enabled(slow)  # type: ignore[attr-defined]
             self._table.clear()
             self._fresh = None
 
@@ -138,9 +138,9 @@ class StackedLevel(FastLevel):
             return out
         target = args[0]
         if not flagged:
-            tangent = moving.get(id(target))
+            old = moving.get(id(target))
             args = (target.clone(), *args[1:])
-            moving[id(args[0])] = target.new_zeros(self.count, *target.shape) if tangent is None else tangent.clone()
+            moving[id(args[0])] = target.new_zeros(self.count, *target.shape) if old is None else old.clone()
         out, ((value, tangent), *_) = self._differentiate(fn, args, kwargs, moving, writes)
         target.copy_(value)
         self._attach(target, tangent)
@@ -416,7 +416,7 @@ def _directions(visit: Visit) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Weights:
-    """What guesses are multiplied by: ``examples`` ``[K, N]``; ``batch`` ``[K]`` where examples cannot be told apart."""
+    """What guesses are multiplied by: ``examples`` ``[K, N]``; ``batch`` ``[K]`` where these cannot be told apart."""
 
     examples: Tensor
     batch: Tensor
@@ -470,8 +470,8 @@ def projection_weights(record: ForwardRecord, graph: SiteGraph) -> Weights:
 
 
 def _projected(gram: Tensor, d: Tensor) -> Tensor:
-    """``c G^{-1} d``; ``gram`` ``[*, K, K]``, ``d`` ``[*, K]``. A ridge far below any real eigenvalue keeps guesses that
-    depend on each other, or vanish, finite."""
+    """``c G^{-1} d``; ``gram`` ``[*, K, K]``, ``d`` ``[*, K]``. A ridge far below any real eigenvalue makes it the
+    pseudo-inverse where guesses depend on each other or vanish."""
     count = gram.shape[-1]
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     ridge = 10 * torch.finfo(gram.dtype).eps * mean + torch.finfo(gram.dtype).tiny
@@ -507,6 +507,6 @@ def combined(record: ForwardRecord, graph: SiteGraph, weights: Weights) -> tuple
 
 
 def _contracted(v: Tensor, weights: Weights) -> Tensor:
-    """``sum_k sum_n w_k[n] v_k[n]``, as one direction ``[1, *shape]``; ``v`` ``[K, N, *shape]`` or ``[K, 1, *shape]``."""
+    """``sum_k sum_n w_k[n] v_k[n]``, as one direction ``[1, *shape]``; ``v`` ``[K, N, *shape]``, N maybe 1."""
     w = weights.examples if v.shape[1] == weights.examples.shape[1] else weights.batch[:, None].expand(v.shape[:2])
     return torch.tensordot(w.to(v.dtype), v, 2)[None]

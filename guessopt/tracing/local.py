@@ -35,7 +35,7 @@ class Local:
         self.site, self.s, self._values, self._source = site, s, values, source
         self._m: tuple[Tensor | None] | None = None
         self._several = several
-        self._runs: dict[Onward | None, tuple[Tensor, Any]] = {}
+        self._runs: dict[tuple[int, ...], tuple[Tensor, Any]] = {}
 
     def noise(self, shape: Shape, kind: str = "normal") -> Tensor:
         """Independent entries: ``"normal"``, ``"rademacher"``, ``"uniform_centred"`` (all of unit variance) or
@@ -83,17 +83,17 @@ class Local:
         if self.is_elementwise:
             once = self._m is None and not self._several
             return pull_back(self._path(), self.s, u) if once else self._masked(u)
-        return self._pulled(None, self._segment(), u)
+        return self._pulled((), self._segment(), u)
 
-    def _pulled(self, way: Onward | None, run: Callable[[Tensor], Any], u: Any) -> Tensor:
+    def _pulled(self, goals: tuple[int, ...], run: Callable[[Tensor], Any], u: Any) -> Tensor:
         """``J^T u``; where several guesses are made, what lies on the way is run once for all."""
         with torch.enable_grad():
-            found = self._runs.get(way)
+            found = self._runs.get(goals)
             if found is None:
                 s = self.s.detach().requires_grad_()
                 found = s, run(s)
                 if self._several:
-                    self._runs[way] = found
+                    self._runs[goals] = found
             return torch.autograd.grad(found[1], found[0], u, retain_graph=self._several)[0]
 
     def push_forward(self, v: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Local:
 
     def pull_back_from(self, way: Onward, us: list[Tensor]) -> Tensor:
         """``J^T u``: from the way's goals back to ``s``."""
-        return self._pulled(way, self._onward(way), us)
+        return self._pulled(way.goals, self._onward(way), us)
 
     def push_forward_to(self, way: Onward, v: Tensor) -> list[Tensor]:
         """``J v``: from ``s`` to the way's goals."""
