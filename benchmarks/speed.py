@@ -319,7 +319,7 @@ GUESS_PROBLEMS = {
 
 
 def guess_cost(problem: Problem, estimator: Any, guesses: int, rounds: int) -> GuessCost:
-    """See ``GuessCost``. Rounds go through the kinds of step in turn; CPU time, which other programs do not lengthen."""
+    """See ``GuessCost``. Rounds go through the kinds of step in turn, by CPU time, whatever else runs."""
     gradients: list[float] = []
 
     def stepper(**options: Any) -> tuple[GuessGradOptimizer, Step]:
@@ -364,7 +364,7 @@ def guess_cost(problem: Problem, estimator: Any, guesses: int, rounds: int) -> G
 def run_guesses(args: argparse.Namespace, out: Path) -> None:
     """``GuessCost`` of each problem and estimator: a table, and ``guesses.json``."""
     found: dict[str, dict[str, GuessCost]] = {}
-    estimators = {method: make() for method, make in ESTIMATORS.items() if not make().learns}
+    estimators = {name: make() for name, make in ESTIMATORS.items() if not make().learns}
     for name, entry in GUESS_PROBLEMS.items():
         torch.manual_seed(0)
         problem = entry.make(entry.quick if args.quick else entry.batch)

@@ -422,15 +422,14 @@ class Weights:
     batch: Tensor
 
     def sum(self, layout: Layout, y: Tensor) -> Tensor:
-        """``sum_k w_k y_k``: of a site's guesses ``[K, *shape]``, one estimate of its shape."""
-        count, rows = y.shape[0], y.shape[1] if y.dim() > 1 else 1
-        if layout is Layout.COUPLED or self.examples.shape[1] == 1:
-            return torch.tensordot(self.batch.to(y.dtype), y, 1)
-        w = self.examples.to(y.dtype)
-        if layout in (Layout.BATCH_FIRST, Layout.FLAT):
-            return torch.einsum("kn,knd->nd", w, y.reshape(count, w.shape[1], -1)).reshape(y.shape[1:])
-        inner = y.reshape(count, -1, w.shape[1], y.shape[1:].numel() // rows) if layout is Layout.FLAT_T else y
-        return torch.einsum("kn,ktn...->tn...", w, inner).reshape(y.shape[1:])
+        """``sum_k w_k y_k``: of a site's guesses ``[K, *shape]``, one estimate of its shape. Takes their memory."""
+        shape = tuple(y.shape[1:])
+        coupled = layout is Layout.COUPLED
+        ws = [self.batch[k] if coupled else layout.spread(self.examples[k], shape) for k in range(y.shape[0])]
+        found = y[0].mul_(ws[0].to(y.dtype))
+        for part, w in zip(y[1:], ws[1:], strict=True):
+            found.addcmul_(part, w.to(y.dtype))
+        return found
 
 
 def mean_weights(record: ForwardRecord) -> Weights:
