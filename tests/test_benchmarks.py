@@ -105,6 +105,7 @@ def test_speed(tmp_path: Path) -> None:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_the_cost_of_guesses(tmp_path: Path) -> None:
     main(["speed", "--quick", "--guesses", "4", "--out", str(tmp_path)])
     content = json.loads((tmp_path / "guesses.json").read_text())
