@@ -1,4 +1,7 @@
-"""Step time over a backprop step and over a checkpointed one, and where a W-perp step's time goes."""
+"""Step time over a backprop step and over a checkpointed one, and where a W-perp step's time goes.
+
+With ``--guesses K`` instead: what K guesses in one pass cost, as a multiple of what one costs (``GuessCost``).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from statistics import mean, median
+from time import process_time
 from typing import Any
 from unittest import mock
 
@@ -29,6 +33,7 @@ from benchmarks.training import ESTIMATORS, LABELS
 from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, optimizer
 from guessopt.engine import levels
 from guessopt.engine.forward import Pass
+from guessopt.engine.gradients import parameter_gradients
 from guessopt.tracing import local
 
 
@@ -284,6 +289,105 @@ def typical(laps: list[dict[str, float]], phase: str) -> float:
     return average([lap.get(phase, 0.0) for lap in laps])
 
 
+# --- several guesses --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GuessCost:
+    """CPU seconds (medians of interleaved rounds), and two ratios of the part of a step that guesses make.
+
+    ``ratio``: of a step's time without the plain forward and the parameter gradients, which guesses share, K guesses
+    over one. ``tangents``: the same without the base's update too. ``over_in_turn``: a step with K guesses in one pass
+    over one with a pass for each.
+    """
+
+    ratio: float
+    tangents: float
+    over_in_turn: float
+    seconds: dict[str, float]
+
+
+GUESS_PROBLEMS = {
+    "mlp6x1024": PROBLEMS["mlp6x1024"],
+    "mlp3x128": Entry(
+        "MNIST-1D MLP 3x128",
+        lambda n: Problem(relu_mlp(128, 3), torch.randn(n, 40), torch.randint(10, (n,))),
+        batch=512,
+        quick=64,
+    ),
+}
+
+
+def guess_cost(problem: Problem, estimator: Any, guesses: int, rounds: int) -> GuessCost:
+    """See ``GuessCost``. Rounds go through the kinds of step in turn, by CPU time, whatever else runs."""
+    gradients: list[float] = []
+
+    def stepper(**options: Any) -> tuple[GuessGradOptimizer, Step]:
+        own = problem.copy()
+        guesser = GuessGradOptimizer(own.model.parameters(), torch.optim.AdamW, estimator, lr=LR, **options)
+        return guesser, warm(lambda: guesser.step(own.loss))
+
+    def timed(*args: Any) -> Any:
+        start = process_time()
+        found = parameter_gradients(*args)
+        gradients.append(process_time() - start)
+        return found
+
+    one, one_step = stepper()
+    kinds: dict[str, Step] = {
+        "forward": warm(torch.no_grad()(problem.loss)),
+        "one": one_step,
+        "shared": stepper(guesses=guesses, stack_guesses=True)[1],
+        "in turn": stepper(guesses=guesses, stack_guesses=False)[1],
+        "update": one._update,
+    }
+    times: dict[str, list[float]] = {name: [] for name in (*kinds, "gradients")}
+    with mock.patch.object(optimizer, "parameter_gradients", timed):
+        for _ in range(rounds):
+            for name, step in kinds.items():
+                gradients.clear()
+                start = process_time()
+                step()
+                times[name].append(process_time() - start)
+                if name == "one":
+                    times["gradients"].append(sum(gradients))
+    t = {name: median(each) for name, each in times.items()}
+    shared = t["forward"] + t["gradients"]
+    return GuessCost(
+        ratio=(t["shared"] - shared) / (t["one"] - shared),
+        tangents=(t["shared"] - shared - t["update"]) / (t["one"] - shared - t["update"]),
+        over_in_turn=t["shared"] / t["in turn"],
+        seconds=t,
+    )
+
+
+def run_guesses(args: argparse.Namespace, out: Path) -> None:
+    """``GuessCost`` of each problem and estimator: a table, and ``guesses.json``."""
+    found: dict[str, dict[str, GuessCost]] = {}
+    estimators = {name: make() for name, make in ESTIMATORS.items() if not make().learns}
+    for name, entry in GUESS_PROBLEMS.items():
+        torch.manual_seed(0)
+        problem = entry.make(entry.quick if args.quick else entry.batch)
+        rounds = args.rounds or (3 if args.quick else 15)
+        found[name] = {method: guess_cost(problem, e, args.guesses, rounds) for method, e in estimators.items()}
+    figures = {name: {method: asdict(cost) for method, cost in costs.items()} for name, costs in found.items()}
+    write_json(out / "guesses.json", args, seeds=[0], settings={"guesses": args.guesses}, figures=figures)
+    print_table(
+        f"What {args.guesses} guesses in one pass cost, in units of one guess",
+        ["problem, method", "guess part", "without update", "step over in turn"],
+        [
+            [
+                f"{GUESS_PROBLEMS[name].title}, {LABELS.get(method, method)}",
+                f"{cost.ratio:.2f}",
+                f"{cost.tangents:.2f}",
+                f"{cost.over_in_turn:.2f}",
+            ]
+            for name, costs in found.items()
+            for method, cost in costs.items()
+        ],
+    )
+
+
 # --- the experiment ---------------------------------------------------------------------------------------------------
 
 
@@ -307,9 +411,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="consecutive steps with two refreshes among them (default: 100)")
     parser.add_argument("--engine", default=DEFAULT_ENGINE, help="of the consecutive steps (default: the optimizer's)")
     parser.add_argument("--reference", action="store_true", help="the engine torch.func.jvp as well")
+    parser.add_argument("--guesses", type=int, metavar="K", help="measure only what K guesses in one pass cost (CPU)")
 
 
 def run(args: argparse.Namespace) -> None:
+    out = args.out or (SCRATCH if args.quick else COMMITTED)
+    if args.guesses:
+        before = torch.get_num_threads()
+        torch.set_num_threads(args.threads)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", GuessWarning)
+                run_guesses(args, out)
+        finally:
+            torch.set_num_threads(before)
+        return
     engines = [name for name in levels._LEVELS if name != "func" or args.reference]
     settings = Settings(
         quick=args.quick,
@@ -319,7 +435,6 @@ def run(args: argparse.Namespace) -> None:
         engine=args.engine,
         methods={f"{method}, {engine}": (method, engine) for engine in engines for method in ESTIMATORS},
     )
-    out = args.out or (SCRATCH if args.quick else COMMITTED)
     path, before = out / "speed.json", torch.get_num_threads()
     rows: dict[str, Row] = {}
     torch.set_num_threads(args.threads)

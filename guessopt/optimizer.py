@@ -30,10 +30,11 @@ from guessopt.engine.planning import (
     warn_of_coupling,
 )
 from guessopt.engine.replay import Deliver, Journal, Replay
+from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, describe, estimators_for, plain
 from guessopt.rng import NoiseSource
-from guessopt.sites import ForwardRecord, Site, SiteGraph
+from guessopt.sites import ForwardRecord, Site, SiteGraph, numel
 from guessopt.tracing.local import Local, centred, draw
 
 #: What a step keeps: see ``GuessGradOptimizer``.
@@ -54,7 +55,16 @@ class GuessGradOptimizer(Optimizer):
             on the same parameters.
         estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
             that matches decides) to any of these.
-        guesses: independent guesses averaged per step, each a forward pass.
+        guesses: K independent guesses per step, averaged. They share one pass: the primal is computed once, and K
+            tangents are in memory at a time.
+        stack_guesses: False takes a pass for each guess in turn, with the memory of one. None, the default, does so
+            only where guesses cannot share: another engine than ``"fast"``, estimators that learn, a network that
+            writes into memory which other tensors share, a GPU out of memory. True raises in place of that. The
+            guesses are the same either way.
+        orthogonal: in place of the mean, take the cotangent's projection on the span of the guesses, times
+            ``c = mean_k |y_k|^2 / K``: ``g^ = c Y (Y^T Y)^{-1} D``, with ``Y`` an example's K guesses at all sites.
+            Equal to the mean where these are orthogonal and of one length, and unbiased where they are isotropic and
+            normal; what guesses have in common is not counted twice. Guesses in turn are then all kept.
         exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
         memory: ``"store"``: one pass, which keeps every site's input and guess until the directional derivatives are
             known. ``"replay"``: two passes; the first keeps nothing, the second makes inputs and guesses again, as the
@@ -72,7 +82,8 @@ class GuessGradOptimizer(Optimizer):
             derivative per example, far less noise, and a bias (what examples do to each other is left out).
 
     Raises:
-        ValueError, TypeError: bad arguments, by name.
+        ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
+            guesses cannot share a pass, and for ``orthogonal`` with estimators that learn or undo their bias.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
 
@@ -94,6 +105,8 @@ class GuessGradOptimizer(Optimizer):
         estimator: Any = "w_perp",
         *,
         guesses: int = 1,
+        stack_guesses: bool | None = None,
+        orthogonal: bool = False,
         exact_last: bool | None = None,
         memory: str = "store",
         engine: str = "fast",
@@ -108,10 +121,19 @@ class GuessGradOptimizer(Optimizer):
             )
         if memory not in MODES:
             raise ValueError(f"memory: {memory!r} is not one of {', '.join(MODES)}")
+        if stack_guesses not in (None, True, False):
+            raise ValueError(f"stack_guesses: {stack_guesses!r} is not one of None, True, False")
+        if orthogonal and guesses < 2:
+            raise ValueError(f"orthogonal: takes at least 2 guesses to project on, got guesses={guesses}")
+        if orthogonal and memory != "store":
+            raise ValueError(
+                f"orthogonal: takes all guesses at once, which memory={memory!r} does not keep; use 'store'"
+            )
         if batch_norm not in ("exact", "frozen_statistics"):
             raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
         self._level = partial(make_level, engine, frozen_statistics=batch_norm == "frozen_statistics")
         self._level()
+        self.stack_guesses, self.orthogonal = stack_guesses, bool(orthogonal)
         self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
         self.batch_norm = batch_norm
         self.check_finite = check_finite
@@ -180,15 +202,15 @@ class GuessGradOptimizer(Optimizer):
         """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients."""
         with self._atomic(closure, transaction) as transaction:
             if self.memory == "store":
-                loss, gradients = self._guess_once(closure, transaction)
-                for _ in range(self.guesses - 1):
+                loss, gradients, guesses = self._guess_once(closure, transaction)
+                passes = self.guesses // guesses
+                for lane in range(1, passes):
+                    self._noise.lane = lane
                     transaction.rewind()
-                    _, more = self._guess_once(closure, transaction)
-                    gradients = {
-                        k: gradients[k] + more[k] if k in gradients else more[k] for k in {**gradients, **more}
-                    }
-                if self.guesses > 1:
-                    gradients = {position: g / self.guesses for position, g in gradients.items()}
+                    for k, g in self._guess_once(closure, transaction)[1].items():
+                        gradients[k] = gradients[k] + g if k in gradients else g
+                if passes > 1:
+                    gradients = {position: g / passes for position, g in gradients.items()}
             else:
                 plan, records = self._derivatives(closure, transaction)
                 loss, gradients = records[0].loss, self._replay(plan, records, closure, transaction)
@@ -218,23 +240,37 @@ class GuessGradOptimizer(Optimizer):
             for p, grad in zip(self._params, grads, strict=True):
                 p.grad = grad
             raise
+        finally:
+            self._noise.lane = 0
 
-    def _guess_once(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
-        plan, record = self._forward(closure, transaction)
+    def _guess_once(
+        self, closure: Callable[[], Any], transaction: Transaction
+    ) -> tuple[Tensor, dict[int, Tensor], int]:
+        """An estimate, and how many guesses have gone into it: all, or where they go in turn one."""
+        plan, record = self._forward(closure, transaction, self.guesses)
+        if self.orthogonal and record.d.dim() == 1:
+            record = self._in_turn(plan, record, closure, transaction)
         if self.check_finite:
             check_finite(record.loss, record.d)
-        cotangents = estimated_cotangents(plan.graph, record, self._formed(plan, record))
-        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids)
+        guesses = len(record.d) if record.d.dim() == 2 else 1
+        if guesses > 1:
+            weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
+            record, formed = combined(record, plan.graph, weights)
+        else:
+            formed = self._formed(plan, record)
+        cotangents = estimated_cotangents(plan.graph, record, formed)
+        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids), guesses
 
     def _derivatives(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
-        """The first passes of replay, one a guess: what each leaves is ``D_n``, the loss and the state of the guesses'
-        stream (and the exact errors, where a site takes them)."""
+        """The first pass of replay, or where guesses go in turn one for each: what it leaves is ``D_n``, the loss and
+        the state of the guesses' stream (and the exact errors, where a site takes them)."""
         records: list[ForwardRecord] = []
         plan: Plan | None = None
-        for _ in range(self.guesses):
+        while sum(record.count for record in records) < self.guesses:
             if plan is not None:
+                self._noise.lane = len(records)
                 transaction.rewind()
-            found, record = self._forward(closure, transaction, keeps=False)
+            found, record = self._forward(closure, transaction, self.guesses if plan is None else 1, keeps=False)
             if plan is not None and found is not plan:
                 raise unstable()
             if self.check_finite:
@@ -256,11 +292,12 @@ class GuessGradOptimizer(Optimizer):
         """The second pass: gradients by position, but for those handed to ``deliver``."""
         transaction.rewind()
         guesses = []
-        for record in records:
+        for lane, record in enumerate(records):
             source = NoiseSource(self._noise.seed)
             source.restore(record.noise)
-            record.params = self._directions(source)
-            guesses.append(partial(self._guess, self._guesses_of(plan), {}, source))
+            source.lane = lane
+            record.params = self._directions(record.count, source)
+            guesses.append(partial(self._guess, self._guesses_of(plan), {}, record.count, source))
         frozen = self.batch_norm == "frozen_statistics"
         run = Replay(
             self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
@@ -277,7 +314,7 @@ class GuessGradOptimizer(Optimizer):
             for p in self._params:
                 p.grad = None
             plan, records = self._derivatives(closure, transaction)
-            if plan.uses == self.guesses:  # a plan's first step: see the second pass through before anything moves
+            if plan.uses == len(records):  # a plan's first step: see the second pass through before anything moves
                 self._replay(plan, records, closure, transaction, deliver=lambda gradients: None)
             self._apply(plan, Journal(transaction.random, tuple(records)), closure, transaction)
             self._steps += 1
@@ -330,16 +367,31 @@ class GuessGradOptimizer(Optimizer):
         self._fire(self.base._optimizer_step_post_hooks)
         self._pending = False
 
+    def _in_turn(
+        self, plan: Plan, first: ForwardRecord, closure: Callable[[], Any], transaction: Transaction
+    ) -> ForwardRecord:
+        """The other guesses by passes of their own; all as if they had shared one."""
+        records = [first]
+        for lane in range(1, self.guesses):
+            self._noise.lane = lane
+            transaction.rewind()
+            try:
+                records.append(self._pass(plan, closure, transaction))
+            except Departure:
+                raise unstable() from None
+        return stack(records)
+
     def _forward(
-        self, closure: Callable[[], Any], transaction: Transaction, *, keeps: bool = True
+        self, closure: Callable[[], Any], transaction: Transaction, guesses: int = 1, *, keeps: bool = True
     ) -> tuple[Plan, ForwardRecord]:
-        """One pass, by the plan that the closure keeps to; by a new one if it keeps to none."""
+        """One pass, by the plan that the closure keeps to; by a new one if it keeps to none. It carries all guesses if
+        they can share it, else one."""
         for plan in list(self._plans):
             noise = self._noise.snapshot()
             try:
                 if is_due_for_probe(plan):
                     reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
-                return plan, self._pass(plan, closure, transaction, keeps)
+                return plan, self._shared_pass(plan, closure, transaction, guesses, keeps)
             except Departure:
                 transaction.rewind()
                 self._noise.restore(noise)
@@ -349,19 +401,68 @@ class GuessGradOptimizer(Optimizer):
         self._check_plan(plan)
         self._plans.insert(0, plan)
         try:
-            return plan, self._pass(plan, closure, transaction, keeps)
+            return plan, self._shared_pass(plan, closure, transaction, guesses, keeps)
         except Departure:
             self._plans.remove(plan)
             raise unstable() from None
 
+    def _shared_pass(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int, keeps: bool
+    ) -> ForwardRecord:
+        """A pass with all guesses if it can be, else with one; what a failed attempt has changed is put back."""
+        if guesses == 1 or not self._stacks(plan):
+            return self._pass(plan, closure, transaction, keeps=keeps)
+        noise, cached = self._noise.snapshot(), self._cache.copy()
+        try:
+            record = self._pass(plan, closure, transaction, guesses, keeps)
+            plan.stacks = True
+            return record
+        except Exception as error:
+            if self.stack_guesses or (plan.stacks and not isinstance(error, torch.OutOfMemoryError)):
+                raise
+            why = f"{type(error).__name__}: {error}"
+        transaction.rewind()
+        self._noise.restore(noise)
+        self._cache.restore(cached)
+        record = self._pass(plan, closure, transaction, keeps=keeps)  # raises too where the closure is at fault
+        plan.stacks = False
+        self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why.splitlines()[0]}")
+        return record
+
+    def _stacks(self, plan: Plan) -> bool:
+        """Whether guesses may share a pass, as far as is known.
+
+        Raises:
+            ValueError: they cannot, and ``stack_guesses=True``."""
+        if self.stack_guesses is False:
+            return False
+        if plan.stacks is None or (self.stack_guesses and not plan.stacks):
+            shared = ", ".join(dict.fromkeys(plan.graph.shared_writes))
+            reasons = {
+                f"engine={self.engine!r} carries one tangent": self.engine != "fast",
+                "an estimator learns from one guess at a time": any(e.learns for e in self._estimators),
+                f"the network writes into memory that other tensors share ({shared})": bool(shared),
+            }
+            why = next((reason for reason, holds in reasons.items() if holds), None)
+            if why is not None and self.stack_guesses:
+                raise ValueError(f"stack_guesses: guesses cannot share a pass here: {why}; leave it at None")
+            if why is not None:
+                plan.stacks = False
+                if shared:
+                    self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why}")
+        return plan.stacks is not False
+
     def _pass(
-        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, keeps: bool = True
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
     ) -> ForwardRecord:
         locals: dict[int, Local] = {}
         guesses, before = self._guesses_of(plan), None if keeps else self._noise.snapshot()
-        guess = partial(self._guess, guesses, locals, self._noise)
-        directions = self._directions(self._noise)
-        run = Pass(self._ids, plan.graph, self._level(), guess, directions, transaction.saved, keeps=keeps)
+        level = self._level()
+        if count > 1:
+            level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
+        guess = partial(self._guess, guesses, locals, count, self._noise)
+        directions = self._directions(count, self._noise)
+        run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps)
         record = run.execute(closure, self._by_position)
         record.noise = before
         if keeps:
@@ -384,6 +485,7 @@ class GuessGradOptimizer(Optimizer):
         self,
         guesses: dict[int, tuple[Estimator, str, str]],
         locals: dict[int, Local],
+        count: int,
         source: NoiseSource,
         site: Site,
         s: Tensor,
@@ -392,25 +494,30 @@ class GuessGradOptimizer(Optimizer):
         """The guess ``y`` for a site; None where it needs none; directions for its parameters where
         these are few; with the
         correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that learns
-        will need."""
+        will need. ``count``: guesses; more than one are stacked in front."""
         found = guesses.get(site.index)
         if found is None:
             return None
         estimator, key, learned = found
-        local = Local(site, s, values, source)
+        local = Local(site, s, values, source, several=count > 1)
         if estimator.learns:
             locals[site.index] = local = _lasting(local, values, source)
             if not estimator.injects(self._steps):
                 return None
+        lanes = source.lanes
         if site.by_parameter and estimator.per_example_parameters:
-            return [local.noise(shape, centred(estimator.noise)) for shape in site.direction_shapes]
+            noise = centred(estimator.noise)
+            drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(count)]
+            return [_stacked(list(each)) for each in zip(*drawn, strict=True)]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
-            y = estimator.sample(state, local)
-            y = y if site.reach is None else site.reach.restrict(y)
-            return (y, estimator.correct(state, local, y)) if estimator.debias else y
+            ys = [estimator.sample(state, local) for _ in lanes(count)]
+            ys = ys if site.reach is None else [site.reach.restrict(y) for y in ys]
+            if not estimator.debias:
+                return _stacked(ys)
+            return _stacked(ys), _stacked([estimator.correct(state, local, y) for y in ys])
 
     def _formed(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
         """The cotangents that estimators form themselves; what they learn here serves from the next pass on."""
@@ -469,15 +576,15 @@ class GuessGradOptimizer(Optimizer):
         wanted = estimator.exact_last if self.exact_last is None else self.exact_last
         return wanted and site.cut is not None
 
-    def _directions(self, source: NoiseSource) -> dict[int, Tensor]:
+    def _directions(self, count: int, source: NoiseSource) -> dict[int, Tensor]:
         """Guesses for the parameters whose estimator works on these."""
         found: dict[int, Tensor] = {}
         for position, p in self._by_position.items():
             estimator = self._estimators[position]
             if estimator.space == "parameters":
-                v = draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device)
+                vs = [draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device) for _ in source.lanes(count)]
                 amplitude = self._amplitudes[estimator]
-                found[position] = v if amplitude == 1 else v.mul_(amplitude)
+                found[position] = _stacked(vs) if amplitude == 1 else _stacked(vs).mul_(amplitude)
         return found
 
     def _update(self) -> None:
@@ -655,6 +762,8 @@ class GuessGradOptimizer(Optimizer):
                         f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
                     )
         warn_of_coupling(plan, self._warn)
+        if self.orthogonal:
+            self._check_orthogonal(plan)
         if self.batch_norm == "frozen_statistics" and plan.normalises_batch:
             self._warn(
                 "batch_norm='frozen_statistics': batch statistics are taken for constants; the estimate leaves out "
@@ -673,6 +782,24 @@ class GuessGradOptimizer(Optimizer):
             few = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
             self._warn(f"the loss does not depend on {few}: no gradient will be estimated for them")
 
+    def _check_orthogonal(self, plan: Plan) -> None:
+        for estimator in self._estimators:
+            if estimator.learns or estimator.debias:
+                how = (
+                    "forms the estimate itself" if estimator.learns else "undoes its bias guess by guess (debias=True)"
+                )
+                raise ValueError(f"orthogonal: not with {estimator.name}, which {how}; leave out one of the two")
+        guessed = [plan.graph.sites[index] for index in self._guesses_of(plan)]
+        entries = sum(
+            sum(map(numel, site.direction_shapes)) if site.by_parameter else numel(site.shape) for site in guessed
+        )
+        entries += sum(p.numel() for k, p in self._by_position.items() if self._estimators[k].space == "parameters")
+        if self.guesses * plan.graph.batch > entries:
+            self._warn(
+                f"orthogonal: {self.guesses} guesses in {entries // plan.graph.batch} dimensions per example depend on "
+                "each other: the estimate is the projection on all that they span; fewer guesses give the same"
+            )
+
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -685,6 +812,11 @@ def _users_frame() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _stacked(guesses: list[Tensor]) -> Tensor:
+    """One as it is, several with K in front."""
+    return torch.stack(guesses) if len(guesses) > 1 else guesses[0]
 
 
 def _lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:

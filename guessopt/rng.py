@@ -82,6 +82,9 @@ class NoiseSource:
 
     With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``means``: whoever draws
     is to take each draw's mean instead, for diagnostics.
+    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``lane`` (0) picks one
+    of any number of independent streams: one for each of a step's guesses, which are so the same in one pass as in
+    several.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
     >>> a.follow(); b.follow()
@@ -94,7 +97,8 @@ class NoiseSource:
         self.seed, self.means = seed, False
         self._seen: int | None = None
         self._stream = 0
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self.lane = 0
+        self._generators: dict[tuple[torch.device, int], torch.Generator] = {}
 
     def follow(self) -> None:
         """Start anew if ``torch.manual_seed`` has been called since the last step."""
@@ -105,12 +109,26 @@ class NoiseSource:
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The stream on a device."""
-        found = self._generators.get(device)
+        found = self._generators.get((device, self.lane))
         if found is None:
-            # An odd constant keeps the stream apart from the closure's own, which starts at the seed itself.
-            found = torch.Generator(device=device).manual_seed((self._stream ^ 0x9E3779B97F4A7C15) & (2**63 - 1))
-            self._generators[device] = found
+            # Odd constants keep lanes apart, and the first from the closure's own, which starts at the seed itself.
+            seed = (self._stream ^ 0x9E3779B97F4A7C15) + self.lane * 0xD1342543DE82EF95
+            found = torch.Generator(device=device).manual_seed(seed & (2**63 - 1))
+            self._generators[device, self.lane] = found
         return found
+
+    def lanes(self, count: int) -> Iterator[int]:
+        """Each of the first ``count`` lanes in turn; of one alone, the lane as it is. Ends where it began."""
+        if count == 1:
+            yield self.lane
+            return
+        before = self.lane
+        try:
+            for lane in range(count):
+                self.lane = lane
+                yield lane
+        finally:
+            self.lane = before
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=self.generator(device))
@@ -119,10 +137,13 @@ class NoiseSource:
         return torch.rand(shape, dtype=dtype, device=device, generator=self.generator(device))
 
     def state(self) -> dict[str, Any]:
-        """Plain data (device names to state tensors) that ``load`` understands."""
+        """Plain data (names of devices, ``"cpu"`` or ``"cpu lane 1"``, to state tensors) that ``load`` understands."""
         if self._seen is None:
             self.follow()
-        states = {str(device): generator.get_state() for device, generator in self._generators.items()}
+        states = {
+            f"{device} lane {lane}" if lane else str(device): generator.get_state()
+            for (device, lane), generator in self._generators.items()
+        }
         return {"stream": self._stream, "generators": states}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -130,9 +151,12 @@ class NoiseSource:
         followed again."""
         self._seen = torch.initial_seed() if self.seed is None else self.seed
         self._stream = state["stream"]
-        self._generators = {}
+        self._generators, lane = {}, self.lane
         for name, value in state["generators"].items():
-            self.generator(torch.device(name)).set_state(value)
+            device, _, number = name.partition(" lane ")
+            self.lane = int(number or 0)
+            self.generator(torch.device(device)).set_state(value)
+        self.lane = lane
 
     def snapshot(self) -> tuple[int | None, dict[str, Any]]:
         """For ``restore``."""

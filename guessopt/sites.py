@@ -264,7 +264,8 @@ class SiteGraph:
     ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run
     that departs from them is traced anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments,
     ``release`` after which call it needs them no more, ``constants`` holds those that are there beforehand.
-    ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built."""
+    ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built.
+    ``shared_writes``: operations of the network that write into memory which other tensors share."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -281,6 +282,7 @@ class SiteGraph:
     stopped_params: frozenset[int] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
     cost: float = 0.0
+    shared_writes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at: dict[int, list[Site]] = {}
@@ -326,6 +328,8 @@ class ForwardRecord:
     exact ``dL/dv`` of every cut. ``guesses``: ``y`` by site index. ``exact``: gradients of the parameters that the loss
     reads itself, by position. ``params``: the guesses made for parameters, by position. ``locals``: by site index, the
     surroundings of sites whose estimator forms the cotangent itself. ``noise``: where the guesses' stream stood before.
+    A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the visits'
+    ``directions``.
     """
 
     loss: Tensor
@@ -338,3 +342,8 @@ class ForwardRecord:
     params: dict[int, Tensor]
     locals: dict[int, Any] = field(default_factory=dict)
     noise: Any = None
+
+    @property
+    def count(self) -> int:
+        """K, the guesses that shared the pass."""
+        return len(self.d) if self.d.dim() == 2 else 1

@@ -106,6 +106,15 @@ def test_speed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_cost_of_guesses(tmp_path: Path) -> None:
+    main(["speed", "--quick", "--guesses", "4", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "guesses.json").read_text())
+    assert content["settings"] == {"guesses": 4}
+    for costs in content["figures"].values():
+        assert all(0 < cost["over_in_turn"] < 1.2 for cost in costs.values())
+
+
+@pytest.mark.slow
 def test_speed_on_every_problem(tmp_path: Path) -> None:
     check_speed(result("speed", tmp_path), list(PROBLEMS))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,10 +231,13 @@ class Pass(Interceptor):
         visit = self.visit
         assert visit is not None
         visit.directions = directions
-        return site.rule.parameter_tangent(
-            visit.call.fn, visit.args, visit.kwargs, visit.wanted, directions,
-            lambda v: site.layout.place(v, site.shape),
-        )  # fmt: skip
+
+        def tangent(vs: list[Tensor]) -> Tensor:
+            return site.rule.parameter_tangent(
+                visit.call.fn, visit.args, visit.kwargs, visit.wanted, vs, lambda v: site.layout.place(v, site.shape)
+            )
+
+        return self.level.each(tangent, directions)
 
     def plain(self, t: Tensor) -> Tensor:
         return self.level.plain(t)
@@ -251,7 +255,7 @@ class Pass(Interceptor):
         """The same expression with tangents, for the sites; the loss reads the plain one."""
         args, kwargs = self._substituted(args, kwargs)
         with self.no_grad:
-            duals = tensors_in((fn(*args, **kwargs),))
+            duals = tensors_in((self.level.call(fn, args, kwargs, writes=False),))
         for plain, dual in zip(tensors_in((out,)), duals, strict=True):
             self.duals[id(plain)] = dual
 
@@ -288,7 +292,7 @@ class Pass(Interceptor):
         errors = [torch.zeros_like(v) if e is None else e for v, e in zip(leaves, found, strict=False)]
         exact = {p: e for p, e in zip(own, found[len(leaves) :], strict=True) if e is not None}
         tangents = [self.level.tangents.get(number) for number in range(len(leaves))]
-        d = directional_derivatives(graph, errors, tangents)
+        d = self.level.each(partial(directional_derivatives, graph, errors), tangents)
         return ForwardRecord(
             loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses, visits=self.visits,
             exact=exact, params=dict(self.directions),

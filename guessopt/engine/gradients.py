@@ -107,12 +107,14 @@ class Gradients:
 
     def close(self, record: ForwardRecord, share: float = 1.0) -> None:
         """What no site contributes: guesses for parameters themselves, and parameters that the loss reads."""
-        if record.params:
-            total = record.d.sum() * share
-            for position, v in record.params.items():
-                self.add(position, total.to(v.dtype) * v)  # grad = D v (Baydin 2022; Singhal A.2)
+        for position, v in record.params.items():  # grad = D v (Baydin 2022; Singhal A.2)
+            if record.count == 1:
+                self.add(position, (record.d.sum() * share).to(v.dtype) * v)
+            else:
+                self.add(position, torch.tensordot((record.d.sum(1) * share).to(v.dtype), v, dims=1))
+        part = share * record.count
         for position, gradient in record.exact.items():
-            self.add(position, gradient if share == 1.0 else gradient * share)
+            self.add(position, gradient if part == 1 else gradient * part)
 
     def take(self, positions: Collection[int]) -> dict[int, Tensor]:
         """The gradients of these parameters, expressions of them included, handed over for good."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -73,10 +73,10 @@ class Level(ABC):
             with sdpa_kernel(SDPBackend.MATH):
                 return fn(*args, **kwargs)
         if self.frozen_statistics and fn is F.batch_norm:
-            return self._frozen_batch_norm(*args, **kwargs)
+            return F.batch_norm(*self.with_frozen_statistics(*args, **kwargs))
         return fn(*args, **kwargs)
 
-    def _frozen_batch_norm(
+    def with_frozen_statistics(
         self,
         input: Tensor,
         running_mean: Tensor | None,
@@ -86,15 +86,20 @@ class Level(ABC):
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> Tensor:
-        """Statistics taken for constants: a tangent passes through the scale alone, and examples stay apart."""
+    ) -> tuple[Any, ...]:
+        """Arguments for ``F.batch_norm`` with the statistics taken for constants: a tangent passes through the scale
+        alone, and examples stay apart."""
         if not training:
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            return input, running_mean, running_var, weight, bias, False, momentum, eps
         x = self.primal(input)
         with self.outside():
             variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
             F.batch_norm(x, running_mean, running_var, None, None, True, momentum, eps)  # moves the running statistics
-        return F.batch_norm(input, mean, variance, weight, bias, False, momentum, eps)
+        return input, mean, variance, weight, bias, False, momentum, eps
+
+    def each(self, f: Callable[[list[Any]], Tensor], tensors: Sequence[Any]) -> Tensor:
+        """``f`` of these tensors; where several guesses are carried, ``[K, ...]`` each, of every guess's own."""
+        return f(list(tensors))
 
 
 class DualLevel(Level):

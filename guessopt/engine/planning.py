@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from guessopt.tracing.tape import Tape
 
 @dataclass
 class Plan:
-    """A graph in use. ``loss``: of the trace, until a pass has confirmed it; ``uses``: passes so far."""
+    """A graph in use. ``loss``: of the trace, until a pass has confirmed it; ``uses``: passes so far; ``stacks``:
+    whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``."""
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -35,6 +36,8 @@ class Plan:
     alive: bool = False
     routes: bool = False
     compiled: bool = False
+    stacks: bool | None = None
+    ways: dict[int, bool] = field(default_factory=dict)
 
 
 class Transaction:

@@ -38,8 +38,9 @@ class Replay(Pass):
     """A pass without tangents that forms each site's cotangent, and from it the gradients, as the site is reached.
 
     Args:
-        guesses: one for each first pass that was made: what it guessed, from its random state on.
-        records: what these passes left: ``d``, and the exact errors of sites that take theirs.
+        guesses: one for each first pass that was made: what it guessed, from its random state on; K guesses that shared
+            the pass stacked.
+        records: what these passes left: ``d`` ``[N]`` or ``[K, N]``, and the exact errors of sites that take theirs.
         deliver: called with gradients as soon as they are whole (and the closure reads their parameters no more); None:
             all are returned at the end.
         done: positions of parameters whose gradients are not wanted.
@@ -61,8 +62,10 @@ class Replay(Pass):
         level = PlainLevel()
         level.frozen_statistics = frozen_statistics
         super().__init__(ids, graph, level, guesses[0], records[0].params, saved, keeps=False)
-        self.sources = list(zip(guesses, records, strict=True))
-        self.share = 1 / len(records)
+        self.share = 1 / sum(record.count for record in records)
+        rates = [record.d if self.share == 1 else record.d * self.share for record in records]
+        self.sources = list(zip(guesses, (rate if rate.dim() == 2 else rate[None] for rate in rates), strict=True))
+        self.records = records
         self.deliver, self.done = deliver, frozenset(done)
         self.gradients = Gradients(graph, params, ids, records[0].params, self.positions if deliver else None)
         self.cotangents: dict[int, Tensor | None] = {}
@@ -75,7 +78,7 @@ class Replay(Pass):
         self.run(closure)
         if self.count != len(self.graph.functions) or self.waiting:
             raise Departure
-        for _, record in self.sources:
+        for record in self.records:
             self.gradients.close(record, self.share)
         rest = [p for p in self.gradients.params if p not in self.done]
         return self.gradients.take(rest)
@@ -94,17 +97,17 @@ class Replay(Pass):
         """Nothing is injected: the site's cotangent is formed."""
         primal = self.level.primal(s)
         found: Tensor | None = None
-        for guess, record in self.sources:
+        for guess, rates in self.sources:
             y = guess(site, primal, self.values)
-            if isinstance(y, list):
-                self._add_directed(y, record.d * self.share)
-                continue
             if y is None:
                 continue
+            if isinstance(y, list):
+                self._add_directed(y, rates)
+                continue
             y = y[1] if isinstance(y, tuple) else y
-            d = record.d if self.share == 1 else record.d * self.share
-            part = y.mul_(site.layout.spread(d, site.shape).to(y.dtype))
-            found = part if found is None else found.add_(part)
+            for each, rate in zip(y if len(rates) > 1 else (y,), rates, strict=True):
+                part = each.mul_(site.layout.spread(rate, site.shape).to(each.dtype))
+                found = part if found is None else found.add_(part)
         if found is None and site.cut is not None and site.shares is None:
             found = self._exact(site)
         if found is not None or site.shares is None:
@@ -113,13 +116,15 @@ class Replay(Pass):
 
     def _exact(self, site: Site) -> Tensor | None:
         assert site.cut is not None
-        errors = [record.errors[site.cut] for _, record in self.sources if record.errors]
-        return errors[0] if errors else None  # every pass had the same
+        errors = self.records[0].errors  # every pass had the same
+        return errors[site.cut] if errors else None
 
-    def _add_directed(self, directions: list[Tensor], d: Tensor) -> None:
+    def _add_directed(self, directions: list[Tensor], rates: Tensor) -> None:
+        """``sum_n D_n v[n]`` of parameters that were guessed example by example."""
         assert self.visit is not None
-        self.visit.directions = directions
-        self.gradients.direct(self.visit, d)
+        for k, rate in enumerate(rates):
+            self.visit.directions = [v[k] for v in directions] if len(rates) > 1 else directions
+            self.gradients.direct(self.visit, rate)
 
     def leave(self, visit: Visit) -> None:
         """Gradients in the order of the calls: a call whose cotangent a later one brings holds up those after it."""

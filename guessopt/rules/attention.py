@@ -218,22 +218,29 @@ def _attend(
     dout: Tensor,
 ) -> None:
     """Into ``out`` and ``dout`` ``[b, l, v]``; ``mask`` as ``_flat_mask`` gives it."""
-    (q, k, v), (dq, dk, dv) = qkv, tangents
-    kt = k.mT
-    a = torch.bmm(q, kt).mul_(c)
-    if mask is None:
-        p = torch.softmax(a, -1)
-    else:
-        a = a.masked_fill_(mask, -math.inf) if mask.dtype is torch.bool else a.add_(mask)
-        p = torch._safe_softmax(a, -1)
+    p = _masked_probabilities(qkv[0], qkv[1], mask, c)
+    torch.bmm(p, qkv[2], out=out)
+    _attend_tangent(qkv, p, tangents, c, dout)
 
+
+def _masked_probabilities(q: Tensor, k: Tensor, mask: Tensor | None, c: float) -> Tensor:
+    a = torch.bmm(q, k.mT).mul_(c)
+    if mask is None:
+        return torch.softmax(a, -1)
+    a = a.masked_fill_(mask, -math.inf) if mask.dtype is torch.bool else a.add_(mask)
+    return torch._safe_softmax(a, -1)
+
+
+def _attend_tangent(
+    qkv: tuple[Tensor, Tensor, Tensor], p: Tensor, tangents: list[Tensor | None], c: float, dout: Tensor
+) -> None:
+    (q, k, v), (dq, dk, dv) = qkv, tangents
     da: Tensor | None = None
     if dq is not None:
-        da = torch.bmm(dq, kt)
+        da = torch.bmm(dq, k.mT)
     if dk is not None:
         da = torch.bmm(q, dk.mT) if da is None else da.baddbmm_(q, dk.mT)
 
-    torch.bmm(p, v, out=out)
     if dv is not None:
         torch.bmm(p, dv, out=dout)
     if da is not None:
@@ -242,6 +249,46 @@ def _attend(
             torch.bmm(dp, v, out=dout)
         else:
             dout.baddbmm_(dp, v)
+
+
+def stacked_attention(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``attention`` for several tangents at once, ``[K, *shape]`` each: the probabilities are computed once."""
+    q, k, v = qkv
+    if dropout_p > 0 or (is_causal and attn_mask is not None) or enable_gqa or q.dim() < 2 or q.numel() == 0:
+        return NotImplemented
+    if _autocast_dtype(q) is not None or not q.dtype == k.dtype == v.dtype or k.numel() == 0:
+        return NotImplemented
+    lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, k, v = (t.expand(*lead, *t.shape[-2:]).reshape(-1, *t.shape[-2:]) for t in qkv)
+    count = next(t.shape[0] for t in tangents if t is not None)
+    moving = [
+        None if d is None else d.reshape(count, *(1,) * (len(lead) + 2 - t.dim()), *t.shape)
+        .expand(count, *lead, *t.shape[-2:])
+        .reshape(count, -1, *t.shape[-2:])
+        for t, d in zip(qkv, tangents, strict=True)
+    ]  # fmt: skip
+    mask = _flat_mask(attn_mask, is_causal, lead, q, k)
+    c = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out = q.new_empty(*lead, q.shape[-2], v.shape[-1])
+    dout = q.new_empty(count, *out.shape)
+    flat_out, flat_dout = out.view(-1, *out.shape[-2:]), dout.view(count, -1, *out.shape[-2:])
+    size = max(1, _SCORES.get(q.device.type, _SCORES["cuda"]) // (q.shape[-2] * k.shape[-2]))
+    for at in range(0, q.shape[0], size):
+        b = slice(at, at + size)
+        part = mask if mask is None or mask.dim() == 2 else mask[b]
+        p = _masked_probabilities(q[b], k[b], part, c)
+        torch.bmm(p, v[b], out=flat_out[b])
+        for g in range(count):
+            _attend_tangent((q[b], k[b], v[b]), p, [None if t is None else t[g, b] for t in moving], c, flat_dout[g, b])
+    return out, dout
 
 
 def _flat_mask(mask: Tensor | None, is_causal: bool, lead: torch.Size, q: Tensor, k: Tensor) -> Tensor | None:

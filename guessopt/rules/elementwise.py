@@ -17,7 +17,7 @@ from torch import Tensor
 from guessopt.rules.base import register_tangent
 from guessopt.sites import Call
 
-_UNARY: set[Callable[..., Any]] = {
+UNARY: set[Callable[..., Any]] = {
     torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_,
     F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid,
     F.gelu, F.silu, F.mish, F.softplus, F.softsign, F.tanhshrink, F.logsigmoid, F.sigmoid, F.tanh,
@@ -40,7 +40,7 @@ IDENTITY: set[Callable[..., Any]] = {Tensor.contiguous, Tensor.clone, torch.clon
 
 ADDITION: set[Callable[..., Any]] = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
-_RELU: set[Callable[..., Any]] = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_}
+RELU: set[Callable[..., Any]] = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_}
 
 
 def is_elementwise(fn: Callable[..., Any]) -> bool:
@@ -49,7 +49,7 @@ def is_elementwise(fn: Callable[..., Any]) -> bool:
     >>> is_elementwise(torch.relu), is_elementwise(torch.softmax)
     (True, False)
     """
-    return fn in _UNARY or fn in _WITH_NUMBER or fn in DROPOUT or fn in IDENTITY
+    return fn in UNARY or fn in _WITH_NUMBER or fn in DROPOUT or fn in IDENTITY
 
 
 def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor, bool], Tensor] | None:
@@ -59,8 +59,8 @@ def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor, bool], T
     if len(active) != 1:
         return None
     call = active[0]
-    if call.fn in _RELU:
-        return partial(_backward, torch.ops.aten.threshold_backward, threshold=0)
+    if call.fn in RELU:
+        return relu_pull_back
     if call.fn is F.gelu:
         return partial(_backward, torch.ops.aten.gelu_backward, approximate=call.kwargs.get("approximate", "none"))
     return partial(_backward, torch.ops.aten.silu_backward) if call.fn is F.silu else None
@@ -71,6 +71,11 @@ def _backward(kernel: Any, u: Tensor, s: Tensor, spent: bool = False, **options:
     if spent and u.dtype is s.dtype:
         return kernel.grad_input(u, s, grad_input=u, **options)
     return kernel(u, s, **options)
+
+
+def relu_pull_back(u: Tensor, s: Tensor, spent: bool = False) -> Tensor:
+    """``M u`` for a ReLU at ``s``; ``u`` may have dimensions in front of those of ``s``."""
+    return _backward(torch.ops.aten.threshold_backward, u, s, spent, threshold=0)
 
 
 def pull_back(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]], ...], s: Tensor, u: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def derivative(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]]
     active = [(fn, run) for fn, run in path if fn not in DROPOUT and fn not in IDENTITY]
     if not active:
         return None
-    if len(active) == 1 and active[0][0] in _RELU:
+    if len(active) == 1 and active[0][0] in RELU:
         return s > 0
 
     with torch.enable_grad():

@@ -366,6 +366,11 @@ class Analysis:
             loss_params=frozenset().union(*(tape.origins[c] for c in self._loss_parameter_calls())),
             stopped_params=frozenset(tape.stopped),
             cost=self.cost(),
+            shared_writes=tuple(
+                call.op for call in tape.calls
+                if call.in_place and call.aliases and not self.loss & {call.index}
+                and any(v in self.active for v in (*call.inputs, *call.outputs))
+            ),
             blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
         )  # fmt: skip
 

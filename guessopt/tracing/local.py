@@ -26,11 +26,17 @@ class Local:
     Attributes:
         site: the site.
         s: its output, without tangent, ``[N, *, d_out]`` or as ``site.layout`` says.
+
+    ``several``: more than one guess will be made here, so that what they share is worth keeping.
     """
 
-    def __init__(self, site: Site, s: Tensor, values: dict[int, Tensor], source: NoiseSource) -> None:
+    def __init__(
+        self, site: Site, s: Tensor, values: dict[int, Tensor], source: NoiseSource, *, several: bool = False
+    ) -> None:
         self.site, self.s, self._values, self._source = site, s, values, source
         self._m: tuple[Tensor | None] | None = None
+        self._several = several
+        self._runs: dict[tuple[int, ...], tuple[Tensor, Any]] = {}
 
     def noise(self, shape: Shape, kind: str = "normal") -> Tensor:
         """Independent entries: ``"normal"``, ``"rademacher"``, ``"uniform_centred"`` (all of unit variance) or
@@ -77,10 +83,20 @@ class Local:
         if self.site.segment is not None and self.site.segment.fused is not None:
             return self.site.segment.fused(u, self.s, spent)
         if self.is_elementwise:
-            return pull_back(self._path(), self.s, u) if self._m is None else self._masked(u)
+            once = self._m is None and not self._several
+            return pull_back(self._path(), self.s, u) if once else self._masked(u)
+        return self._pulled((), self._segment(), u)
+
+    def _pulled(self, goals: tuple[int, ...], run: Callable[[Tensor], Any], u: Any) -> Tensor:
+        """``J^T u``; where several guesses are made, what lies on the way is run once for all."""
         with torch.enable_grad():
-            s = self.s.detach().requires_grad_()
-            return torch.autograd.grad(self._segment()(s), s, u)[0]
+            found = self._runs.get(goals)
+            if found is None:
+                s = self.s.detach().requires_grad_()
+                found = s, run(s)
+                if self._several:
+                    self._runs[goals] = found
+            return torch.autograd.grad(found[1], found[0], u, retain_graph=self._several)[0]
 
     def push_forward(self, v: Tensor) -> Tensor:
         """``J v``: from ``s`` to the next matrix site's input."""
@@ -104,9 +120,7 @@ class Local:
 
     def pull_back_from(self, way: Onward, us: list[Tensor]) -> Tensor:
         """``J^T u``: from the way's goals back to ``s``."""
-        with torch.enable_grad():
-            s = self.s.detach().requires_grad_()
-            return torch.autograd.grad(self._onward(way)(s), s, us)[0]
+        return self._pulled(way.goals, self._onward(way), us)
 
     def push_forward_to(self, way: Onward, v: Tensor) -> list[Tensor]:
         """``J v``: from ``s`` to the way's goals."""
