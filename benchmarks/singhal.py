@@ -35,7 +35,15 @@ from guessopt import (
     WPerp,
     WTranspose,
 )
-from guessopt.diagnostics import cosine, cosine_by_guesses, effective_rank, effective_rank_of
+from guessopt.diagnostics import (
+    cosine,
+    cosine_by_guesses,
+    effective_rank,
+    effective_rank_of,
+    expected_gradient,
+    true_gradient,
+)
+from guessopt.diagnostics.gradients import joined, similarity
 
 ESTIMATORS: dict[str, tuple[str, Callable[[], Any]]] = {
     "directional_descent": ("directional descent", DirectionalDescent),
@@ -71,6 +79,8 @@ PAPER_2 = {
 AIMS = {"guesses_1": 0.68, "guesses_4": 0.80}
 """Train accuracy to be reached with the exact error at the last layer."""
 LOOKS = 20
+MIXED = 16
+"""Examples whose activations are mixed in figure 4."""
 
 
 @dataclass(frozen=True)
@@ -120,37 +130,40 @@ class Part:
 
 
 def run_figure4(method: str, seed: int, setup: Setup, data: Dataset) -> dict[str, Any]:
-    """One example's gradient, from means of more and more guesses; the others in its batch serve mixing alone."""
-    model = setup.model(data, seed)
+    """One example's gradient, from means of more and more guesses, and from infinitely many where the estimator
+    declares its mean. A batch of copies of the example gives as many guesses in one pass. Mixing has ``MIXED`` examples
+    to mix, copied alike, which changes the scale of the mixtures alone; only the first one carries weight."""
+    model, mixes = setup.model(data, seed), method == "activation_mixing"
     settings = setup.training()
     fit(Backprop(model, setup.lr), data, settings, seed=seed, label="backprop", every=settings.epochs)
-    x, y = next(batches(data, 128, torch.Generator().manual_seed(0)))
-    one = F.one_hot(torch.tensor(0), len(x)).to(x)
+    x, y = next(batches(data, MIXED if mixes else 1, torch.Generator().manual_seed(0)))
+    most, largest = (64, min(setup.guesses, 8192)) if mixes else (128, setup.guesses)
     opt = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, ESTIMATORS[method][1](), lr=0.0, seed=seed)
 
-    def closure() -> Tensor:
-        return (F.cross_entropy(model(x), y, reduction="none") * one).sum()
+    def closure(copies: int) -> Tensor:
+        losses = F.cross_entropy(model(x.repeat(copies, 1)), y.repeat(copies), reduction="none")
+        return losses.unflatten(0, (copies, -1))[:, 0].mean()
 
-    counts = [2**e for e in range(1, setup.guesses.bit_length())]
-    found = cosine_by_guesses(opt, closure, counts)
-    return {"guesses": list(found.guesses), "cosine": list(found.cosine)}
+    counts = [2**e for e in range(1, largest.bit_length())]
+    few = [cosine(opt, lambda: closure(count)).total for count in counts if count < most]  # noqa: B023 (called here)
+    many = cosine_by_guesses(opt, lambda: closure(most), [count // most for count in counts if count >= most])
+    found = {"guesses": counts, "cosine": [*few, *many.cosine]}
+    if mixes:  # normalised: no closed form
+        return found
+    expected, true = (joined(f(opt, lambda: closure(1))) for f in (expected_gradient, true_gradient))
+    return found | {"limit": similarity(expected, true)}
 
 
 def table_figure4(title: str, cells: Cells, setup: Setup) -> Table:
-    last = setup.guesses.bit_length() - 1
-    shown = [2**e for e in (1, last - 6, last - 3, last) if e >= 1]
+    shown = [count for count in (2, 128, 1024, 8192, 65536) if count <= setup.guesses]
     rows = []
     for method, runs in by_method(cells).items():
-        at = {count: mean(run["cosine"][run["guesses"].index(count)] for run in runs) for count in shown}
-        rows.append(
-            [
-                LABELS[method],
-                *(f"{value:.3f}" for value in at.values()),
-                f"{at[shown[-1]] - at[shown[-2]]:+.3f}",
-                PAPER_4.get(method, "flat from 1000"),
-            ]
-        )
-    return Table(title, ["guesses", *map(str, shown), f"since {shown[-2]}", "paper"], rows)
+        curves = [dict(zip(run["guesses"], run["cosine"], strict=True)) for run in runs]
+        found = [[curve[count] for curve in curves if count in curve] for count in shown]
+        found.append([run["limit"] for run in runs if "limit" in run])
+        values = (f"{mean(column):.3f}" if column else "-" for column in found)
+        rows.append([LABELS[method], *values, PAPER_4.get(method, "flat from 1000")])
+    return Table(title, ["guesses", *map(str, shown), "all", "paper"], rows, "all: cosine of the expected estimate.")
 
 
 def panels_figure4(cells: Cells) -> dict[str, dict[str, Curve]]:
@@ -296,8 +309,8 @@ PARTS = {
     "figure4": Part(
         "Figure 4: cosine of the mean of many guesses with one example's gradient",
         FIGURE_4,
-        Setup(width=256, hidden_layers=6, batch=512, lr=1e-4, images=10_000, epochs=5, guesses=8192),
-        Setup(width=32, hidden_layers=6, batch=512, lr=1e-4, images=500, epochs=1, guesses=16),
+        Setup(width=256, hidden_layers=6, batch=512, lr=1e-4, images=10_000, epochs=20, guesses=65_536),
+        Setup(width=32, hidden_layers=6, batch=512, lr=1e-4, images=500, epochs=1, guesses=256),
         run_figure4,
         table_figure4,
         panels_figure4,

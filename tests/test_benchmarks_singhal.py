@@ -68,8 +68,10 @@ def test_singhal(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         there = {cell["method"] for cell in cells}
         assert there == set(part.methods) or (name == "table2" and not optimi)
         assert part.title.split(":")[0] in shown and (tmp_path / f"singhal_{name}.png").stat().st_size > 0
-    four = found["figures"]["figure4"]["cells"][0]
-    assert four["guesses"] == [2, 4, 8, 16] and len(four["cosine"]) == 4
+    four = {cell["method"]: cell for cell in found["figures"]["figure4"]["cells"]}
+    assert all(cell["guesses"] == [2**e for e in range(1, 9)] for cell in four.values())
+    assert four["activation_perturbation"]["limit"] == pytest.approx(1, abs=1e-4)
+    assert four["w_transpose"]["limit"] < 0.999 and four["downstream"]["limit"] < 0.999
     five = {cell["method"]: cell for cell in found["figures"]["figure5"]["cells"]}["self_sharpening"]
     assert five["steps"][0] == 0 and five["steps"][-1] == 8
     assert all(len(ranks) == 7 for ranks in five["weights"]) and all(len(ranks) == 6 for ranks in five["activations"])
