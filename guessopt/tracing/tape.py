@@ -74,6 +74,7 @@ class Tape(Interceptor):
         recorded_args, recorded_kwargs = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
         self.mutations_of(index, fn, args, kwargs, tensors, inputs)
 
+        versions = [_version(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
             kind = Kind.STOPPED
@@ -91,7 +92,9 @@ class Tape(Interceptor):
             self.express(out, mine)
 
         results = tensors_in((out,)) if out is not None else list(tensors[:1])
-        in_place = any(r is t for r in results for t in tensors) or is_in_place(fn)
+        # What returns its own argument untouched (``contiguous``, a dropout of 0) is no write.
+        changed = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        in_place = is_in_place(fn) or any(r is t for r in results for t in changed)
         extra = self._aliases(results, tensors) if in_place else []
         if in_place and tensors:
             self.overwritten |= self._memory.get(_memory(tensors[0]), set())
@@ -228,6 +231,11 @@ def _within_compiled_code() -> bool:
 def _memory(t: Tensor) -> int:
     hidden = t.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(t)
     return id(t) if hidden else t.untyped_storage().data_ptr()
+
+
+def _version(t: Tensor) -> int:
+    """How often ``t``'s memory has been written."""
+    return 0 if t.is_inference() else t._version
 
 
 def written(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[int]:
