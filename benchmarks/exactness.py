@@ -85,9 +85,7 @@ def exactness(subject: Subject, *, draws: int = 2, **options: Any) -> Exactness:
     with measuring(opt):
         reference = torch.autograd.grad(closure(), [p for _, p in named], materialize_grads=True)
     least = 1e-3 * _norm(*reference)
-    gradients = max(
-        _norm(found[k] - g if k in found else g) / max(_norm(g), least) for k, g in enumerate(reference)
-    )
+    gradients = max(_norm(found[k] - g if k in found else g) / max(_norm(g), least) for k, g in enumerate(reference))
     return Exactness(math.sqrt(errors / norms), gradients)
 
 

@@ -226,7 +226,7 @@ class GuessGradOptimizer(Optimizer):
         record = run.execute(closure, self._by_position)
         record.locals = locals
         if plan.loss is not None:
-            check_repeats(plan.loss, record.loss)
+            check_repeats(plan.loss, record.loss, plan.tolerance)
             plan.loss = None
         plan.uses += 1
         if plan is not self._plans[0]:

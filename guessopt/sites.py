@@ -96,7 +96,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors."""
+    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors. ``autocast``: device
+    type and dtype, where one was in force."""
 
     index: int
     fn: Callable[..., Any]
@@ -106,6 +107,7 @@ class Call:
     outputs: tuple[int, ...]
     in_place: bool = False
     aliases: bool = False
+    autocast: tuple[str, torch.dtype] | None = None
 
     @property
     def op(self) -> str:

@@ -252,9 +252,7 @@ class ReversePass(Pass):
         self.outputs[site.index] = get_gradient_edge(s)
         return super().inject(site, s, in_place)
 
-    def gradients(
-        self, variables: Sequence[Tensor | GradientEdge], record: ForwardRecord
-    ) -> tuple[Tensor | None, ...]:
+    def gradients(self, variables: Sequence[Tensor | GradientEdge], record: ForwardRecord) -> tuple[Tensor | None, ...]:
         """Of the loss, through the whole network."""
         ends = self.reverse.ends
         starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())

@@ -12,7 +12,7 @@ from guessopt.engine.levels import Level
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
-from guessopt.tracing.interceptor import CustomFunction, Interceptor, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 Saved = dict[int, tuple[Tensor, Tensor]]
@@ -284,12 +284,6 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
     for part in parts[1:]:
         d = d + part
     return d
-
-
-def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
-    """The autocast in force for the tensor's device, if any."""
-    kind = t.device.type
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ def estimated_cotangents(
     graph: SiteGraph, record: ForwardRecord, formed: Mapping[int, Tensor] | None = None
 ) -> dict[int, Tensor]:
     """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index.
+    Of a float16 guess in float32, since the product may leave float16's range.
 
     ``formed``: cotangents that estimators have formed themselves.
     """
@@ -24,7 +25,9 @@ def estimated_cotangents(
         if formed is not None and site.index in formed:
             found[site.index] = formed[site.index]
         elif (y := record.guesses.get(site.index)) is not None:
-            found[site.index] = y.mul_(site.layout.spread(record.d, site.shape).to(y.dtype))  # y has served
+            d = site.layout.spread(record.d, site.shape)
+            narrow = y.dtype is torch.float16
+            found[site.index] = y.float().mul_(d) if narrow else y.mul_(d.to(y.dtype))  # y has served
         elif site.shares is not None and site.shares in found:
             found[site.index] = found[site.shares]
         elif site.cut is not None:
@@ -52,7 +55,10 @@ def parameter_gradients(
     their_gradients: list[Tensor] = []
 
     def add(position: int, gradient: Tensor) -> None:
-        found[position] = found[position] + gradient if position in found else gradient
+        if position in found:  # a sum in bfloat16 would lose what is a hundred times smaller
+            low = gradient.dtype in (torch.float16, torch.bfloat16)
+            gradient = found[position] + (gradient.float() if low else gradient)
+        found[position] = gradient
 
     def keep(variable: Tensor, gradient: Tensor) -> None:
         if id(variable) in ids:
@@ -70,12 +76,16 @@ def parameter_gradients(
             g = cotangents.get(site.index)
             if g is None:
                 continue
+            unit: Tensor | None = None
+            if site.dtype is torch.float16 and g.dtype is torch.float32:
+                unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
+                g = (g / unit).half()  # the largest entry one: the rule's products stay within range
             autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
             with replayed(visit.random), autocast:
                 gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:
-                    keep(variable, gradient)
+                    keep(variable, gradient if unit is None else gradient.float() * unit)
     if expressions:
         positions = [p for p in params if p not in record.params]
         through = torch.autograd.grad(

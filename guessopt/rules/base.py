@@ -96,6 +96,8 @@ class Rule:
                 call_args = (call_args[0].clone(), *call_args[1:])
             out = fn(*call_args, **call_kwargs)
             out = pick_output(out if out is not None else call_args[0], output)
+            if not out.requires_grad:  # it read the parameters, but does not depend on them
+                return [None] * len(wanted)
             return list(torch.autograd.grad(out, variables, g.to(out.dtype), allow_unused=True))
 
 
@@ -201,6 +203,10 @@ def tangent_for(fn: Callable[..., Any]) -> tuple[TangentRule, int] | None:
         return _TANGENTS.get(fn)
     except TypeError:  # unhashable callables
         return None
+
+
+#: What stands in for an operation where a segment is pulled back or pushed forward: faster, or differentiable twice.
+PULLED_BACK: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def is_in_place(fn: Callable[..., Any]) -> bool:

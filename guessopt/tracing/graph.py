@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -274,6 +274,21 @@ class Analysis:
         first = self.matrix_of(tape.calls[nearest]) if nearest is not None else None
         self._next_inputs[known] = first[2] if first is not None else None
         return self._next_inputs[known]
+
+    def leads_to(self, v: int, sites: Sequence[Site]) -> set[int]:
+        """The outputs of the first sites after a value, and the cuts that it reaches past none."""
+        ends = {site.value for site in sites} | set(self.cut_values)
+        found: set[int] = set()
+        stack, seen = [v], {v}
+        while stack:
+            for c in self.tape.consumers.get(stack.pop(), ()):
+                for o in self.tape.calls[c].outputs if c in self.useful else ():
+                    if o in ends:
+                        found.add(o)
+                    elif o in self.active and o not in seen:
+                        seen.add(o)
+                        stack.append(o)
+        return found
 
     def _readers(self, x: int) -> list[tuple[Call, MatrixRule, int]]:
         """The matrix sites that read ``x``: call, rule and weight."""

@@ -91,7 +91,8 @@ class Interceptor(TorchFunctionMode):
                 "apply was looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in "
                 "the closure"
             )
-        mine = [t for t in tensors if id(t) in self.params or id(t) in self.expressions]
+        read = tensors[:1] if fn in _AFTER_ANOTHER else tensors
+        mine = [t for t in read if id(t) in self.params or id(t) in self.expressions]
         index = self.count
         self.count += 1
         return self.call(index, fn, args, kwargs, tensors, mine)
@@ -212,6 +213,18 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.autograd.backward: _refuse,
     torch.autograd.grad: _refuse,
 }
+
+
+def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
+    """The autocast in force for the tensor's device, if any."""
+    kind = t.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+#: Of their second tensor these read the dtype or the shape alone (``x.type_as(self.weight)``).
+_AFTER_ANOTHER: set[Callable[..., Any]] = {
+    Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as,
+}  # fmt: skip
 
 _STOPPING: set[Callable[..., Any]] = {
     Tensor.detach,

@@ -6,17 +6,19 @@ Letters: s the site's output, x the next matrix site's input, u a cotangent of x
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.attention import PULLED_BACK
+from guessopt.rules.base import PULLED_BACK
 from guessopt.rules.elementwise import DROPOUT, derivative, pull_back
 from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Call, Layout, Matrix, Onward, Shape, Site, Value
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tracing.interceptor import autocast_of, tensors_in
 
 
 class Local:
@@ -144,7 +146,7 @@ class Local:
 def push(run: Callable[[Tensor], tuple[Tensor, ...]], s: Tensor, v: Tensor) -> list[Tensor]:
     """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way
     and does not nest."""
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels cannot be differentiated twice
         s = s.detach().requires_grad_()
         outs = run(s)
         us = [torch.zeros_like(out, requires_grad=True) for out in outs]
@@ -185,9 +187,18 @@ def _run(calls: tuple[Call, ...], values: dict[int, Tensor]) -> None:
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        out = PULLED_BACK.get(call.fn, without_side_effects(call.fn))(*args, **kwargs)
+        with _autocasting(call, values):
+            out = PULLED_BACK.get(call.fn, without_side_effects(call.fn))(*args, **kwargs)
         results = tensors_in((out,)) if out is not None else [args[0]]
         values.update(zip(call.outputs, results, strict=True))
+
+
+def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:
+    """The autocast under which the closure made the call."""
+    now = autocast_of(values[call.inputs[0]]) if call.inputs else None
+    if now == call.autocast or not call.inputs:
+        return nullcontext()
+    return torch.autocast(*call.autocast) if call.autocast else torch.autocast(now[0], enabled=False)  # type: ignore[index]
 
 
 def _fill(node: Any, values: dict[int, Tensor]) -> Any:
@@ -205,7 +216,8 @@ def _closed(call: Call) -> Callable[[Tensor], Tensor]:
         source = t.clone() if call.in_place else t
         args = tuple(source if isinstance(a, Value) else a for a in call.args)
         kwargs = {k: source if isinstance(a, Value) else a for k, a in call.kwargs.items()}
-        out: Tensor = call.fn(*args, **kwargs)
+        with _autocasting(call, {call.inputs[0]: t}):
+            out: Tensor = PULLED_BACK.get(call.fn, call.fn)(*args, **kwargs)
         return out
 
     return run

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value
-from guessopt.tracing.interceptor import Interceptor, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import Interceptor, autocast_of, stops_gradient, tensors_in
 
 
 class Tape(Interceptor):
@@ -98,13 +98,19 @@ class Tape(Interceptor):
         extra = self._aliases(results, tensors) if in_place else []
         if in_place and tensors:
             self.overwritten |= self._memory.get(_memory(tensors[0]), set())
-        outputs = tuple(self._new(t, index) for t in [*results, *extra])
+        outputs = tuple(
+            self.value(t) if isinstance(t, torch.nn.Parameter) and not in_place else self._new(t, index)
+            for t in [*results, *extra]
+        )
         self._remember(results, outputs, tensors)
         if kind is Kind.SITE or (kind is Kind.PLAIN and any(v in self.active for v in inputs)):
             self._activate(results, outputs, {id(t) for t, v in zip(tensors, inputs, strict=True) if v in self.outside})
         for v in inputs:
             self.consumers.setdefault(v, []).append(index)
-        self.calls.append(Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra)))
+        autocast = autocast_of(tensors[0]) if tensors else None
+        self.calls.append(
+            Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra), autocast)
+        )
         self.kinds.append(kind)
         self.mine.append(tuple(k for k, t in enumerate(tensors) if any(t is m for m in mine)))
         self.origins.append(frozenset().union(*(self.positions(m) for m in mine)))
