@@ -265,7 +265,8 @@ class SiteGraph:
     ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run
     that departs from them is traced anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments,
     ``constants`` holds those that are there beforehand. ``loss_params`` are read by the loss itself; ``blocked`` says,
-    by site, why no segment was built."""
+    by site, why no segment was built; ``answers``, in order, whether the activations that the closure asked require
+    grad."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -280,6 +281,7 @@ class SiteGraph:
     loss_params: frozenset[int] = frozenset()
     stopped_params: frozenset[int] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
+    answers: tuple[bool, ...] = ()
     cost: float = 0.0
 
     def __post_init__(self) -> None:

@@ -208,6 +208,9 @@ class _Reverse(Level):
     def run(self, body: Callable[[], T]) -> T:
         return body()
 
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return fn(*args, **kwargs)
+
     def primal(self, t: Tensor) -> Tensor:
         return t.detach()
 

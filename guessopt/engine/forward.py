@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from guessopt.engine.levels import Level
+from guessopt.engine.levels import Level, is_foreign
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws
+from guessopt.rules.base import is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
 
@@ -54,6 +56,10 @@ class Pass(Interceptor):
         self.leaves: dict[int, Tensor] = {}
         self.duals: dict[int, Tensor] = {}
         self.result: Tensor | None = None
+        self._answers = iter(graph.answers)
+
+    def requires_grad(self, answer: bool) -> bool:
+        return next(self._answers, answer)  # as in the trace: code may branch on it
 
     def call(
         self,
@@ -137,12 +143,17 @@ class Pass(Interceptor):
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
+            if is_foreign(fn):
+                raise NotImplementedError("forward AD passes it by")
             return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
         except NotImplementedError as error:
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
+            if not is_in_place(fn) and not kwargs.get("inplace"):
+                with suppress(RuntimeError):
+                    return self.level.through_backward(fn, args, kwargs)
             remedy = (
-                "give it a jvp (a static method beside forward and backward)"
+                "give it a jvp (a static method beside forward and backward), or make its backward differentiable"
                 if isinstance(fn, CustomFunction)
                 else "use another operation, or detach its input if no gradient should pass"
             )

@@ -16,8 +16,9 @@ import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.rules.base import tangent_for
 
@@ -76,6 +77,15 @@ class Level(ABC):
             return self._frozen_batch_norm(*args, **kwargs)
         return fn(*args, **kwargs)
 
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that has no forward derivative but a backward: ``J^T u`` is linear in ``u``, so its own
+        derivative along the tangents is ``J v``.
+
+        Raises:
+            RuntimeError: its backward cannot be differentiated, or this level has no way to do so.
+        """
+        raise RuntimeError
+
     def _frozen_batch_norm(
         self,
         input: Tensor,
@@ -111,6 +121,41 @@ class DualLevel(Level):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         out = super().call(fn, args, kwargs, writes=writes)
         return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
+
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        pairs = [_unpack(t) if isinstance(t, Tensor) else (t, None) for t in leaves]
+        moving = [k for k, (_, tangent) in enumerate(pairs) if tangent is not None]
+        plain = [primal.detach() if k in moving else primal for k, (primal, _) in enumerate(pairs)]
+        results: list[Any] = []
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            filled = list(plain)
+            for k, t in zip(moving, inputs, strict=True):
+                filled[k] = t
+            call_args, call_kwargs = tree_unflatten(filled, spec)
+            results[:] = tree_flatten(fn(*call_args, **call_kwargs))
+            return tuple(t for t in results[0] if isinstance(t, Tensor) and t.requires_grad)
+
+        if not moving:
+            return fn(*args, **kwargs)
+        with torch.enable_grad():
+            variables = [plain[k].requires_grad_() for k in moving]
+            outs = run(*variables)
+            # J^T u at some u without zeros; linear in u, so that its derivative must give it back.
+            us = [torch.linspace(1, 2, out.numel()).to(out).view(out.shape).requires_grad_() for out in outs]
+            pulled = torch.autograd.grad(outs, variables, us, create_graph=True, allow_unused=True) if outs else ()
+            known = [(p, pairs[k][1].to(p.dtype)) for k, p in zip(moving, pulled, strict=False) if p is not None]
+            jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known]) if known else ()
+        tangents = iter([jv.detach() for jv in jvs] or [torch.zeros_like(out) for out in outs])
+        there, back = (sum(float((a * b).sum()) for a, b in both) for both in (zip(us, jvs, strict=False), known))
+        size = sum(float((p * v).abs().sum()) for p, v in known)
+        if abs(there - back) > max([1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)]) * size:
+            raise RuntimeError("its backward hides part of what it computes")
+        found = [
+            _pack(t.detach(), next(tangents)) if isinstance(t, Tensor) and t.requires_grad else t for t in results[0]
+        ]
+        return tree_unflatten(found, results[1])
 
     def primal(self, t: Tensor) -> Tensor:
         return _unpack(t)[0].detach()  # as unpacked it is a view, which would keep the tangent alive
@@ -175,6 +220,14 @@ TREATMENTS: dict[Callable[..., Any], str] = {
     **dict.fromkeys(_FUSED, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
     F.scaled_dot_product_attention: "runs by the explicit formula: the fused kernels have no forward derivative",
 }
+
+
+def is_foreign(fn: Callable[..., Any]) -> bool:
+    """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with a backward of its own: these
+    drop tangents without a word."""
+    if not isinstance(fn, OpOverload) or fn.namespace in ("aten", "prims", "prim"):
+        return False
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(fn.name(), "CompositeImplicitAutograd")
 
 
 def _device_type(args: tuple[Any, ...]) -> str:

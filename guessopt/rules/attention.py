@@ -9,7 +9,6 @@ Letters: b examples and heads, l queries, s keys, e features, v features of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

@@ -380,6 +380,7 @@ class Analysis:
             if self.returned in tape.producer else None,
             loss_params=frozenset().union(*(tape.origins[c] for c in self._loss_parameter_calls())),
             stopped_params=frozenset(tape.stopped),
+            answers=tuple(tape.answers),
             cost=self.cost(),
             blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
         )  # fmt: skip

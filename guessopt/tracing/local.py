@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.base import PULLED_BACK
+from guessopt.rules.base import PULLED_BACK, push
 from guessopt.rules.elementwise import DROPOUT, derivative, pull_back
 from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Call, Layout, Matrix, Onward, Shape, Site, Value
@@ -45,13 +45,13 @@ class Local:
         if self.site.segment.weight_program:
             values = evaluate(self.site.segment.weight_program, values)
         return [
-            (m, m.rule.matrix(m, values[m.weights[0]]) if len(m.weights) == 1 else self._stack(m, values))
+            (m, m.rule.matrix(m, dense(values[m.weights[0]])) if len(m.weights) == 1 else self._stack(m, values))
             for m in self.site.segment.matrices
         ]
 
     @staticmethod
     def _stack(m: Matrix, values: dict[int, Tensor]) -> Tensor:
-        return torch.cat([m.rule.matrix(m, values[w]) for w in m.weights], dim=1)
+        return torch.cat([m.rule.matrix(m, dense(values[w])) for w in m.weights], dim=1)
 
     @property
     def is_elementwise(self) -> bool:
@@ -86,7 +86,7 @@ class Local:
         """``J v``: from ``s`` to the next matrix site's input."""
         if self.is_elementwise:
             return self._masked(v)
-        return push(lambda s: (self._segment()(s),), self.s, v)[0]
+        return push(lambda s: (self._segment()(s),), [self.s], [v])[0]
 
     def next_input(self) -> Tensor:
         """``x_{i+1}``: the next matrix site's input, as this site's own output makes it."""
@@ -110,7 +110,7 @@ class Local:
 
     def push_forward_to(self, way: Onward, v: Tensor) -> list[Tensor]:
         """``J v``: from ``s`` to the way's goals."""
-        return push(self._onward(way), self.s, v)
+        return push(self._onward(way), [self.s], [v])
 
     def _onward(self, way: Onward) -> Callable[[Tensor], tuple[Tensor, ...]]:
         segment = self.site.segment
@@ -143,16 +143,9 @@ class Local:
         return run
 
 
-def push(run: Callable[[Tensor], tuple[Tensor, ...]], s: Tensor, v: Tensor) -> list[Tensor]:
-    """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way
-    and does not nest."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels cannot be differentiated twice
-        s = s.detach().requires_grad_()
-        outs = run(s)
-        us = [torch.zeros_like(out, requires_grad=True) for out in outs]
-        pulled = torch.autograd.grad(outs, s, us, create_graph=True)[0]
-        found = torch.autograd.grad(pulled, us, v, allow_unused=True)
-    return [torch.zeros_like(u) if jv is None else jv for u, jv in zip(us, found, strict=True)]
+def dense(w: Tensor) -> Tensor:
+    """A weight as numbers: what is kept quantised, in a tensor class of its own, is unpacked."""
+    return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -44,6 +45,7 @@ class Tape(Interceptor):
         self.mutations: dict[int, tuple[int, ...]] = {}
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.stopped: set[int] = set()
+        self.answers: list[bool] = []
         self.compiled = False
         self.active: set[int] = set()
         self.overwritten: set[int] = set()
@@ -121,6 +123,10 @@ class Tape(Interceptor):
         if isinstance(loss, Tensor) and loss not in self._values:
             self._check_seen(loss, None)
         return loss
+
+    def requires_grad(self, answer: bool) -> bool:
+        self.answers.append(answer)
+        return answer
 
     def _activate(self, results: list[Tensor], outputs: tuple[int, ...], outside: set[int]) -> None:
         """Derivatives reach these. They are made to require grad, so that a call which the mode cannot see leaves a
@@ -235,7 +241,11 @@ def _within_compiled_code() -> bool:
 
 
 def _memory(t: Tensor) -> int:
-    hidden = t.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    hidden = (
+        t.layout is not torch.strided
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or is_traceable_wrapper_subclass(t)
+    )
     return id(t) if hidden else t.untyped_storage().data_ptr()
 
 
