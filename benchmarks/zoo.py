@@ -51,8 +51,10 @@ class Entry:
     dtype: torch.dtype = torch.float64
 
 
-def _subject(model: nn.Module, dtype: torch.dtype, closure: Callable[[Any], Tensor]) -> Subject:
-    model.to(dtype).train()
+def _subject(model: nn.Module, dtype: torch.dtype | None, closure: Callable[[Any], Tensor]) -> Subject:
+    if dtype is not None:
+        model.to(dtype)
+    model.train()
     for p in model.parameters():
         if p.requires_grad and not p.any():  # a head that starts at zero would let nothing through
             nn.init.normal_(p, std=0.1)
@@ -67,6 +69,7 @@ def _classes(classes: int) -> Tensor:
 
 
 def _pretrained(kind: str, task: str, attention: str, **config: Any) -> nn.Module:
+    declare_torchvision_schemas()  # transformers imports torchvision where it is installed
     import transformers
 
     made = transformers.AutoConfig.for_model(kind, attn_implementation=attention, **config)
@@ -128,9 +131,15 @@ def _whisper(attention: str) -> Build:
     return build
 
 
-_BERT = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 10}
-_LLAMA = {**_BERT, "num_key_value_heads": 1, "attention_dropout": 0.1, "bos_token_id": 1, "eos_token_id": 1}
-_VIT = {**_BERT, "patch_size": 4, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+_BERT: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 10}
+_LLAMA: dict[str, Any] = {
+    **_BERT,
+    "num_key_value_heads": 1,
+    "attention_dropout": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+_VIT: dict[str, Any] = {**_BERT, "patch_size": 4, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 #: By model type, the builder for an attention implementation.
 _HUGGING_FACE: dict[str, Callable[[str], Build]] = {
@@ -281,6 +290,78 @@ def _peft(method: str, **options: Any) -> Build:
     return build
 
 
+# --- quantised weights ------------------------------------------------------------------------------------------------
+
+#: A width that 4-bit blocks of 64 divide.
+_WIDE: dict[str, Any] = {**_LLAMA, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+
+
+def _quantised(quantise: Callable[[nn.Module], None]) -> Build:
+    """LoRA on a llama whose linear layers are kept in 8 or 4 bits."""
+
+    def build(dtype: torch.dtype) -> Subject:
+        declare_torchvision_schemas()
+        import peft
+
+        model = _pretrained("llama", "AutoModelForCausalLM", "sdpa", vocab_size=WORDS, pad_token_id=0, **_WIDE)
+        model.to(dtype).requires_grad_(False)
+        quantise(model.get_submodule("model.layers"))
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.1, target_modules=targets)
+        wrapped = peft.get_peft_model(model, config)
+        ids = torch.randint(2, WORDS, (N, TOKENS))
+        return _subject(wrapped, None, lambda m: m(input_ids=ids, labels=ids).loss)
+
+    return build
+
+
+def _torchao(layers: nn.Module) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(layers, Int8WeightOnlyConfig())
+
+
+def _bitsandbytes(bits: int) -> Callable[[nn.Module], None]:
+    def quantise(layers: nn.Module) -> None:
+        import bitsandbytes as bnb
+
+        for parent in list(layers.modules()):
+            for name, linear in list(parent.named_children()):
+                if not isinstance(linear, nn.Linear):
+                    continue
+                sizes, weight = (linear.in_features, linear.out_features), linear.weight.data
+                small: Any
+                if bits == 4:
+                    small = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+                    small.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+                else:
+                    small = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+                    small.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+                setattr(parent, name, small.to("cpu"))
+
+    return quantise
+
+
+def sized() -> dict[str, Callable[[], Subject]]:
+    """Models of some size, by name, for timing: Hugging Face's own, in float32."""
+
+    def llama() -> Subject:
+        sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 688}
+        model = _pretrained("llama", "AutoModelForCausalLM", "sdpa", vocab_size=1024, num_key_value_heads=4, **sizes)
+        ids = torch.randint(1024, (8, 64))
+        return _subject(model, torch.float32, lambda m: m(input_ids=ids, labels=ids).loss)
+
+    def vit() -> Subject:
+        sizes = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 768}
+        model = _pretrained(
+            "vit", "AutoModelForImageClassification", "sdpa", num_labels=10, image_size=32, patch_size=4, **sizes
+        )
+        x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+        return _subject(model, torch.float32, lambda m: m(pixel_values=x, labels=y).loss)
+
+    return {"hf/llama, 4 layers of 256": llama, "hf/vit, 6 layers of 192": vit}
+
+
 def entries() -> dict[str, Entry]:
     """Every row of the matrix, by the name it has there."""
     found: dict[str, Entry] = {
@@ -310,5 +391,11 @@ def entries() -> dict[str, Entry]:
             "peft",
             _peft("IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
         ),
+    }
+    single = torch.float32  # what they are unpacked to
+    found |= {
+        "peft/LoRA on 8 bits (torchao)": Entry("torchao", _quantised(_torchao), dtype=single),
+        "peft/LoRA on 8 bits (bitsandbytes)": Entry("bitsandbytes", _quantised(_bitsandbytes(8)), dtype=single),
+        "peft/LoRA on 4 bits (bitsandbytes)": Entry("bitsandbytes", _quantised(_bitsandbytes(4)), dtype=single),
     }
     return found

@@ -260,4 +260,5 @@ class ReversePass(Pass):
         ends = self.reverse.ends
         starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())
         weights = [torch.ones_like(self.total)] * (len(starts) - len(ends)) + [record.errors[k] for k in ends]
-        return torch.autograd.grad(starts, variables, weights, allow_unused=True, retain_graph=True)
+        edges: Any = list(variables)
+        return torch.autograd.grad(starts, edges, weights, allow_unused=True, retain_graph=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.engine.levels import Level, is_foreign
+from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws
 from guessopt.rules.base import is_in_place
@@ -143,13 +143,14 @@ class Pass(Interceptor):
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            if is_foreign(fn):
+            if fn in WITHOUT_FORWARD or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")
             return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
         except NotImplementedError as error:
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
             if not is_in_place(fn) and not kwargs.get("inplace"):
+                WITHOUT_FORWARD.add(fn)
                 with suppress(RuntimeError):
                     return self.level.through_backward(fn, args, kwargs)
             remedy = (

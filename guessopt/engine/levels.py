@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -68,7 +68,7 @@ class Level(ABC):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
         if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
-            with torch.backends.mkldnn.flags(enabled=False):
+            with _without_mkldnn():
                 return fn(*args, **kwargs)
         if fn is F.scaled_dot_product_attention:  # only the plain formula has a forward derivative
             with sdpa_kernel(SDPBackend.MATH):
@@ -125,37 +125,29 @@ class DualLevel(Level):
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         pairs = [_unpack(t) if isinstance(t, Tensor) else (t, None) for t in leaves]
-        moving = [k for k, (_, tangent) in enumerate(pairs) if tangent is not None]
-        plain = [primal.detach() if k in moving else primal for k, (primal, _) in enumerate(pairs)]
-        results: list[Any] = []
-
-        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            filled = list(plain)
-            for k, t in zip(moving, inputs, strict=True):
-                filled[k] = t
-            call_args, call_kwargs = tree_unflatten(filled, spec)
-            results[:] = tree_flatten(fn(*call_args, **call_kwargs))
-            return tuple(t for t in results[0] if isinstance(t, Tensor) and t.requires_grad)
-
+        moving = {k: tangent for k, (_, tangent) in enumerate(pairs) if tangent is not None}
         if not moving:
             return fn(*args, **kwargs)
         with torch.enable_grad():
-            variables = [plain[k].requires_grad_() for k in moving]
-            outs = run(*variables)
-            # J^T u at some u without zeros; linear in u, so that its derivative must give it back.
+            plain = [t.detach().requires_grad_() if k in moving else t for k, (t, _) in enumerate(pairs)]
+            call_args, call_kwargs = tree_unflatten(plain, spec)
+            results, shape = tree_flatten(fn(*call_args, **call_kwargs))
+            outs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+            # J^T u at some u without zeros: linear in u, so that its own derivative must give it back.
             us = [torch.linspace(1, 2, out.numel()).to(out).view(out.shape).requires_grad_() for out in outs]
-            pulled = torch.autograd.grad(outs, variables, us, create_graph=True, allow_unused=True) if outs else ()
-            known = [(p, pairs[k][1].to(p.dtype)) for k, p in zip(moving, pulled, strict=False) if p is not None]
-            jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known]) if known else ()
-        tangents = iter([jv.detach() for jv in jvs] or [torch.zeros_like(out) for out in outs])
-        there, back = (sum(float((a * b).sum()) for a, b in both) for both in (zip(us, jvs, strict=False), known))
+            pulled = torch.autograd.grad(outs, [plain[k] for k in moving], us, create_graph=True, allow_unused=True)
+            known = [(p, v.to(p.dtype)) for p, v in zip(pulled, moving.values(), strict=True) if p is not None]
+            jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known])
+        there, back = (sum(float((a * b).sum()) for a, b in both) for both in (zip(us, jvs, strict=True), known))
         size = sum(float((p * v).abs().sum()) for p, v in known)
-        if abs(there - back) > max([1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)]) * size:
+        if abs(there - back) > max(1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)) * size:
             raise RuntimeError("its backward hides part of what it computes")
-        found = [
-            _pack(t.detach(), next(tangents)) if isinstance(t, Tensor) and t.requires_grad else t for t in results[0]
+        tangents = iter(jvs)
+        duals = [
+            _pack(t.detach(), next(tangents).detach()) if isinstance(t, Tensor) and t.requires_grad else t
+            for t in results
         ]
-        return tree_unflatten(found, results[1])
+        return tree_unflatten(duals, shape)
 
     def primal(self, t: Tensor) -> Tensor:
         return _unpack(t)[0].detach()  # as unpacked it is a view, which would keep the tangent alive
@@ -222,12 +214,26 @@ TREATMENTS: dict[Callable[..., Any], str] = {
 }
 
 
+#: Found to have no forward derivative.
+WITHOUT_FORWARD: set[Callable[..., Any]] = set()
+
+
 def is_foreign(fn: Callable[..., Any]) -> bool:
     """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with a backward of its own: these
     drop tangents without a word."""
     if not isinstance(fn, OpOverload) or fn.namespace in ("aten", "prims", "prim"):
         return False
     return not torch._C._dispatch_has_kernel_for_dispatch_key(fn.name(), "CompositeImplicitAutograd")
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _device_type(args: tuple[Any, ...]) -> str:
