@@ -472,7 +472,7 @@ class GuessGradOptimizer(Optimizer):
             if not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
                 record.errors = []
         if plan.loss is not None:
-            check_repeats(plan.loss, record.loss)
+            check_repeats(plan.loss, record.loss, plan.tolerance)
             plan.loss = None
         plan.uses += 1
         if plan is not self._plans[0]:
@@ -745,7 +745,7 @@ class GuessGradOptimizer(Optimizer):
 
     def _estimator_of(self, site: Site) -> Estimator:
         """The one that serves the site; the choice itself, unless that leaves the work to others."""
-        return self._choice_of(site).at(site)
+        return self._choice_of(site).for_site(site)
 
     def _check_plan(self, plan: Plan) -> None:
         """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""

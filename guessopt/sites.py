@@ -96,7 +96,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors."""
+    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors. ``autocast``: device
+    type and dtype, where one was in force."""
 
     index: int
     fn: Callable[..., Any]
@@ -106,6 +107,7 @@ class Call:
     outputs: tuple[int, ...]
     in_place: bool = False
     aliases: bool = False
+    autocast: tuple[str, torch.dtype] | None = None
 
     @property
     def op(self) -> str:
@@ -264,8 +266,9 @@ class SiteGraph:
     ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run
     that departs from them is traced anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments,
     ``release`` after which call it needs them no more, ``constants`` holds those that are there beforehand.
-    ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built.
-    ``shared_writes``: operations of the network that write into memory which other tensors share."""
+    ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built; ``answers``, in
+    order, whether the activations that the closure asked require grad. ``shared_writes``: operations of the network
+    that write into memory which other tensors share."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -281,6 +284,7 @@ class SiteGraph:
     loss_params: frozenset[int] = frozenset()
     stopped_params: frozenset[int] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
+    answers: tuple[bool, ...] = ()
     cost: float = 0.0
     shared_writes: tuple[str, ...] = ()
 

@@ -5,7 +5,7 @@ Letters: n example, g the true cotangent, g^ an estimate of it, y the guess.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.engine.forward import Pass
@@ -125,10 +126,10 @@ class Truth:
             self.record = run.execute(closure, opt._by_position)
             # Before buffers are put back: their new values may be part of the graph.
             sites, params = list(run.outputs), list(opt._by_position)
-            variables = [*run.outputs.values(), *opt._by_position.values()]
-            through = run.gradients(variables, self.record)
+            through = run.gradients([*run.outputs.values(), *opt._by_position.values()], self.record)
         self.graph, self.locals = run.graph, run.locals
-        filled = [torch.zeros_like(s) if g is None else g.detach() for s, g in zip(variables, through, strict=True)]
+        like = [*(local.s for local in run.locals.values()), *opt._by_position.values()]
+        filled = [torch.zeros_like(s) if g is None else g.detach() for s, g in zip(like, through, strict=True)]
         self.g: dict[int, Tensor] = dict(zip(sites, filled, strict=False))
         self.gradient: dict[int, Tensor] = dict(zip(params, filled[len(sites) :], strict=True))
         self.names = site_names(opt, self.graph)
@@ -222,6 +223,9 @@ class _Reverse(Level):
     def run(self, body: Callable[[], T]) -> T:
         return body()
 
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return fn(*args, **kwargs)
+
     def primal(self, t: Tensor) -> Tensor:
         return t.detach()
 
@@ -250,7 +254,7 @@ class ReversePass(Pass):
         super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction.saved)
         self.no_grad, self.keeps_graph = nullcontext(), True
         self.source = opt._noise
-        self.outputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, GradientEdge] = {}  # what a tensor is now, whatever is written into it later
         self.locals: dict[int, Local] = {}
         if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
             raise NotImplementedError(
@@ -259,15 +263,17 @@ class ReversePass(Pass):
             )
 
     def note(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> None:
+        s = s.clone() if site.overwritten else s
         self.locals[site.index] = Local(site, s, dict(values), self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
-        self.outputs[site.index] = s
+        self.outputs[site.index] = get_gradient_edge(s)
         return super().inject(site, s, in_place)
 
-    def gradients(self, variables: list[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:
+    def gradients(self, variables: Sequence[Tensor | GradientEdge], record: ForwardRecord) -> tuple[Tensor | None, ...]:
         """Of the loss, through the whole network."""
         ends = self.reverse.ends
         starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())
         weights = [torch.ones_like(self.total)] * (len(starts) - len(ends)) + [record.errors[k] for k in ends]
-        return torch.autograd.grad(starts, variables, weights, allow_unused=True, retain_graph=True)
+        edges: Any = list(variables)
+        return torch.autograd.grad(starts, edges, weights, allow_unused=True, retain_graph=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from guessopt.engine.levels import Level
+from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws
+from guessopt.rules.base import is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
-from guessopt.tracing.interceptor import CustomFunction, Interceptor, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 Saved = dict[int, tuple[Tensor, Tensor]]
@@ -60,6 +62,10 @@ class Pass(Interceptor):
         self.leaves: dict[int, Tensor] = {}
         self.duals: dict[int, Tensor] = {}
         self.result: Tensor | None = None
+        self._answers = iter(graph.answers)
+
+    def requires_grad(self, answer: bool) -> bool:
+        return next(self._answers, answer)  # as in the trace: code may branch on it
 
     def call(
         self,
@@ -146,12 +152,18 @@ class Pass(Interceptor):
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
+            if fn in WITHOUT_FORWARD or is_foreign(fn):
+                raise NotImplementedError("forward AD passes it by")
             return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
         except NotImplementedError as error:
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
+            if not is_in_place(fn) and not kwargs.get("inplace"):
+                WITHOUT_FORWARD.add(fn)
+                with suppress(RuntimeError):
+                    return self.level.through_backward(fn, args, kwargs)
             remedy = (
-                "give it a jvp (a static method beside forward and backward)"
+                "give it a jvp (a static method beside forward and backward), or make its backward differentiable"
                 if isinstance(fn, CustomFunction)
                 else "use another operation, or detach its input if no gradient should pass"
             )
@@ -316,12 +328,6 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
     for part in parts[1:]:
         d = d + part
     return d
-
-
-def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
-    """The autocast in force for the tensor's device, if any."""
-    kind = t.device.type
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def _wide(t: Tensor) -> Tensor:

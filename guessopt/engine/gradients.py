@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from guessopt.rng import replayed
-from guessopt.sites import ForwardRecord, SiteGraph, Visit
+from guessopt.sites import ForwardRecord, Site, SiteGraph, Visit
 
 
 def estimated_cotangents(
     graph: SiteGraph, record: ForwardRecord, formed: Mapping[int, Tensor] | None = None
 ) -> dict[int, Tensor]:
     """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index.
+    Of a float16 guess in float32, since the product may leave float16's range.
 
     ``formed``: cotangents that estimators have formed themselves.
     """
@@ -24,12 +25,18 @@ def estimated_cotangents(
         if formed is not None and site.index in formed:
             found[site.index] = formed[site.index]
         elif (y := record.guesses.get(site.index)) is not None:
-            found[site.index] = y.mul_(site.layout.spread(record.d, site.shape).to(y.dtype))  # y has served
+            found[site.index] = scaled(y, site, record.d)  # y has served
         elif site.shares is not None and site.shares in found:
             found[site.index] = found[site.shares]
         elif site.cut is not None:
             found[site.index] = record.errors[site.cut]
     return found
+
+
+def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
+    """``D_n y[n]``, in ``y``'s memory; of float16 in float32, since the product may leave its range."""
+    d = site.layout.spread(d, site.shape)
+    return y.float().mul_(d) if y.dtype is torch.float16 else y.mul_(d.to(y.dtype))
 
 
 def parameter_gradients(
@@ -79,7 +86,10 @@ class Gradients:
         self._expressions: list[tuple[Tensor, Tensor]] = []
 
     def add(self, position: int, gradient: Tensor) -> None:
-        self.found[position] = self.found[position] + gradient if position in self.found else gradient
+        if position in self.found:  # a sum in bfloat16 would lose what is a hundred times smaller
+            low = gradient.dtype in (torch.float16, torch.bfloat16)
+            gradient = self.found[position] + (gradient.float() if low else gradient)
+        self.found[position] = gradient
 
     def _keep(self, variable: Tensor, gradient: Tensor) -> None:
         if id(variable) in self.ids:
@@ -93,12 +103,16 @@ class Gradients:
             g = cotangents.get(site.index)
             if g is None:
                 continue
+            unit: Tensor | None = None
+            if site.dtype is torch.float16 and g.dtype is torch.float32:
+                unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
+                g = (g / unit).half()  # the largest entry one: the rule's products stay within range
             autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
             with replayed(visit.random), autocast:
                 gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:
-                    self._keep(variable, gradient)
+                    self._keep(variable, gradient if unit is None else gradient.float() * unit)
 
     def direct(self, visit: Visit, d: Tensor) -> None:
         """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -16,8 +16,9 @@ import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.rules.base import tangent_for
 
@@ -67,7 +68,7 @@ class Level(ABC):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
         if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
-            with torch.backends.mkldnn.flags(enabled=False):
+            with _without_mkldnn():
                 return fn(*args, **kwargs)
         if fn is F.scaled_dot_product_attention:  # only the plain formula has a forward derivative
             with sdpa_kernel(SDPBackend.MATH):
@@ -75,6 +76,15 @@ class Level(ABC):
         if self.frozen_statistics and fn is F.batch_norm:
             return F.batch_norm(*self.with_frozen_statistics(*args, **kwargs))
         return fn(*args, **kwargs)
+
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation that has no forward derivative but a backward: ``J^T u`` is linear in ``u``, so its own
+        derivative along the tangents is ``J v``.
+
+        Raises:
+            RuntimeError: its backward cannot be differentiated, or this level has no way to do so.
+        """
+        raise RuntimeError
 
     def with_frozen_statistics(
         self,
@@ -116,6 +126,33 @@ class DualLevel(Level):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         out = super().call(fn, args, kwargs, writes=writes)
         return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
+
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        pairs = [_unpack(t) if isinstance(t, Tensor) else (t, None) for t in leaves]
+        moving = {k: tangent for k, (_, tangent) in enumerate(pairs) if tangent is not None}
+        if not moving:
+            return fn(*args, **kwargs)
+        with torch.enable_grad():
+            plain = [t.detach().requires_grad_() if k in moving else t for k, (t, _) in enumerate(pairs)]
+            call_args, call_kwargs = tree_unflatten(plain, spec)
+            results, shape = tree_flatten(fn(*call_args, **call_kwargs))
+            outs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+            # J^T u at some u without zeros: linear in u, so that its own derivative must give it back.
+            us = [torch.linspace(1, 2, out.numel()).to(out).view(out.shape).requires_grad_() for out in outs]
+            pulled = torch.autograd.grad(outs, [plain[k] for k in moving], us, create_graph=True, allow_unused=True)
+            known = [(p, v.to(p.dtype)) for p, v in zip(pulled, moving.values(), strict=True) if p is not None]
+            jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known])
+        there, back = (sum(float((a * b).sum()) for a, b in both) for both in (zip(us, jvs, strict=True), known))
+        size = sum(float((p * v).abs().sum()) for p, v in known)
+        if abs(there - back) > max(1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)) * size:
+            raise RuntimeError("its backward hides part of what it computes")
+        tangents = iter(jvs)
+        duals = [
+            _pack(t.detach(), next(tangents).detach()) if isinstance(t, Tensor) and t.requires_grad else t
+            for t in results
+        ]
+        return tree_unflatten(duals, shape)
 
     def primal(self, t: Tensor) -> Tensor:
         return _unpack(t)[0].detach()  # as unpacked it is a view, which would keep the tangent alive
@@ -186,6 +223,9 @@ class PlainLevel(Level):
             return fn(*args, **kwargs)  # the fused kernels serve; with dropout they might draw otherwise
         return super().call(fn, args, kwargs, writes=writes)
 
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.call(fn, args, kwargs, writes=False)
+
     def primal(self, t: Tensor) -> Tensor:
         return t.detach()
 
@@ -210,6 +250,28 @@ TREATMENTS: dict[Callable[..., Any], str] = {
     **dict.fromkeys(_FUSED, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
     F.scaled_dot_product_attention: "runs by the explicit formula: the fused kernels have no forward derivative",
 }
+
+
+#: Found to have no forward derivative.
+WITHOUT_FORWARD: set[Callable[..., Any]] = set()
+
+
+def is_foreign(fn: Callable[..., Any]) -> bool:
+    """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with a backward of its own: these
+    drop tangents without a word."""
+    if not isinstance(fn, OpOverload) or fn.namespace in ("aten", "prims", "prim"):
+        return False
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(fn.name(), "CompositeImplicitAutograd")
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _device_type(args: tuple[Any, ...]) -> str:

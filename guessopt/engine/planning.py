@@ -21,8 +21,8 @@ from guessopt.tracing.tape import Tape
 
 @dataclass
 class Plan:
-    """A graph in use. ``loss``: of the trace, until a pass has confirmed it; ``uses``: passes so far; ``stacks``:
-    whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``."""
+    """A graph in use. ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so
+    far; ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``."""
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -31,6 +31,7 @@ class Plan:
     given: int | None
     loss: Tensor | None
     uses: int = 0
+    tolerance: float = 0.0
     guesses: dict[int, Any] | None = None
     normalises_batch: bool = False
     alive: bool = False
@@ -101,6 +102,7 @@ def trace(
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
+    plan.tolerance = precision(analysis)
     plan.alive = found.alive
     plan.compiled = tape.compiled
     plan.routes = analysis.routes_by_data()
@@ -149,16 +151,22 @@ def layouts_of(
 
 def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> frozenset[int]:
     """Calls that read a parameter and another tensor but hold no examples (``F.embedding(arange(T), W)``): parameter
-    expressions after all."""
+    expressions after all. Their shape tells, or (T = N) that examples are apart again in what is made of them."""
     if found.batch <= 1:
         return frozenset()
+    apart = {v for v, layout in found.layouts.items() if layout is not Layout.COUPLED}
+
+    def holds_none(site: Site) -> bool:
+        fits = Layout.candidates(site.shape, found.batch)[0] is not Layout.COUPLED
+        return not fits or (site.value not in apart and analysis.leads_to(site.value, sites) <= apart)
+
     return frozenset(
         site.call.index
         for site in sites
         if not any(v in analysis.active for v in site.call.inputs)
-        and Layout.candidates(site.shape, found.batch)[0] is Layout.COUPLED
         and site.cut is None
         and _is_about_parameters(analysis.tape, site)
+        and holds_none(site)
     )
 
 
@@ -279,12 +287,18 @@ def unstable() -> ClosureError:
     )
 
 
-def check_repeats(first: Tensor, second: Tensor) -> None:
+def precision(analysis: Analysis) -> float:
+    """Relative difference that rounding may make between two runs by different kernels, in the closure's lowest
+    precision."""
+    dtypes = {analysis.tape.dtypes[v] for v in analysis.active}
+    return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes)) if dtypes else 1e-4
+
+
+def check_repeats(first: Tensor, second: Tensor, tolerance: float) -> None:
     """Raise ``ClosureError`` if two runs from the same random state gave different losses."""
     a, b = first.double(), second.detach().double()
     if not bool(torch.isfinite(a)):
         return
-    tolerance = 1e-3 if first.dtype in (torch.float16, torch.bfloat16) else 1e-4
     if not torch.allclose(a, b, rtol=tolerance, atol=1e-6):
         raise ClosureError(
             f"the closure does not repeat: a second pass from the same random state gave the loss {b.item():.6g} in "

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from guessopt.engine.forward import Departure, Guess, Pass, Saved
-from guessopt.engine.gradients import Gradients
+from guessopt.engine.gradients import Gradients, scaled
 from guessopt.engine.levels import PlainLevel
 from guessopt.rng import RandomState
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
@@ -106,7 +106,7 @@ class Replay(Pass):
                 continue
             y = y[1] if isinstance(y, tuple) else y
             for each, rate in zip(y if len(rates) > 1 else (y,), rates, strict=True):
-                part = each.mul_(site.layout.spread(rate, site.shape).to(each.dtype))
+                part = scaled(each, site, rate)
                 found = part if found is None else found.add_(part)
         if found is None and site.cut is not None and site.shares is None:
             found = self._exact(site)

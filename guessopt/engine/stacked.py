@@ -121,6 +121,9 @@ class StackedLevel(FastLevel):
     def each(self, f: Callable[[list[Any]], Tensor], tensors: Sequence[Any]) -> Tensor:
         return torch.stack([f([None if t is None else t[k] for t in tensors]) for k in range(self.count)])
 
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise RuntimeError("takes one tangent at a time")
+
     # --- one operation ------------------------------------------------------------------------------------------------
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:

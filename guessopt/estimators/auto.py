@@ -43,7 +43,7 @@ class Auto(Estimator):
     def __post_init__(self) -> None:
         WPerp(k=self.k)
 
-    def at(self, site: Site) -> Estimator:
+    def for_site(self, site: Site) -> Estimator:
         if site.segment is None:
             return ActivationPerturbation() if site.cut is None else self
         return WPerp(k=self.k) if site.rank > 2 * self.k or not site.segment.onward else Downstream()

@@ -61,7 +61,7 @@ class Estimator(ABC):
     #: Whether ``estimate`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
-    def at(self, site: Site) -> Estimator:
+    def for_site(self, site: Site) -> Estimator:
         """The estimator that serves a site: this one, unless it leaves the work to others."""
         return self
 

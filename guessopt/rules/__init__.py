@@ -1,6 +1,6 @@
 """One file per operation family: gradients of its parameters, its tangent, and W~ where it is a matrix."""
 
-from guessopt.rules import affine, attention, conv, elementwise, linear, norm
+from guessopt.rules import affine, attention, conv, elementwise, embedding, linear, norm
 from guessopt.rules.base import MatrixRule, Rule, register_rule, register_tangent, rule_for, tangent_for
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "attention",
     "conv",
     "elementwise",
+    "embedding",
     "linear",
     "norm",
     "register_rule",

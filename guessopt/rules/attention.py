@@ -9,7 +9,6 @@ Letters: b examples and heads, l queries, s keys, e features, v features of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import register_tangent
+from guessopt.rules.base import PULLED_BACK, register_tangent
 
 _jacobian = torch._softmax_backward_data
 
@@ -185,8 +184,7 @@ def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     return out
 
 
-#: What stands in for an operation where a segment is pulled back.
-PULLED_BACK: dict[Callable[..., Any], Callable[..., Any]] = {torch.unbind: unbind, Tensor.unbind: unbind}
+PULLED_BACK[torch.unbind] = PULLED_BACK[Tensor.unbind] = unbind
 
 
 def differentiable_attention(

@@ -8,12 +8,13 @@ Letters: b block (convolution group), o output row, i input column, r rows of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from guessopt.sites import Matrix, Shape
@@ -96,6 +97,8 @@ class Rule:
                 call_args = (call_args[0].clone(), *call_args[1:])
             out = fn(*call_args, **call_kwargs)
             out = pick_output(out if out is not None else call_args[0], output)
+            if not out.requires_grad:  # it read the parameters, but does not depend on them
+                return [None] * len(wanted)
             return list(torch.autograd.grad(out, variables, g.to(out.dtype), allow_unused=True))
 
 
@@ -203,6 +206,10 @@ def tangent_for(fn: Callable[..., Any]) -> tuple[TangentRule, int] | None:
         return None
 
 
+#: What stands in for an operation where a segment is pulled back or pushed forward: faster, or differentiable twice.
+PULLED_BACK: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
 def is_in_place(fn: Callable[..., Any]) -> bool:
     """Whether a torch function writes its first argument (``add_``, ``__iadd__``, ``x[i] = y``)."""
     name = getattr(fn, "__name__", "")
@@ -218,6 +225,21 @@ def pick_output(out: Any, output: int) -> Tensor:
     """The ``output``-th tensor of what an operation returned."""
     tensor = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)][output]
     return tensor
+
+
+def push(run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
+    """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way
+    and does not nest."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels cannot be differentiated twice
+        variables = [t.detach().requires_grad_() for t in inputs]
+        outs = run(*variables)
+        us = [torch.zeros_like(out, requires_grad=True) for out in outs]
+        pulled = torch.autograd.grad(outs, variables, us, create_graph=True, allow_unused=True)
+        through = [(p, v) for p, v in zip(pulled, vs, strict=True) if p is not None and p.requires_grad]
+        if not through:
+            return [torch.zeros_like(u) for u in us]
+        found = torch.autograd.grad([p for p, _ in through], us, [v.to(p.dtype) for p, v in through], allow_unused=True)
+    return [torch.zeros_like(u) if jv is None else jv for u, jv in zip(us, found, strict=True)]
 
 
 def pull_back_by_vjp(fn: Callable[[Tensor], Tensor], x: Tensor, e: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class ConvRule(MatrixRule):
         dims = _DIMS[matrix.call.fn]
         if isinstance(call["padding"], str) or len(x_shape) != dims + 2:
             return pull_back_by_vjp(lambda x: self.apply(matrix, rows, x), e.new_zeros(x_shape), e)
-        filters = self._filters(matrix, rows)
+        filters = self._filters(matrix, rows).to(e.dtype)  # under autocast a weight keeps its own
         pulled: Tensor = _INPUT[dims](
             x_shape, filters, e, call["stride"], call["padding"], call["dilation"], call["groups"]
         )
@@ -112,6 +112,7 @@ class ConvRule(MatrixRule):
         if kwargs or isinstance(call["padding"], str) or x.dim() != dims + 2 or not isinstance(w, Tensor):
             return super().gradients(fn, args, kwargs, output, wanted, g)
         geometry = (call["stride"], call["padding"], call["dilation"], call["groups"])
+        x, w = x.to(g.dtype), w.to(g.dtype)  # under autocast they keep their own
         of: dict[int, Callable[[], Tensor]] = {
             0: lambda: _INPUT[dims](x.shape, w, g, *geometry),
             1: lambda: _WEIGHT[dims](x, w.shape, g, *geometry),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import register_tangent
+from guessopt.rules.base import PULLED_BACK, register_tangent
 from guessopt.sites import Call
 
 UNARY: set[Callable[..., Any]] = {
@@ -41,6 +41,14 @@ IDENTITY: set[Callable[..., Any]] = {Tensor.contiguous, Tensor.clone, torch.clon
 ADDITION: set[Callable[..., Any]] = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 
 RELU: set[Callable[..., Any]] = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_}
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    """In steps that can be differentiated twice."""
+    return F.hardtanh(x + 3, 0, 6) / 6
+
+
+PULLED_BACK[F.hardsigmoid] = _hardsigmoid
 
 
 def is_elementwise(fn: Callable[..., Any]) -> bool:

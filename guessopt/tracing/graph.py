@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -275,6 +275,21 @@ class Analysis:
         self._next_inputs[known] = first[2] if first is not None else None
         return self._next_inputs[known]
 
+    def leads_to(self, v: int, sites: Sequence[Site]) -> set[int]:
+        """The outputs of the first sites after a value, and the cuts that it reaches past none."""
+        ends = {site.value for site in sites} | set(self.cut_values)
+        found: set[int] = set()
+        stack, seen = [v], {v}
+        while stack:
+            for c in self.tape.consumers.get(stack.pop(), ()):
+                for o in self.tape.calls[c].outputs if c in self.useful else ():
+                    if o in ends:
+                        found.add(o)
+                    elif o in self.active and o not in seen:
+                        seen.add(o)
+                        stack.append(o)
+        return found
+
     def _readers(self, x: int) -> list[tuple[Call, MatrixRule, int]]:
         """The matrix sites that read ``x``: call, rule and weight."""
         calls = [self.tape.calls[c] for c in sorted(set(self.tape.consumers[x])) if c in self.useful]
@@ -365,6 +380,7 @@ class Analysis:
             if self.returned in tape.producer else None,
             loss_params=frozenset().union(*(tape.origins[c] for c in self._loss_parameter_calls())),
             stopped_params=frozenset(tape.stopped),
+            answers=tuple(tape.answers),
             cost=self.cost(),
             shared_writes=tuple(
                 call.op for call in tape.calls

@@ -79,7 +79,7 @@ class Interceptor(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
-            return out  # x.shape, x.device: no tensor, no trace
+            return self.requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
         if torch.is_inference_mode_enabled():
             raise ClosureError(
                 f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
@@ -91,7 +91,8 @@ class Interceptor(TorchFunctionMode):
                 "apply was looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in "
                 "the closure"
             )
-        mine = [t for t in tensors if id(t) in self.params or id(t) in self.expressions]
+        read = tensors[:1] if fn in _AFTER_ANOTHER else tensors
+        mine = [t for t in read if id(t) in self.params or id(t) in self.expressions]
         index = self.count
         self.count += 1
         return self.call(index, fn, args, kwargs, tensors, mine)
@@ -107,6 +108,10 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         """One torch call: its number in the closure, its arguments, their tensors, and which of these are trainable."""
         raise NotImplementedError
+
+    def requires_grad(self, answer: bool) -> bool:
+        """What the closure is told when it asks an activation whether it requires grad."""
+        return answer
 
     def positions(self, tensor: Tensor) -> frozenset[int]:
         """The optimizer's parameters that ``tensor`` is, or is computed from."""
@@ -212,6 +217,21 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.autograd.backward: _refuse,
     torch.autograd.grad: _refuse,
 }
+
+
+def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
+    """The autocast in force for the tensor's device, if any."""
+    kind = t.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind, torch.get_autocast_dtype(kind)) if enabled else None
+
+
+#: Of their second tensor these read the dtype or the shape alone (``x.type_as(self.weight)``).
+_AFTER_ANOTHER: set[Callable[..., Any]] = {
+    Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as,
+}  # fmt: skip
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 _STOPPING: set[Callable[..., Any]] = {
     Tensor.detach,

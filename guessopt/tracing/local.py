@@ -6,18 +6,19 @@ Letters: s the site's output, x the next matrix site's input, u a cotangent of x
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.attention import PULLED_BACK
+from guessopt.rules.base import PULLED_BACK, push
 from guessopt.rules.elementwise import DROPOUT, derivative, pull_back
 from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Call, Layout, Matrix, Onward, Shape, Site, Value
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tracing.interceptor import autocast_of, tensors_in
 
 
 class Local:
@@ -50,13 +51,13 @@ class Local:
         if self.site.segment.weight_program:
             values = evaluate(self.site.segment.weight_program, values)
         return [
-            (m, m.rule.matrix(m, values[m.weights[0]]) if len(m.weights) == 1 else self._stack(m, values))
+            (m, m.rule.matrix(m, dense(values[m.weights[0]])) if len(m.weights) == 1 else self._stack(m, values))
             for m in self.site.segment.matrices
         ]
 
     @staticmethod
     def _stack(m: Matrix, values: dict[int, Tensor]) -> Tensor:
-        return torch.cat([m.rule.matrix(m, values[w]) for w in m.weights], dim=1)
+        return torch.cat([m.rule.matrix(m, dense(values[w])) for w in m.weights], dim=1)
 
     @property
     def is_elementwise(self) -> bool:
@@ -102,7 +103,7 @@ class Local:
         """``J v``: from ``s`` to the next matrix site's input."""
         if self.is_elementwise:
             return self._masked(v)
-        return push(lambda s: (self._segment()(s),), self.s, v)[0]
+        return push(lambda s: (self._segment()(s),), [self.s], [v])[0]
 
     def next_input(self) -> Tensor:
         """``x_{i+1}``: the next matrix site's input, as this site's own output makes it."""
@@ -124,7 +125,7 @@ class Local:
 
     def push_forward_to(self, way: Onward, v: Tensor) -> list[Tensor]:
         """``J v``: from ``s`` to the way's goals."""
-        return push(self._onward(way), self.s, v)
+        return push(self._onward(way), [self.s], [v])
 
     def _onward(self, way: Onward) -> Callable[[Tensor], tuple[Tensor, ...]]:
         segment = self.site.segment
@@ -157,17 +158,9 @@ class Local:
         return run
 
 
-def push(run: Callable[[Tensor], tuple[Tensor, ...]], s: Tensor, v: Tensor) -> list[Tensor]:
-    """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way
-    and does not nest."""
-    # Fused attention has no second derivative.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        s = s.detach().requires_grad_()
-        outs = run(s)
-        us = [torch.zeros_like(out, requires_grad=True) for out in outs]
-        pulled = torch.autograd.grad(outs, s, us, create_graph=True)[0]
-        found = torch.autograd.grad(pulled, us, v, allow_unused=True)
-    return [torch.zeros_like(u) if jv is None else jv for u, jv in zip(us, found, strict=True)]
+def dense(w: Tensor) -> Tensor:
+    """A weight as numbers: what is kept quantised, in a tensor class of its own, is unpacked."""
+    return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -210,9 +203,18 @@ def _run(calls: tuple[Call, ...], values: dict[int, Tensor]) -> None:
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        out = PULLED_BACK.get(call.fn, without_side_effects(call.fn))(*args, **kwargs)
+        with _autocasting(call, values):
+            out = PULLED_BACK.get(call.fn, without_side_effects(call.fn))(*args, **kwargs)
         results = tensors_in((out,)) if out is not None else [args[0]]
         values.update(zip(call.outputs, results, strict=True))
+
+
+def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:
+    """The autocast under which the closure made the call."""
+    now = autocast_of(values[call.inputs[0]]) if call.inputs else None
+    if now == call.autocast or not call.inputs:
+        return nullcontext()
+    return torch.autocast(*call.autocast) if call.autocast else torch.autocast(now[0], enabled=False)  # type: ignore[index]
 
 
 def _fill(node: Any, values: dict[int, Tensor]) -> Any:
@@ -230,7 +232,8 @@ def _closed(call: Call) -> Callable[[Tensor], Tensor]:
         source = t.clone() if call.in_place else t
         args = tuple(source if isinstance(a, Value) else a for a in call.args)
         kwargs = {k: source if isinstance(a, Value) else a for k, a in call.kwargs.items()}
-        out: Tensor = call.fn(*args, **kwargs)
+        with _autocasting(call, {call.inputs[0]: t}):
+            out: Tensor = PULLED_BACK.get(call.fn, call.fn)(*args, **kwargs)
         return out
 
     return run

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value
-from guessopt.tracing.interceptor import Interceptor, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import Interceptor, autocast_of, stops_gradient, tensors_in
 
 
 class Tape(Interceptor):
@@ -44,6 +45,7 @@ class Tape(Interceptor):
         self.mutations: dict[int, tuple[int, ...]] = {}
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.stopped: set[int] = set()
+        self.answers: list[bool] = []
         self.compiled = False
         self.active: set[int] = set()
         self.overwritten: set[int] = set()
@@ -74,6 +76,7 @@ class Tape(Interceptor):
         recorded_args, recorded_kwargs = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
         self.mutations_of(index, fn, args, kwargs, tensors, inputs)
 
+        versions = [_version(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
             kind = Kind.STOPPED
@@ -91,17 +94,25 @@ class Tape(Interceptor):
             self.express(out, mine)
 
         results = tensors_in((out,)) if out is not None else list(tensors[:1])
-        in_place = any(r is t for r in results for t in tensors) or is_in_place(fn)
+        # What returns its own argument untouched (``contiguous``, a dropout of 0) is no write.
+        changed = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        in_place = is_in_place(fn) or any(r is t for r in results for t in changed)
         extra = self._aliases(results, tensors) if in_place else []
         if in_place and tensors:
             self.overwritten |= self._memory.get(_memory(tensors[0]), set())
-        outputs = tuple(self._new(t, index) for t in [*results, *extra])
+        outputs = tuple(
+            self.value(t) if isinstance(t, torch.nn.Parameter) and not in_place else self._new(t, index)
+            for t in [*results, *extra]
+        )
         self._remember(results, outputs, tensors)
         if kind is Kind.SITE or (kind is Kind.PLAIN and any(v in self.active for v in inputs)):
             self._activate(results, outputs, {id(t) for t, v in zip(tensors, inputs, strict=True) if v in self.outside})
         for v in inputs:
             self.consumers.setdefault(v, []).append(index)
-        self.calls.append(Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra)))
+        autocast = autocast_of(tensors[0]) if tensors else None
+        self.calls.append(
+            Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra), autocast)
+        )
         self.kinds.append(kind)
         self.mine.append(tuple(k for k, t in enumerate(tensors) if any(t is m for m in mine)))
         self.origins.append(frozenset().union(*(self.positions(m) for m in mine)))
@@ -112,6 +123,10 @@ class Tape(Interceptor):
         if isinstance(loss, Tensor) and loss not in self._values:
             self._check_seen(loss, None)
         return loss
+
+    def requires_grad(self, answer: bool) -> bool:
+        self.answers.append(answer)
+        return answer
 
     def _activate(self, results: list[Tensor], outputs: tuple[int, ...], outside: set[int]) -> None:
         """Derivatives reach these. They are made to require grad, so that a call which the mode cannot see leaves a
@@ -226,8 +241,17 @@ def _within_compiled_code() -> bool:
 
 
 def _memory(t: Tensor) -> int:
-    hidden = t.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    hidden = (
+        t.layout is not torch.strided
+        or torch._C._functorch.is_functorch_wrapped_tensor(t)
+        or is_traceable_wrapper_subclass(t)
+    )
     return id(t) if hidden else t.untyped_storage().data_ptr()
+
+
+def _version(t: Tensor) -> int:
+    """How often ``t``'s memory has been written."""
+    return 0 if t.is_inference() else t._version
 
 
 def written(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[int]:
