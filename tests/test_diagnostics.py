@@ -560,18 +560,21 @@ def test_cotangents_of_what_is_overwritten() -> None:
     for inplace in (True, False):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.ReLU(inplace)).double()
-        head, x = torch.nn.Linear(3, 2).double(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
+        again, head = torch.nn.Conv2d(3, 3, 1).double(), torch.nn.Linear(3, 2).double()
+        x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
 
-        def closure(net: Any = net, head: Any = head, x: Any = x, inplace: bool = inplace) -> Tensor:
+        def closure(
+            net: Any = net, again: Any = again, head: Any = head, x: Any = x, inplace: bool = inplace
+        ) -> Tensor:
             h = net(x)
-            r = net[2](h.flip(-1))
+            r = again(h)
             if inplace:
                 r += h
             else:
                 r = r + h
-            return F.cross_entropy(head(r.mean((2, 3))), torch.arange(5) % 2)
+            return F.cross_entropy(head(net[2](r).mean((2, 3))), torch.arange(5) % 2)
 
-        params = [*net.named_parameters(), *head.named_parameters("head")]
+        params = [*again.named_parameters("again"), *net.named_parameters(), *head.named_parameters("head")]
         opt = GuessGradOptimizer(params, torch.optim.SGD, "w_transpose", lr=0.1)
         found.append(d.true_cotangents(opt, closure))
     assert found[0].keys() == found[1].keys()
