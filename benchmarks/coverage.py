@@ -9,7 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import product
@@ -101,7 +101,7 @@ def survey(entry: Entry, subject: Subject, **options: Any) -> Coverage:
 
 
 def step_time(build: Callable[[], Subject], *, rounds: int, block: int, device: str = "cpu") -> Ratio:
-    """A step with the default settings over a step of backpropagation, side by side."""
+    """A step with the default settings over a step of backpropagation: of each the fastest round, side by side."""
     ours, theirs = build(), build()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GuessWarning)
@@ -117,7 +117,7 @@ def step_time(build: Callable[[], Subject], *, rounds: int, block: int, device: 
         for step in steps.values():
             seconds(step, 4, device)  # past the first probes
         times = interleaved(steps, rounds=rounds, block=block, device=device)
-    return ratio(times["ours"], times["backprop"])
+    return replace(ratio(times["ours"], times["backprop"]), ratio=min(times["ours"]) / min(times["backprop"]))
 
 
 # --- the experiment ---------------------------------------------------------------------------------------------------
