@@ -16,6 +16,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from benchmarks.__main__ import experiments, main
+from benchmarks.coverage import complain
 from benchmarks.measure import Stopwatch
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
 from benchmarks.speed import PHASES, PROBLEMS, layers
@@ -165,3 +166,18 @@ def test_stopwatch_gives_each_phase_its_own_time(monkeypatch: pytest.MonkeyPatch
         pass
     assert watch.lap() == {"outer": 3.0, "inner": 4.0, "all": 1.0}
     assert watch.lap() == {}
+
+
+def test_coverage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["coverage", "--quick", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "coverage.json").read_text())
+    figures = content["figures"]
+    assert set(figures) == {"matrix", "precision", "sized", "mezo"} and figures["mezo"] and figures["precision"]
+    assert {"torch/LSTM", "torch/TransformerEncoder"} <= set(figures["matrix"])
+    assert all(row["missed"] == [] and row["time"]["ratio"] > 0 for row in figures["matrix"].values())
+    assert all(math.isfinite(number) for number in numbers(content))
+    assert "coupled" in capsys.readouterr().out
+
+    figures["matrix"]["torch/LSTM"]["unlisted"] = ["head.weight"]
+    figures["precision"]["torch/LSTM"]["bfloat16"] = 0.5
+    assert [what.partition(":")[0] for what in complain(figures)] == ["torch/LSTM", "torch/LSTM"]

@@ -552,3 +552,31 @@ def test_tensorboard_gets_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     own = SummaryWriter("own")
     d.TensorBoardWriter(own, prefix="")(1, {"x": 1.0})
     assert seen[-1] == ("x", 1.0, 1)
+
+
+def test_cotangents_of_what_is_overwritten() -> None:
+    """``relu(inplace=True)`` and ``+=`` write over a site's output: its cotangent is that of what was there."""
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.ReLU(inplace)).double()
+        again, head = torch.nn.Conv2d(3, 3, 1).double(), torch.nn.Linear(3, 2).double()
+        x = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+
+        def closure(
+            net: Any = net, again: Any = again, head: Any = head, x: Any = x, inplace: bool = inplace
+        ) -> Tensor:
+            h = net(x)
+            r = again(h)
+            if inplace:
+                r += h
+            else:
+                r = r + h
+            return F.cross_entropy(head(net[2](r).mean((2, 3))), torch.arange(5) % 2)
+
+        params = [*again.named_parameters("again"), *net.named_parameters(), *head.named_parameters("head")]
+        opt = GuessGradOptimizer(params, torch.optim.SGD, "w_transpose", lr=0.1)
+        found.append(d.true_cotangents(opt, closure))
+    assert found[0].keys() == found[1].keys()
+    for name, g in found[0].items():
+        torch.testing.assert_close(g, found[1][name])

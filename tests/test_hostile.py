@@ -584,6 +584,19 @@ def straight_through() -> Problem:
     return classifier(lambda m: m.head(StraightThrough.apply(m.first(x))), first=nn.Linear(3, 4), head=nn.Linear(4, 2))
 
 
+def untouched() -> Problem:
+    """Calls that return their own argument: no writes, although the result is the argument."""
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = m.first(x)
+        r = h
+        h = F.dropout(torch.relu(h.contiguous()).to(torch.float64), 0.0)
+        return m.head(m.second(h) + r.contiguous())
+
+    return classifier(forward, first=nn.Linear(3, 4), second=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+
 def custom_function() -> Problem:
     x = randn(4, 3)
     return classifier(lambda m: m.head(Cube.apply(m.first(x))), first=nn.Linear(3, 4), head=nn.Linear(4, 2))
@@ -680,6 +693,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "checkpoint": lambda: checkpointed(False),
     "checkpoint, reentrant": lambda: checkpointed(True),
     "autograd.Function with jvp": custom_function,
+    "calls that touch nothing": untouched,
     "autograd.Function without jvp": straight_through,
     "autograd.Function of weights": custom_function_of_weights,
     "autograd.Function that reads a parameter": custom_site,
@@ -853,6 +867,44 @@ def test_gradient_accumulation() -> None:
         estimate(opt, part)
     for p, one, two in zip(model.parameters(), *parts, strict=True):
         torch.testing.assert_close(p.grad, one + two)
+
+
+def test_what_touches_nothing_stands_in_no_segments_way() -> None:
+    problem = untouched()
+    opt = GuessGradOptimizer(problem.named, torch.optim.SGD, "w_transpose", lr=0.1)
+    opt.estimate(problem.closure)
+    graph = opt._plans[0].graph
+    assert graph.blocked == {} and [site.is_last for site in graph.sites] == [False, False, True]
+
+
+def test_code_that_asks_whether_activations_require_grad() -> None:
+    """It is told the same in every run: the tracer marks activations, a forward-mode pass does not."""
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        h = m.first(x)
+        return m.head(torch.tanh(h) if h.requires_grad else h)
+
+    problem = classifier(forward, first=nn.Linear(3, 4), head=nn.Linear(4, 2))
+    found, opt = sum_over_one_hots(problem, "fast")
+    assert_gradient(problem, found)
+    assert any(fn is torch.tanh for fn in opt._plans[0].graph.functions)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_directional_descent_through_an_embedding_bag(mode: str) -> None:
+    """torch has no forward derivative for it; ``<v, g> v`` it must be."""
+    model, ids = net(nn.EmbeddingBag(5, 3, mode=mode), nn.Linear(3, 2)).double(), torch.randint(5, (6, 4))
+    opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, "directional_descent", lr=0.1, seed=0)
+    opt._noise.follow()
+    before = opt._noise.snapshot()
+    opt.estimate(lambda: F.cross_entropy(model(ids), labels(6, 2)))
+    opt._noise.restore(before)
+    vs = list(opt._directions().values())
+    gs = torch.autograd.grad(F.cross_entropy(model(ids), labels(6, 2)), list(model.parameters()))
+    slope = sum(float((v * g).sum()) for v, g in zip(vs, gs, strict=True))
+    for p, v in zip(model.parameters(), vs, strict=True):
+        torch.testing.assert_close(p.grad, slope * v)
 
 
 def test_autocast() -> None:

@@ -20,7 +20,7 @@ from guessopt.engine.forward import Pass
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import Level
 from guessopt.engine.planning import Transaction
-from guessopt.optimizer import GuessGradOptimizer
+from guessopt.optimizer import GuessGradOptimizer, _lasting
 from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
 from guessopt.tracing.local import Local
 
@@ -263,8 +263,8 @@ class ReversePass(Pass):
             )
 
     def note(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> None:
-        s = s.clone() if site.overwritten else s
-        self.locals[site.index] = Local(site, s, dict(values), self.source)
+        values = dict(values)
+        self.locals[site.index] = _lasting(Local(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         self.outputs[site.index] = get_gradient_edge(s)

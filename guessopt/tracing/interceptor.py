@@ -91,8 +91,7 @@ class Interceptor(TorchFunctionMode):
                 "apply was looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in "
                 "the closure"
             )
-        read = tensors[:1] if fn in _AFTER_ANOTHER else tensors
-        mine = [t for t in read if id(t) in self.params or id(t) in self.expressions]
+        mine = [t for t in read_by(fn, tensors) if id(t) in self.params or id(t) in self.expressions]
         index = self.count
         self.count += 1
         return self.call(index, fn, args, kwargs, tensors, mine)
@@ -230,6 +229,12 @@ def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
 _AFTER_ANOTHER: set[Callable[..., Any]] = {
     Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as,
 }  # fmt: skip
+
+
+def read_by(fn: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+    """Those of a call's tensors on whose values its result depends."""
+    return tensors[:1] if fn in _AFTER_ANOTHER else tensors
+
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 

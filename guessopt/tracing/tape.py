@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value
-from guessopt.tracing.interceptor import Interceptor, autocast_of, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient, tensors_in
 
 
 class Tape(Interceptor):
@@ -81,7 +81,7 @@ class Tape(Interceptor):
         if stopped:
             kind = Kind.STOPPED
             self.stopped.update(*(self.positions(m) for m in mine))
-        elif mine and (len(mine) == len(tensors) or index in self.as_expression):
+        elif mine and (len(mine) == len(read_by(fn, tensors)) or index in self.as_expression):
             kind = Kind.EXPRESSION
         else:
             kind = Kind.SITE if mine else Kind.PLAIN
