@@ -135,6 +135,46 @@ def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> in
     return kept + peak - _adamw_state_bytes(learners[0])
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes above the parameters: the most at once over all steps, what lasts between them, and of this the
+    optimizer's state (``state``) and ``.grad`` (``gradients``, which a training loop may drop).
+    """
+
+    peak: int
+    kept: int
+    state: int
+    gradients: int
+
+
+def peaks(
+    make_learner: Callable[[], Learner], x: Tensor, y: Tensor, steps: int, state: Callable[[Learner], int]
+) -> Peaks:
+    """Of so many steps from the first on: tracing, decompositions, updates and whatever a method keeps are all in.
+
+    Counted from before the learner exists; the model and the batch must exist before. `state` tells the bytes of the
+    optimizer's state, which the first update allocates.
+    """
+    learners: list[Learner] = []
+    recorder = _cuda_peak if x.is_cuda else _cpu_peak
+
+    def make() -> None:
+        learners.append(make_learner())
+        gc.collect()
+
+    def step() -> None:
+        learners[0].step(x, y)
+        gc.collect()
+
+    live, _ = recorder(make)
+    peak = live
+    for _ in range(steps):
+        left, top = recorder(step)
+        peak, live = max(peak, live + top), live + left
+    gradients = [p.grad for p in learners[0].model.parameters() if p.grad is not None]
+    return Peaks(peak, live, state(learners[0]), sum(g.nbytes for g in gradients))
+
+
 def _cpu_peak(work: Step) -> tuple[int, int]:
     """Bytes that `work` leaves allocated, and the most it held at once, from the CPU allocator's own events."""
     gc.collect()
