@@ -17,6 +17,7 @@ from guessopt.estimators import (
     WTranspose,
     register_estimator,
 )
+from guessopt.memory import MemoryPlan, ModeCost, plan
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.preflight import Preflight, preflight
 from guessopt.rules import register_rule
@@ -31,6 +32,8 @@ __all__ = [
     "GuessGradOptimizer",
     "GuessWarning",
     "LearnedFeedback",
+    "MemoryPlan",
+    "ModeCost",
     "PartialUpdateError",
     "Preflight",
     "SelfSharpening",
@@ -39,6 +42,7 @@ __all__ = [
     "WPreconditioned",
     "WTranspose",
     "estimators",
+    "plan",
     "preflight",
     "register_estimator",
     "register_rule",
