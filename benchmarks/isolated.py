@@ -50,5 +50,5 @@ def collect(path: Path, args: argparse.Namespace, settings: Mapping[str, Any], t
     for name in tqdm(missing, unit="measurement", leave=False, disable=None):
         function, arguments = tasks[name]
         found[name] = asdict(fresh(function, *arguments))
-        write_json(path, args, seeds=[0], settings=settings, figures={k: found[k] for k in tasks if k in found})
+        write_json(path, args, seeds=[0], settings=settings, figures=found)
     return {name: found[name] for name in tasks}

@@ -39,8 +39,8 @@ class Case:
 FULL = {
     "mlp12": Case("MLP 12x1024", lambda: mlp(1024, 12, 512)),
     "mlp24": Case("MLP 24x1024", lambda: mlp(1024, 24, 512)),
-    "mlp48": Case("MLP 48x1024", lambda: mlp(1024, 48, 512)),
     "vit6": Case("ViT depth 6", lambda: images(vit(depth=6), 64)),
+    "mlp48": Case("MLP 48x1024", lambda: mlp(1024, 48, 512)),
     "vit12": Case("ViT depth 12", lambda: images(vit(depth=12), 64)),
 }
 QUICK = {
@@ -270,13 +270,11 @@ def run(args: argparse.Namespace) -> None:
     settings, out = settings_of(args), args.out or (SCRATCH if args.quick else COMMITTED)
     cases = {name: case for name, case in (QUICK if args.quick else FULL).items() if name in (args.problems or FULL)}
     path = out / "memory.json"
-    tasks: dict[str, Task] = {}
-    for name in TIMED[args.quick]:
-        tasks[f"race {name}"] = modes_race, (name, settings)
-    tasks["between"] = between, (settings,)
+    tasks: dict[str, Task] = {"stream": (long_stream, (settings,)), "between": (between, (settings,))}
     if sys.platform == "linux" and args.device == "cpu":
         tasks |= {f"limit {method}": (limited, (method, settings)) for method in LIMITED}
-    tasks["stream"] = long_stream, (settings,)
+    for name in TIMED[args.quick]:
+        tasks[f"race {name}"] = modes_race, (name, settings)
     for name in cases:
         tasks |= {f"{name} {method}": (cell, (name, method, settings)) for method in LEARNERS}
     figures = collect(path, args, asdict(settings), tasks)

@@ -133,3 +133,16 @@ def test_peaks_count_what_a_method_keeps() -> None:
     assert plain.gradients == sum(p.nbytes for p in model.parameters())
     assert hoarding.kept - plain.kept == 3 * 4000
     assert hoarding.peak > plain.peak
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--axes", "depth", "parameters", "--methods", "backprop", "w_perp_replay")
+    figures = result("scaling", tmp_path, *options)["figures"]
+    assert len(figures) == 8 and all(cell["time"]["ratio"] > 0 for cell in figures.values())
+    for axis, (small, large) in {"depth": (2, 8), "parameters": (2, 4)}.items():
+        for method in ("backprop", "w_perp_replay"):
+            assert (
+                figures[f"{axis} {large} {method}"]["peaks"]["peak"]
+                > figures[f"{axis} {small} {method}"]["peaks"]["peak"]
+            )
+    assert "peak in MB above parameters and state" in capsys.readouterr().out
