@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training import Learner
+from guessopt.memory import cpu_peak, cuda_peak
 
 Step = Callable[[], object]
 
@@ -129,35 +129,50 @@ def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> in
         learners[0].step(x, y)
         learners[0].optimizer.zero_grad()
 
-    recorder = _cuda_peak if x.is_cuda else _cpu_peak
+    recorder = cuda_peak if x.is_cuda else cpu_peak
     kept, _ = recorder(prepare)
     _, peak = recorder(lambda: learners[0].step(x, y))
     return kept + peak - _adamw_state_bytes(learners[0])
 
 
-def _cpu_peak(work: Step) -> tuple[int, int]:
-    """Bytes that `work` leaves allocated, and the most it held at once, from the CPU allocator's own events."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()  # negative where memory is given back
-        peak = max(peak, live)
-    return live, peak
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes above the parameters: the most at once over all steps, what lasts between them, and of this the
+    optimizer's state (``state``) and ``.grad`` (``gradients``, which a training loop may drop).
+    """
+
+    peak: int
+    kept: int
+    state: int
+    gradients: int
 
 
-def _cuda_peak(work: Step) -> tuple[int, int]:
-    """The same on a GPU, from the caching allocator's counters."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+def peaks(
+    make_learner: Callable[[], Learner], x: Tensor, y: Tensor, steps: int, state: Callable[[Learner], int]
+) -> Peaks:
+    """Of so many steps from the first on: tracing, decompositions, updates and whatever a method keeps are all in.
+
+    Counted from before the learner exists; the model and the batch must exist before. `state` tells the bytes of the
+    optimizer's state, which the first update allocates.
+    """
+    learners: list[Learner] = []
+    recorder = cuda_peak if x.is_cuda else cpu_peak
+
+    def make() -> None:
+        learners.append(make_learner())
+        gc.collect()
+
+    def step() -> None:
+        learners[0].step(x, y)
+        gc.collect()
+
+    live, _ = recorder(make)
+    peak = live
+    for _ in range(steps):
+        left, top = recorder(step)
+        peak, live = max(peak, live + top), live + left
+    gradients = [p.grad for p in learners[0].model.parameters() if p.grad is not None]
+    return Peaks(peak, live, state(learners[0]), sum(g.nbytes for g in gradients))
 
 
 def _adamw_state_bytes(learner: Learner) -> int:

@@ -18,6 +18,7 @@ from guessopt.estimators import (
     WTranspose,
     register_estimator,
 )
+from guessopt.memory import MemoryPlan, ModeCost, plan
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.preflight import Preflight, preflight
 from guessopt.rules import register_rule
@@ -33,6 +34,8 @@ __all__ = [
     "GuessGradOptimizer",
     "GuessWarning",
     "LearnedFeedback",
+    "MemoryPlan",
+    "ModeCost",
     "PartialUpdateError",
     "Preflight",
     "SelfSharpening",
@@ -41,6 +44,7 @@ __all__ = [
     "WPreconditioned",
     "WTranspose",
     "estimators",
+    "plan",
     "preflight",
     "register_estimator",
     "register_rule",

@@ -33,6 +33,7 @@ from guessopt.engine.replay import Deliver, Journal, Replay
 from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, describe, estimators_for, plain
+from guessopt.memory import bytes_of, choose
 from guessopt.rng import NoiseSource
 from guessopt.sites import ForwardRecord, Site, SiteGraph, numel
 from guessopt.tracing.local import Local, centred, draw
@@ -71,7 +72,10 @@ class GuessGradOptimizer(Optimizer):
             random states are the same. ``"stream"``: replay in which ``step(closure)`` has ``base`` update each
             parameter as soon as its gradient is whole, and frees it: no full ``.grad`` ever exists (``estimate`` fills
             ``.grad`` as ever, to accumulate or to clip). A base of ``torch.optim`` is built with ``fused=True`` where
-            it can be.
+            it can be. ``"auto"``: the fastest of these within ``budget``, by ``guessopt.plan`` in the first step, whose
+            name the attribute ``memory`` then has.
+        budget: for ``memory="auto"``: bytes that a step may take above parameters and base state, as an integer or a
+            string such as ``"8GB"``; None: the GPU's free memory, or on a CPU no limit.
         engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
             (``torch.func.jvp``, the reference).
         seed: of the guesses; None follows ``torch.manual_seed``.
@@ -109,6 +113,7 @@ class GuessGradOptimizer(Optimizer):
         orthogonal: bool = False,
         exact_last: bool | None = None,
         memory: str = "store",
+        budget: int | str | None = None,
         engine: str = "fast",
         seed: int | None = None,
         check_finite: bool = True,
@@ -119,13 +124,15 @@ class GuessGradOptimizer(Optimizer):
             raise ValueError(
                 f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}"
             )
-        if memory not in MODES:
-            raise ValueError(f"memory: {memory!r} is not one of {', '.join(MODES)}")
+        if memory not in (*MODES, "auto"):
+            raise ValueError(f"memory: {memory!r} is not one of {', '.join(MODES)}, auto")
+        if budget is not None and memory != "auto":
+            raise ValueError(f"budget: memory={memory!r} takes none; use memory='auto'")
         if stack_guesses not in (None, True, False):
             raise ValueError(f"stack_guesses: {stack_guesses!r} is not one of None, True, False")
         if orthogonal and guesses < 2:
             raise ValueError(f"orthogonal: takes at least 2 guesses to project on, got guesses={guesses}")
-        if orthogonal and memory != "store":
+        if orthogonal and memory not in ("store", "auto"):
             raise ValueError(
                 f"orthogonal: takes all guesses at once, which memory={memory!r} does not keep; use 'store'"
             )
@@ -137,9 +144,10 @@ class GuessGradOptimizer(Optimizer):
         self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
         self.batch_norm = batch_norm
         self.check_finite = check_finite
+        self._budget = None if budget is None else bytes_of(budget)
         self._default = plain(estimator)
         groups = _groups(params, self._default)
-        if memory == "stream":
+        if memory in ("stream", "auto"):
             base_kwargs = _fused(base, groups, base_kwargs)
         self.base = _build(base, groups, base_kwargs, self._default)
         super().__init__([{"params": list(g["params"])} for g in self.base.param_groups], {})
@@ -178,6 +186,7 @@ class GuessGradOptimizer(Optimizer):
                 "step(closure) would discard the gradients that estimate(closure) has added: call step() to apply "
                 "them or zero_grad() to drop them"
             )
+        self._settle(closure)
         if self.memory == "stream":
             return self._stream(closure)
         loss, gradients = self._estimate(closure)
@@ -189,6 +198,7 @@ class GuessGradOptimizer(Optimizer):
     def estimate(self, closure: Callable[[], Any]) -> Tensor:
         """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss.
         ``step()`` applies them."""
+        self._settle(closure)
         loss, gradients = self._estimate(closure)
         for position, gradient in gradients.items():
             p = self._params[position]
@@ -201,7 +211,7 @@ class GuessGradOptimizer(Optimizer):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients."""
         with self._atomic(closure, transaction) as transaction:
-            if self.memory == "store":
+            if self.memory in ("store", "auto"):
                 loss, gradients, guesses = self._guess_once(closure, transaction)
                 passes = self.guesses // guesses
                 for lane in range(1, passes):
@@ -216,6 +226,15 @@ class GuessGradOptimizer(Optimizer):
                 loss, gradients = records[0].loss, self._replay(plan, records, closure, transaction)
             self._steps += 1
             return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
+
+    def _settle(self, closure: Callable[[], Any]) -> None:
+        """Replace ``memory="auto"`` by the mode that serves."""
+        if self.memory == "auto":
+            self.memory = choose(self, closure, self._budget)
+
+    def _modes(self) -> tuple[str, ...]:
+        """The memory modes that all estimators allow."""
+        return ("store",) if any(e.learns for e in self._estimators) else MODES
 
     @contextmanager
     def _atomic(self, closure: Callable[[], Any], transaction: Transaction | None = None) -> Iterator[Transaction]:
@@ -703,7 +722,7 @@ class GuessGradOptimizer(Optimizer):
         self.base.__setstate__(state)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._default}, base={self.base!r})"
+        return f"{type(self).__name__}({self._default}, memory={self.memory!r}, base={self.base!r})"
 
     # --- bookkeeping --------------------------------------------------------------------------------------------------
 
@@ -727,9 +746,9 @@ class GuessGradOptimizer(Optimizer):
             start, count = len(self._estimators), len(group["params"])
             names = self._names[start : start + count]
             self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
-        learners = sorted({e.name for e in self._estimators if e.learns})
-        if learners and self.memory != "store":
-            raise ValueError(f"memory: {learners[0]} needs what every site saw; use memory='store'")
+        if self.memory not in (*self._modes(), "auto"):
+            learner = min(e.name for e in self._estimators if e.learns)
+            raise ValueError(f"memory: {learner} needs what every site saw; use memory='store'")
         entries: dict[Estimator, int] = {}
         for position, p in self._by_position.items():
             entries[self._estimators[position]] = entries.get(self._estimators[position], 0) + p.numel()

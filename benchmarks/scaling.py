@@ -1,0 +1,113 @@
+"""Peak memory and time of a step against depth, width, batch, sequence length and number of parameters."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import LEARNERS
+from benchmarks.isolated import Task, collect
+from benchmarks.memory import Cell, above, mb, measured, placed
+from benchmarks.problems import causal_lm
+from benchmarks.report import COMMITTED, SCRATCH, print_table
+from benchmarks.speed import Problem, mlp
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What grows, how a problem is made from its size, and the sizes: the full ones, and those of ``--quick``."""
+
+    title: str
+    make: Callable[[int], Problem]
+    sizes: tuple[int, ...]
+    quick: tuple[int, ...]
+
+
+def language(tokens: int) -> Problem:
+    ids = torch.randint(65, (4, tokens + 1))
+    model = causal_lm(dim=64, depth=2, tokens=tokens)
+    return Problem(model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+AXES = {
+    "depth": Axis("depth, MLP of width 256, batch 256", lambda n: mlp(256, n, 256), (6, 12, 24, 48), (2, 8)),
+    "width": Axis("width, MLP of depth 6, batch 256", lambda n: mlp(n, 6, 256), (128, 256, 512, 1024), (16, 32)),
+    "batch": Axis("batch, MLP 6x256", lambda n: mlp(256, 6, n), (64, 256, 1024, 4096), (16, 32)),
+    "tokens": Axis("tokens, causal LM of depth 2, batch 4", language, (32, 64, 128, 256), (8, 16)),
+    "parameters": Axis(
+        "width = 32 depth, MLP, batch 256: parameters", lambda n: mlp(32 * n, n, 256), (4, 8, 16, 24), (2, 4)
+    ),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS", help=", ".join(AXES))
+    parser.add_argument("--methods", nargs="+", choices=LEARNERS, metavar="METHOD", help=", ".join(LEARNERS))
+    parser.add_argument("--fresh", action="store_true", help="measure again what an earlier, interrupted run finished")
+
+
+def run(args: argparse.Namespace) -> None:
+    out = args.out or (SCRATCH if args.quick else COMMITTED)
+    sizes = {name: AXES[name].quick if args.quick else AXES[name].sizes for name in args.axes}
+    few = ("backprop", "w_perp_store", "w_perp_stream") if args.quick else tuple(LEARNERS)
+    methods = tuple(args.methods or few)
+    settings = {"quick": args.quick, "device": args.device, "steps": 2, "rounds": 2}
+    tasks: dict[str, Task] = {
+        f"{axis} {size} {method}": (point, (axis, size, method, args.device))
+        for axis, each in sizes.items()
+        for size in each
+        for method in methods
+    }
+    path = out / "scaling.json"
+    figures = collect(path, args, settings, tasks)
+    show(figures, sizes, methods)
+    plot(figures, sizes, methods, out / "scaling.png")
+    print(f"Figures in {path}, curves in {out / 'scaling.png'}")
+
+
+def point(axis: str, size: int, method: str, device: str) -> Cell:
+    return measured(placed(AXES[axis].make(size), device), method, steps=2, rounds=2)
+
+
+def place(figures: Any, axis: str, size: int, method: str) -> float:
+    """Where a point lies on its axis."""
+    return figures[f"{axis} {size} {method}"]["parameters"] / 4 if axis == "parameters" else size
+
+
+def show(figures: Any, sizes: dict[str, tuple[int, ...]], methods: tuple[str, ...]) -> None:
+    for axis, each in sizes.items():
+        columns = [f"{place(figures, axis, size, methods[0]):.3g}" for size in each]
+        found = {m: [figures[f"{axis} {size} {m}"] for size in each] for m in methods}
+        peak = {m: [mb(above(cell["peaks"])) for cell in cells] for m, cells in found.items()}
+        time = {m: [f"{cell['time']['ratio']:.2f}" for cell in cells] for m, cells in found.items()}
+        for what, rows in (("peak in MB above parameters and state", peak), ("time over backprop", time)):
+            print_table(f"{AXES[axis].title}: {what}", ["", *columns], [[LEARNERS[m][0], *rows[m]] for m in methods])
+
+
+def plot(figures: Any, sizes: dict[str, tuple[int, ...]], methods: tuple[str, ...], path: Path) -> None:
+    """One column an axis: peaks above, times below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(sizes), figsize=(3.4 * len(sizes) + 2, 6), squeeze=False, layout="constrained")
+    for column, (axis, each) in enumerate(sizes.items()):
+        for method in methods:
+            cells = [figures[f"{axis} {size} {method}"] for size in each]
+            x, label = [place(figures, axis, size, method) for size in each], LEARNERS[method][0]
+            style: dict[str, Any] = {"color": f"C{list(LEARNERS).index(method)}", "marker": "."}
+            axes[0][column].loglog(x, [above(cell["peaks"]) / 1e6 for cell in cells], label=label, **style)
+            axes[1][column].loglog(x, [cell["time"]["ratio"] for cell in cells], **style)
+        axes[1][column].set_xlabel(axis)
+    axes[0][0].set_ylabel("MB above parameters and state")
+    axes[1][0].set_ylabel("time over backprop")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
