@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -61,6 +62,72 @@ def _dataset(arrays: Mapping[str, Any], source: str) -> Dataset:
         y_test=tensor("y_test", torch.int64),
         source=source,
     )
+
+
+def cifar10(root: Path | None = None, train: int = 50000, test: int = 10000) -> Dataset:
+    """The first so many images of CIFAR-10 ``[n, 3, 32, 32]`` as float32, each channel of zero mean and unit deviation.
+
+    Read from `root/cifar10_lossless.npz` (lossless WebP strips of 50 images) where that file exists, otherwise
+    downloaded by torchvision to `root` (or `data`).
+    """
+    path = None if root is None else root / "cifar10_lossless.npz"
+    if path is not None and path.is_file():
+        parts = [*_strips(path, "train", train), *_strips(path, "test", test)]
+        source = "cifar10_lossless.npz"
+    else:
+        declare_torchvision_schemas()
+        from torchvision.datasets import CIFAR10
+
+        parts = []
+        for is_train, count in ((True, train), (False, test)):
+            images = CIFAR10(root or Path("data"), train=is_train, download=True)
+            parts += [torch.from_numpy(images.data[:count]), torch.tensor(images.targets[:count])]
+        source = "torchvision"
+    x, y, x_test, y_test = parts
+    pixels = x.permute(0, 3, 1, 2).float()
+    mean, deviation = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
+    return Dataset(
+        (pixels - mean) / deviation, y, (x_test.permute(0, 3, 1, 2).float() - mean) / deviation, y_test, source
+    )
+
+
+def _strips(path: Path, part: str, count: int) -> list[Tensor]:
+    """Images ``[n, 32, 32, 3]`` uint8 and their labels."""
+    from PIL import Image
+
+    with np.load(path) as arrays:
+        data, offsets, labels = arrays[f"{part}_webp"], arrays[f"{part}_offsets"], arrays[f"{part}_labels"]
+    strips = []
+    for k in range(-(-count // 50)):
+        picture = Image.open(io.BytesIO(data[offsets[k] : offsets[k + 1]].tobytes())).convert("RGB")
+        strips.append(np.asarray(picture).reshape(50, 32, 32, 3))
+    return [torch.from_numpy(np.concatenate(strips)[:count]), torch.from_numpy(labels[:count].astype(np.int64))]
+
+
+def characters(root: Path | None, length: int = 64) -> Dataset:
+    """Tiny Shakespeare as windows of character indices ``[n, length]`` and of the characters that follow them; the last
+    tenth of the text is the test set.
+
+    Raises:
+        FileNotFoundError: no `tinyshakespeare.txt` in `root`.
+    """
+    path = (root or Path("data")) / "tinyshakespeare.txt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; name its folder by --data-root (the text is data/tinyshakespeare/input.txt of "
+            "the repository karpathy/char-rnn)"
+        )
+    text = path.read_text()
+    known = {character: k for k, character in enumerate(sorted(set(text)))}
+    codes = torch.tensor([known[character] for character in text])
+    border = len(codes) * 9 // 10
+    train, test = _windows(codes[:border], length), _windows(codes[border:], length)
+    return Dataset(*train, *test, source="tinyshakespeare.txt")
+
+
+def _windows(codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    count = (len(codes) - 1) // length
+    return codes[: count * length].view(count, length), codes[1 : count * length + 1].view(count, length)
 
 
 @functools.cache

@@ -209,8 +209,9 @@ class GuessGradOptimizer(Optimizer):
                 transaction.rewind()
                 self._noise.restore(noise)
         plan = trace(
-            closure, self._by_position, self._ids, self._names, self._level, transaction, finite=self.check_finite
-        )
+            closure, self._by_position, self._ids, self._names, self._level, transaction,
+            finite=self.check_finite, stream=self._streams,
+        )  # fmt: skip
         self._check_plan(plan)
         self._plans.insert(0, plan)
         try:
@@ -221,7 +222,7 @@ class GuessGradOptimizer(Optimizer):
 
     def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
         locals: dict[int, Local] = {}
-        guess = partial(self._guess, self._guesses_of(plan), locals)
+        guess = partial(self._guess, self._guesses_of(plan), plan.graph, locals)
         run = Pass(self._ids, plan.graph, self._level(), guess, self._directions(), transaction.saved)
         record = run.execute(closure, self._by_position)
         record.locals = locals
@@ -238,6 +239,7 @@ class GuessGradOptimizer(Optimizer):
     def _guess(
         self,
         guesses: dict[int, tuple[Estimator, str, str]],
+        graph: SiteGraph,
         locals: dict[int, Local],
         site: Site,
         s: Tensor,
@@ -254,7 +256,7 @@ class GuessGradOptimizer(Optimizer):
         local = Local(site, s, values, self._noise)
         if estimator.learns:
             locals[site.index] = local = _lasting(local, values, self._noise)
-            if not estimator.injects(self._steps):
+            if not estimator.injects(self._steps, graph):
                 return None
         if site.by_parameter and estimator.per_example_parameters:
             return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]
@@ -457,6 +459,11 @@ class GuessGradOptimizer(Optimizer):
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []
+
+    @property
+    def _streams(self) -> bool:
+        """Whether one estimator serves all and works along residual streams."""
+        return len(set(self._estimators)) == 1 and self._estimators[0].streams
 
     def _estimator_of(self, site: Site) -> Estimator:
         """The first parameter's; parameters with guesses of their own (directional descent) come last."""

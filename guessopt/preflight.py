@@ -108,8 +108,9 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
             warnings.simplefilter("always", GuessWarning)
             opt._warned = set()
             plan = trace(
-                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction, finite=opt.check_finite
-            )
+                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction,
+                finite=opt.check_finite, stream=opt._streams,
+            )  # fmt: skip
             opt._check_plan(plan)
     finally:
         transaction.rewind()

@@ -14,7 +14,7 @@ from guessopt import ClosureError, GuessGradOptimizer, LearnedFeedback
 from guessopt.diagnostics import cosine, estimated_gradient, expected_gradient, true_gradient
 from guessopt.estimators import describe, make_estimator
 
-from .problems import build
+from .problems import Problem, build
 
 Closure = Callable[[], Tensor]
 
@@ -30,6 +30,14 @@ def optimizer(net: nn.Module, lr: float = 0.05, **options: Any) -> GuessGradOpti
     return GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, LearnedFeedback(**options), lr=lr, seed=1)
 
 
+def optimizer_of(made: Problem, **options: Any) -> GuessGradOptimizer:
+    return GuessGradOptimizer(made.named, torch.optim.SGD, LearnedFeedback(**options), lr=0.01, seed=1)
+
+
+#: Networks with a residual stream.
+STREAMS = ("residual, batch norm in eval mode", "transformer", "prompts", "rotary language model")
+
+
 def feedback(opt: GuessGradOptimizer) -> list[Tensor]:
     """The ``B`` of every hidden site, in order."""
     cache = opt.state_dict()["guessopt"]["cache"]
@@ -39,8 +47,8 @@ def feedback(opt: GuessGradOptimizer) -> list[Tensor]:
 class Reference:
     """Learned feedback on an MLP of three linear layers with ReLU, line by line from docs/learned_feedback.md."""
 
-    def __init__(self, net: nn.Sequential, gamma: float, beta: float, leak: float) -> None:
-        self.net, self.gamma, self.beta, self.leak = net, gamma, beta, leak
+    def __init__(self, net: nn.Sequential, gamma: float, beta: float, leak: float, ahead: int) -> None:
+        self.net, self.gamma, self.beta, self.leak, self.ahead = net, gamma, beta, leak, ahead
         self.b = [torch.zeros(6, 3).double(), torch.zeros(5, 3).double()]
         self.power, self.pairs, self.amplitude, self.steps = [0.0, 0.0], [0.0, 0.0], [1.0, 1.0], 0
 
@@ -56,8 +64,11 @@ class Reference:
             v = ((ys[0] * m1) @ w2.T + ys[1]) * m2 @ w3.T
             e = (s3.softmax(1) - F.one_hot(labels, 3)) / n
             d = v - (ys[0] * m1) @ b[0] - (ys[1] * m2) @ b[1]
-            rest = (e * d).sum(1, keepdim=True)
-            g = [m * (e @ b[i].T) + self.gamma * rest * ys[i] / a[i] ** 2 for i, m in enumerate((m1, m2))]
+            c = [m1 * (e @ b[0].T), m2 * (e @ b[1].T)]
+            if self.ahead:
+                c = [m1 * (c[1] @ w2), m2 * (e @ w3)]
+            rest = (e * v).sum(1, keepdim=True) - sum((c[i] * ys[i]).sum(1, keepdim=True) for i in range(2))
+            g = [c[i] + self.gamma * rest * ys[i] / a[i] ** 2 for i in range(2)]
             self.steps += 1
             share = max(0.02, 1 / self.steps)
             r = [ys[0] * m1 / a[0], ys[1] * m2 / a[1]]
@@ -74,11 +85,12 @@ class Reference:
             return g
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
-def test_the_formula(gamma: float) -> None:
+def test_the_formula(gamma: float, ahead: int) -> None:
     net, closure = network()
-    opt = optimizer(net, gamma=gamma, beta=0.3, leak=0.01, clip=1e9)
-    reference = Reference(copy.deepcopy(net), gamma, 0.3, 0.01)
+    opt = optimizer(net, gamma=gamma, beta=0.3, leak=0.01, clip=1e9, ahead=ahead)
+    reference = Reference(copy.deepcopy(net), gamma, 0.3, 0.01, ahead)
     noise: list[Tensor] = []
     sample = LearnedFeedback.sample
 
@@ -227,9 +239,14 @@ def test_a_bad_batch_does_no_harm() -> None:
     assert cosine(opt, lambda: F.mse_loss(net(x), y)).total > 0.8
 
 
-def test_no_reverse_graph_holds_two_matrix_sites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is differentiated in reverse, no path of its graph passes two products with weights."""
-    products = ("AddmmBackward", "MmBackward", "ConvolutionBackward", "LinearBackward", "MkldnnLinearBackward")
+PRODUCTS = ("AddmmBackward", "MmBackward", "ConvolutionBackward", "LinearBackward", "MkldnnLinearBackward")
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("name", ["mlp", "gelu mlp", "cnn", *STREAMS])
+def test_no_reverse_graph_holds_two_matrix_sites(name: str, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is differentiated in reverse, no path of its graph passes two products with weights, but for those of
+    one block of a residual stream."""
     depths: list[int] = []
     grad = torch.autograd.grad
 
@@ -238,7 +255,7 @@ def test_no_reverse_graph_holds_two_matrix_sites(monkeypatch: pytest.MonkeyPatch
             return 0
         if node not in known:
             below = max((depth(child, known) for child, _ in node.next_functions), default=0)
-            known[node] = below + any(name in node.name() for name in products)
+            known[node] = below + any(product in node.name() for product in PRODUCTS)
         return known[node]
 
     def watched(outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -247,12 +264,15 @@ def test_no_reverse_graph_holds_two_matrix_sites(monkeypatch: pytest.MonkeyPatch
         return grad(outputs, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    for name in ("mlp", "gelu mlp", "cnn", "residual, batch norm in eval mode"):
-        made = build(name)
-        opt = GuessGradOptimizer(made.named, torch.optim.SGD, LearnedFeedback(gamma=1, every=2), lr=0.01, seed=1)
-        for _ in range(4):
-            opt.step(made.closure)
-    assert depths and max(depths) <= 1
+    made = build(name)
+    opt = optimizer_of(made, gamma=1, every=2, ahead=ahead)
+    for _ in range(4):
+        opt.step(made.closure)
+    stream = opt._plans[0].graph.stream
+    assert (stream is not None) == (name in STREAMS)
+    assert depths and max(depths) <= (1 if stream is None else max(block.matrices for block in stream.blocks))
+    whole = depth(made.closure().grad_fn, {})
+    assert stream is None or max(block.matrices for block in stream.blocks) < whole
 
 
 def test_a_handful_of_examples() -> None:
@@ -322,7 +342,10 @@ def test_options_survive_a_round_trip() -> None:
         ({"gamma": 2}, "gamma"),
         ({"gamma": "some"}, "gamma"),
         ({"every": 0}, "every"),
-        ({"beta": 0}, "beta"),
+        ({"beta": -1}, "beta"),
+        ({"ahead": 2}, "ahead"),
+        ({"start": "ones"}, "start"),
+        ({"entries": 0}, "entries"),
         ({"structure": "dense"}, "structure"),
         ({"leak": 1}, "leak"),
         ({"clip": 0.5}, "clip"),

@@ -62,6 +62,9 @@ class Estimator(ABC):
     #: Whether ``estimate`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
+    #: Whether ``estimate`` works along a residual stream where there is one (``SiteGraph.stream``).
+    streams: bool = False
+
     @property
     def unbiased(self) -> bool:
         """Whether ``E g^ = g`` at every site."""
@@ -110,7 +113,7 @@ class Estimator(ABC):
             apply, y, lambda t: layout.spread(layout.sum_examples(t, n), tuple(t.shape)).to(t.dtype)
         )
 
-    def injects(self, step: int) -> bool:
+    def injects(self, step: int, graph: SiteGraph) -> bool:
         """Whether this step needs guesses; a step without runs without tangents (only where ``learns``)."""
         return True
 

@@ -1,0 +1,165 @@
+"""Learned feedback along a residual stream: the identity path, the deviation from it, and each block by itself.
+
+Letters: h a state, l its number (L the last), S the way of a skip, F that of the rest of a block, t a tangent, e the
+exact error at ``h_L``, p the error carried along the skips, c the predicted cotangent of a state. Nothing that comes
+from the loss passes more than one block before the block that it serves.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.estimators.moments import TINY, State, crowd, moments, recent, samples, stepped
+from guessopt.estimators.places import Form, Output, Place, apart
+from guessopt.sites import Block, ForwardRecord, Layout, SiteGraph
+from guessopt.tracing.local import Stretch
+
+
+class Course:
+    """One step along the stream of ``graph``.
+
+    Args:
+        served: indices of the sites whose cotangents are asked for.
+        states: what was learned, by site index; a state's deviation is kept with the last site of the block before it.
+        form: of the deviations' ``B``.
+        ahead: 0: ``c_l = p_l = S^T p_{l+1} + B_l e``; 1: ``c_l = S^T c_{l+1} + F^T p_{l+1}``, which takes along what
+            each later block by itself does to the error, and learns ``B_l`` only where a block has no skip.
+    """
+
+    def __init__(
+        self, served: set[int], record: ForwardRecord, graph: SiteGraph, states: dict[int, Any], form: Form, ahead: int
+    ) -> None:
+        assert graph.stream is not None
+        self.record, self.graph, self.ahead = record, graph, ahead
+        *self.blocks, self.head = graph.stream.blocks
+        self.served = served
+        shapes, n = graph.stream.shapes, graph.batch
+        last = self.head.source
+        assert last is not None
+        self.last = last
+        layouts = {v: apart(Layout.COUPLED, shape, n) for v, shape in shapes.items()}
+        self.output = Output([(last, layouts[last], shapes[last])], n)
+        self.places: dict[int, tuple[int, Place]] = {}
+        self.learned: dict[int, State | None] = {}
+        form = Form("shared", form.entries) if form.structure == "auto" else form
+        for block, following in pairwise(self.blocks):
+            goal, keeper = block.goals[0], max(served.intersection(block.sites), default=None)
+            if keeper is not None and (not ahead or following.skip is None):
+                place = Place(layouts[goal], shapes[goal], len(shapes[goal]) > 3, self.output, form)
+                state = states[keeper]
+                fits = state is not None and "B" in state and tuple(state["B"].shape) == place.b_shape
+                self.places[goal], self.learned[keeper] = (keeper, place), state if fits else None
+
+    def predicted(self) -> tuple[dict[int, Tensor], set[int]]:
+        """Cotangents by site index; and the sites of the head, whose cotangents are exact."""
+        values = self.record.values
+        inside = self._inside(self.head)
+        run: Stretch | None = Stretch(self.head.program, values, frozenset([self.last, *inside.values()]))
+        assert run is not None
+        c, *exact = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values()])
+        found = dict(zip(inside, exact, strict=True))
+        e, p = self.output.join({self.last: c}), c
+        assert e is not None
+        for block in reversed(self.blocks):
+            inside = self._inside(block)
+            through = self.ahead and block.source is not None
+            run = None
+            if inside or through:
+                own = [block.source] if through else []
+                run = Stretch(block.program, values, frozenset([*own, *inside.values()]))  # type: ignore[list-item]
+                if inside:
+                    found |= zip(inside, run.pull_back(block.goals, [c], list(inside.values())), strict=True)
+            if block.source is None:
+                break
+            if self.ahead:
+                assert run is not None
+                moved = run.pull_back(block.goals, [p], [block.source])[0]  # (S + F)^T p
+                c = moved if block.skip is None else self._back(block, c - p) + moved
+            p = self._back(block, p) if block.skip is not None else torch.zeros_like(values[block.source])
+            p = p + self._deviation(block.source, e, p)
+            c = c if self.ahead else p
+            del run
+        return found, set(self._inside(self.head))
+
+    def _inside(self, block: Block) -> dict[int, int]:
+        """Values of the block's sites, by index."""
+        return {i: self.graph.sites[i].value for i in block.sites if i in self.served}
+
+    def _deviation(self, v: int, e: Tensor, like: Tensor) -> Any:
+        """``B e`` at a state, by the share that has proved itself."""
+        keeper, place = self.places.get(v, (None, None))
+        state = self.learned.get(keeper) if keeper is not None else None
+        if place is None or state is None:
+            return 0
+        return (state["share"] * place.predict(e, state["B"])).to(like.dtype)
+
+    def _back(self, block: Block, c: Tensor) -> Tensor:
+        """``S^T c``."""
+        if not block.skip:
+            return c
+        assert block.origin is not None
+        run = Stretch(block.skip, self.record.values, frozenset([block.origin]))
+        return run.pull_back(block.goals, [c], [block.origin])[0]
+
+    def _forth(self, block: Block, t: Tensor) -> Tensor:
+        """``S t``, by reverse mode twice."""
+        if not block.skip:
+            return t
+        assert block.origin is not None
+        run = Stretch(block.skip, self.record.values, frozenset([block.origin]))
+        return run.push_forward(block.goals[0], block.origin, t)
+
+    def learn(self, *, beta: float, leak: float, clip: float) -> dict[int, State]:
+        """A step of every deviation on what the output's tangent has beyond the foreseen: ``t_L - S t_l - B^T t_l``."""
+        t_last = self.output.join({self.last: self.record.states.get(self.last)})
+        if t_last is None:
+            return {}
+        found: dict[int, State] = {}
+        for number, block in enumerate(self.blocks):
+            v = block.goals[0]
+            t = self.record.states.get(v)
+            if v not in self.places or t is None:
+                continue
+            keeper, place = self.places[v]
+            old = self.learned[keeper]
+            r = place.see(t)
+            missed = t_last - self._foreseen(number, t)
+            new = moments(old, r)
+            if old is not None:
+                own = place.foreseen(r, old["B"])
+                with_, size = (missed * own).sum(), own.expand_as(missed).square().sum()
+                new["with"] = recent(old["with"], with_, new["steps"]) if "with" in old else with_
+                new["size"] = recent(old["size"], size, new["steps"]) if "size" in old else size
+                new["share"] = (new["with"] / new["size"].clamp_min(TINY)).nan_to_num(0, 0, 0).clamp(0, 1)
+                missed = missed - own
+            else:
+                new["share"] = torch.zeros_like(new["width"])
+            gradient = place.outer(r, missed) / samples(r)
+            new |= stepped(old, new, gradient, crowd([(new, r)]), beta=beta, leak=leak, clip=clip)
+            found[keeper] = new
+        return found
+
+    def _foreseen(self, number: int, t: Tensor) -> Tensor:
+        """What skips and later deviations make of a state's tangent, as the output sees it; not its own deviation."""
+        total: Any = 0
+        for block in self.blocks[number + 1 :]:
+            if block.skip is None:
+                return self._zero(t) + total
+            t = self._forth(block, t)
+            v = block.goals[0]
+            if v in self.places:
+                keeper, place = self.places[v]
+                state = self.learned[keeper]
+                if state is not None:
+                    total = total + state["share"] * place.foreseen(place.see(t), state["B"])
+        last = self.output.join({self.last: t})
+        assert last is not None
+        return last + total
+
+    def _zero(self, t: Tensor) -> Tensor:
+        view = self.output.views[self.last]
+        return t.new_zeros(self.output.n, view.positions, view.features)
