@@ -33,7 +33,7 @@ ESTIMATORS: dict[str, tuple[str, Callable[[], Any]]] = {
     "fixed_feedback": ("fixed DFA", lambda: _fixed(start="weights")),
     "w_perp": ("W-perp", lambda: WPerp(k=10)),
     "w_transpose": ("W^T", WTranspose),
-    "activation_perturbation": ("act. perturbation", ActivationPerturbation),
+    "activation_perturbation": ("activation pert.", ActivationPerturbation),
     # Parts of learned feedback, named by --methods to see what each is worth.
     "learned_feedback_near": ("learned, ahead=0", lambda: LearnedFeedback(gamma=0, every=4, ahead=0)),
     "learned_feedback_skips": ("skips alone", lambda: LearnedFeedback(gamma=0, beta=0, ahead=0)),
@@ -62,8 +62,10 @@ class Problem:
     target: float
 
     def settings(self, quick: bool) -> dict[str, Any]:
-        """What a figure depends on."""
-        return {"title": self.title, "steps": 4 if quick else self.steps, "batch": 16 if quick else self.batch}
+        """What a figure depends on; ``looks``: moments at which a run is judged, ``judged``: on so many examples."""
+        if quick:
+            return {"title": self.title, "steps": 2, "batch": 8, "looks": 1, "judged": 50}
+        return {"title": self.title, "steps": self.steps, "batch": self.batch, "looks": 8, "judged": 2000}
 
 
 def _cifar(root: Path | None, quick: bool) -> Dataset:
@@ -103,8 +105,8 @@ PROBLEMS = {
     "cnn": Problem("CIFAR-10 (10,000), CNN", cnn, _cifar, 800, 64, "test", 0.95),
     "resnet": Problem("CIFAR-10 (10,000), ResNet", partial(resnet, 16, 2), _cifar, 800, 64, "test", 0.95),
     "vit": Problem(
-        "CIFAR-10 (10,000), ViT 64x6",
-        partial(vit, 64, 6, 4, patch=4, token=MeanToken),
+        "CIFAR-10 (10,000), ViT 64x4",
+        partial(vit, 64, 4, 4, patch=4, token=MeanToken),
         _cifar,
         800,
         64,
@@ -112,9 +114,13 @@ PROBLEMS = {
         0.95,
     ),
     "charlm": Problem(
-        "tinyshakespeare, causal LM 64x4", partial(causal_lm, 65, 64, 4, 4, hidden=172), _text, 1200, 32, "loss", 0.9
+        "tinyshakespeare, causal LM 64x4", partial(causal_lm, 65, 64, 4, 4, hidden=172), _text, 600, 32, "loss", 0.9
     ),
 }
+
+
+QUICK = ["mnist1d_64", "cnn", "resnet", "vit", "charlm"]
+"""The problems of the quick version."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
+    problems = args.problems or (QUICK if args.quick else list(PROBLEMS))
     methods = tuple(args.methods or METHODS)
     seeds = args.seeds or (1 if args.quick else 5)
     lrs = (1e-3,) if args.quick else LRS
@@ -180,7 +187,7 @@ def run(args: argparse.Namespace) -> None:
     if bench.cells:
         print(f"{len(bench.cells)} finished runs taken from {path} (--fresh runs them again)")
     if args.estimate:
-        bench.estimate(methods, seeds)
+        bench.estimate(problems, methods, seeds)
         return
 
     def keep() -> None:
@@ -188,14 +195,14 @@ def run(args: argparse.Namespace) -> None:
         figures = [asdict(bench.cells[key]) for key in sorted(bench.cells)]
         write_json(path, args, seeds=sorted({key[3] for key in bench.cells}), settings=recorded, figures=figures)
 
-    for problem in args.problems:
+    for problem in problems:
         for key in bench.missing(problem, methods, seeds):
             print(f"{problem}, {LABELS[key[1]]}, lr {key[2]:g}, seed {key[3]}")
             bench.cells[key] = bench.train(key)
             keep()
-    for problem in args.problems:
+    for problem in problems:
         show(bench, problem, methods, seeds)
-    plot(bench, args.problems, methods, seeds, out / "feedback.png")
+    plot(bench, problems, methods, seeds, out / "feedback.png")
     print(f"Figures in {path}, curves in {out / 'feedback.png'}")
 
 
@@ -255,10 +262,10 @@ class Bench:
             for number, (x, y) in enumerate(endless(data, settings["batch"], generator), 1):
                 learner.step(x, y)
                 bar.update()
-                if number * 8 // steps > (number - 1) * 8 // steps:
+                if _due(number, steps, settings["looks"]):
                     seconds += time.perf_counter() - start
-                    measured = number * 2 // steps > (number - 1) * 2 // steps
-                    looks.append(learner.look(number, data, settings["batch"] if measured else 0))
+                    measured = _due(number, steps, min(2, settings["looks"]))
+                    looks.append(learner.look(number, data, settings["judged"], settings["batch"] if measured else 0))
                     start = time.perf_counter()
                 if number == steps:
                     break
@@ -271,10 +278,11 @@ class Bench:
         looks = [look for look in looks if math.isfinite(look.loss)]
         return Cell(name, method, lr, seed, settings, looks, seconds, failed)
 
-    def estimate(self, methods: tuple[str, ...], seeds: int) -> None:
-        """Time of the missing runs, from two steps of each."""
+    def estimate(self, problems: list[str], methods: tuple[str, ...], seeds: int) -> None:
+        """Time of the missing runs, from a few steps of each."""
         rows, total = [], 0.0
-        for name, problem in PROBLEMS.items():
+        for name in problems:
+            problem = PROBLEMS[name]
             settings = problem.settings(self.quick)
             for method in methods:
                 wanted = len(self.lrs) + seeds - 1
@@ -295,6 +303,10 @@ class Bench:
                 rows.append([f"{name} {LABELS[method]}", str(left), f"{1e3 * step:.0f}", f"{minutes:.1f}"])
         print_table("Estimated time", ["problem, method", "runs", "ms/step", "min/run"], rows)
         print(f"{total / 3600:.1f} h in all, one after another, measurements along the way aside")
+
+
+def _due(number: int, steps: int, looks: int) -> bool:
+    return number * looks // steps > (number - 1) * looks // steps
 
 
 def endless(data: Dataset, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -326,11 +338,11 @@ class Learner:
         self.loss(x, y).backward()
         self.plain.step()
 
-    def look(self, step: int, data: Dataset, batch: int) -> Look:
-        """Accuracies and losses (of the first 2000 examples each); with ``batch``, the cosine on the first one."""
+    def look(self, step: int, data: Dataset, judged: int, batch: int) -> Look:
+        """Accuracies and the loss on the first so many examples; with ``batch``, the cosine on the first one."""
         self.model.eval()
-        train, _ = self._judged(data.x[:2000], data.y[:2000])
-        test, loss = self._judged(data.x_test[:2000], data.y_test[:2000])
+        train, _ = self._judged(data.x[:judged], data.y[:judged])
+        test, loss = self._judged(data.x_test[:judged], data.y_test[:judged])
         self.model.train()
         if self.optimizer is None or not batch:
             return Look(step, train, test, loss)
@@ -356,6 +368,9 @@ def unigram_loss(data: Dataset) -> float:
 
 def show(bench: Bench, name: str, methods: tuple[str, ...], seeds: int) -> None:
     problem = PROBLEMS[name]
+    parts = (
+        ("loss", "test") if problem.judge == "loss" else (problem.judge, "train" if problem.judge == "test" else "test")
+    )
     rows = []
     base = bench.chosen(name, "backprop", seeds)
     for method in methods:
@@ -363,16 +378,23 @@ def show(bench: Bench, name: str, methods: tuple[str, ...], seeds: int) -> None:
         if not cells:
             continue
         ends = [cell.looks[-1] for cell in cells]
-        row = [LABELS[method], f"{cells[0].lr:g}", str(len(cells))]
-        row += [spread([getattr(end, part) for end in ends]) for part in ("train", "test", "loss")]
+        values = [[getattr(end, part) for end in ends] for part in parts]
         reached = relative(bench, name, cells, base)
+        row = [LABELS[method], f"{cells[0].lr:g}", spread(values[0]), f"{mean(values[1]):.3f}"]
         rows.append([*row, "-" if reached is None else f"{reached:.3f}", *_cosines(ends)])
-    columns = ["method", "lr", "seeds", "train", "test", "test loss", "of backprop", "cosine", "worst site"]
-    note = f"{problem.title}: {problem.settings(bench.quick)['steps']} steps, lr by {problem.judge}"
-    print_table(f"{note} (learned feedback: {problem.target:g} of backprop's wanted)", columns, rows)
+    title = f"{problem.title}, {problem.settings(bench.quick)['steps']} steps"
+    print_table(title, ["method", "lr", *parts, "of backprop", "cosine", "worst"], rows)
+    print(
+        f"Learning rates by {problem.judge} of seed 0; learned feedback should reach {problem.target:g} of backprop's."
+    )
+    small = bench.cells.get((name, "learned_feedback", LRS[0], 0))
+    worst = [min(look.sites.values()) for look in small.looks if look.sites] if small is not None else []
+    if worst:
+        print(f"At lr {LRS[0]:g} learned feedback's cosine is at least {min(worst):.3f} at every site.")
 
 
 def _cosines(ends: list[Look]) -> list[str]:
+    """To the true gradient: of all parameters, and the worst site's."""
     values = [[end.cosine for end in ends if end.cosine is not None], [min(e.sites.values()) for e in ends if e.sites]]
     return [f"{mean(found):.3f}" if found else "-" for found in values]
 

@@ -50,9 +50,9 @@ class LearnedFeedback(Estimator):
         every: a forward-mode pass on one step in so many; the others cost a plain forward pass and use ``c_i``.
         beta: gain of the least-mean-squares steps, as a fraction of a stable one; the first steps take more. 0: ``B``
             stays as it starts.
-        structure: ``"position"``: a ``B`` that tells the positions of a feature map apart; ``"shared"``: one for all
-            positions; ``"auto"``: positions apart for convolutions of up to a million entries of ``B``. Where the
-            output has as many positions as a site (a language model), each position's error serves that position.
+        structure: ``"position"``: a ``B`` that tells positions apart; ``"shared"``: one for all positions; ``"auto"``:
+            in a feature map one for each cell of a 4x4 grid, elsewhere one for all. Where the output has as many
+            positions as a site (a language model), each position's error serves that position.
         leak: fraction of ``B`` forgotten in every update.
         clip: largest update, in units of the usual one.
         ahead: how far a prediction is from the site that it serves. 0: none but the site's own activation lies between,
@@ -323,7 +323,7 @@ class _Plain:
             if x is None:
                 return None
             column = way.see(x).mean((0, 1))
-            columns.append(column if way.matched or way.apart else column / way.view.positions)
+            columns.append(column if way.matched else column * (way.cells / way.view.positions))
         return torch.stack(columns, 1)
 
     def learn(self, guesses: dict[int, Tensor]) -> dict[int, State]:

@@ -85,8 +85,8 @@ class Output:
         return torch.cat(parts, -1)
 
 
-#: Entries of ``B`` up to which ``structure="auto"`` gives each position of a feature map its own.
-LARGEST = 2**20
+#: Cells along each dimension of a feature map that ``structure="auto"`` tells apart.
+GRID = 4
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Place:
     """A tensor whose cotangent ``B`` predicts from the output's error.
 
     Where it has as many positions as the output, each position's error serves that position; otherwise the output's
-    positions are added up, and ``B`` tells the place's own positions apart or is one for all of them.
+    positions are added up, and ``B`` tells cells of the place's own positions apart: all of them, those of a coarse
+    grid, or a single one.
 
     Attributes:
         rank: where ``B`` would be too large, the number of fixed random mixtures of the output's features that it reads
@@ -111,12 +112,15 @@ class Place:
     def __init__(self, layout: Layout, shape: Shape, maps: bool, output: Output, form: Form) -> None:
         self.view, self.output = View(layout, shape, output.n, maps), output
         p, f, c = self.view.positions, self.view.features, output.features
-        self.matched = p == output.positions > 1
         most = math.inf if form.entries is None else form.entries
-        fits = p * f * c <= (most if form.structure == "position" else min(most, LARGEST))
-        wanted = form.structure == "position" or (form.structure == "auto" and maps)
-        self.apart = not self.matched and (p == 1 or (wanted and fits))
-        rows = p * f if self.apart else f
+        self.matched = p == output.positions > 1
+        grid = self.view.inner[1:] if self.view.maps else (p,)
+        wanted = [tuple(min(GRID, size) for size in grid)] if form.structure == "auto" and maps else []
+        wanted += [grid] if form.structure == "position" else []
+        fitting = [g for g in wanted if numel(g) * f * c <= most]
+        self.grid, self.coarse = grid, fitting[0] if fitting and not self.matched else tuple(1 for _ in grid)
+        self.cells = numel(self.coarse)
+        rows = self.cells * f
         self.rank = max(1, int(most) // rows) if rows * c > most else None
         self.b_shape = (rows, c if self.rank is None else self.rank)
 
@@ -126,7 +130,11 @@ class Place:
             e = e.sum(1, keepdim=True)
         u = self._mixed(e) @ b.T  # n g c, f c -> n g f
         n, p, f = e.shape[0], self.view.positions, self.view.features
-        u = u.reshape(n, p, f) if self.apart else u.expand(n, p, f)
+        if self.cells == 1:
+            u = u.expand(n, p, f)
+        else:
+            u = u.reshape(n, self.cells, f)
+            u = u if self.cells == p else u[:, self._cells(u.device)]
         return self.view.fold(u)
 
     def see(self, t: Tensor) -> Tensor:
@@ -134,7 +142,15 @@ class Place:
         r = self.view.unfold(wide(t))
         if self.matched:
             return r
-        return r.flatten(1)[:, None] if self.apart else r.sum(1, keepdim=True)
+        n, p, f = r.shape
+        if self.cells == 1:
+            return r.sum(1, keepdim=True)
+        if self.cells != p:
+            r = r.new_zeros(n, self.cells, f).index_add_(1, self._cells(r.device), r)
+        return r.flatten(1)[:, None]
+
+    def _cells(self, device: torch.device) -> Tensor:
+        return _cells(tuple(self.grid), tuple(self.coarse), device)
 
     def foreseen(self, r: Tensor, b: Tensor) -> Tensor:
         """``B^T r``: the output tangent expected of it; broadcasts over the output's positions."""
@@ -153,6 +169,15 @@ class Place:
     def _mixtures(self, like: Tensor) -> Tensor:
         assert self.rank is not None
         return _mixtures(self.output.features, self.rank, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _cells(grid: Shape, coarse: Shape, device: torch.device) -> Tensor:
+    """Each position's cell, ``[p]``."""
+    found = torch.zeros(1, dtype=torch.long)
+    for size, parts in zip(grid, coarse, strict=True):
+        found = (found[:, None] * parts + torch.arange(size) * parts // size).flatten()
+    return found.to(device)
 
 
 @lru_cache(maxsize=64)
