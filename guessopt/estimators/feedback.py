@@ -17,9 +17,9 @@ from torch import Tensor
 
 from guessopt.estimators.base import Estimator, describe, make_estimator, register_estimator
 from guessopt.estimators.moments import TINY, State, crowd, moments, samples, shrunken, stepped
-from guessopt.estimators.places import STRUCTURES, Form, Output, Way, apart, by_example, wide
-from guessopt.estimators.stream import Course
-from guessopt.sites import ForwardRecord, Matrix, Site, SiteGraph
+from guessopt.estimators.places import STRUCTURES, Form, Output, Place, Way, apart, by_example, wide
+from guessopt.estimators.stream import Course, stream_places
+from guessopt.sites import ForwardRecord, Matrix, Site, SiteGraph, numel
 from guessopt.tracing.local import Local
 
 STARTS = ("zero", "random", "weights")
@@ -157,6 +157,40 @@ class LearnedFeedback(Estimator):
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**own, "guess": describe(self.guess)}
 
+    # --- what preflight tells -----------------------------------------------------------------------------------------
+
+    def forms(self, sites: tuple[Site, ...], graph: SiteGraph) -> dict[int, tuple[str, int]]:
+        form = Form(self.structure, self.entries)
+        found: dict[int, tuple[str, int]] = {}
+        if graph.stream is not None and self.residual:
+            places = stream_places({site.index for site in sites}, graph, form, self.ahead)
+            kept = {keeper: place for keeper, place in places.values()}
+            *blocks, head = graph.stream.blocks
+            for number, block in enumerate([*blocks, head], 1):
+                text = "exact error" if block is head else f"block {number} of {len(blocks)} by itself"
+                for index in block.sites:
+                    found[index] = (text + _b_of(kept.get(index)), _bytes(kept.get(index), graph.sites[index]))
+            return {site.index: found[site.index] for site in sites if site.index in found}
+        output = Output.of_cuts(graph)
+        own = {site.index for site in sites}
+        for site in sites:
+            way = Way(site, output, form)
+            following = _following(graph, site) if self.ahead else None
+            if not way.is_open:
+                found[site.index] = ("no examples: the correction alone", 0)
+            elif following is not None and following.index not in own and following.cut is not None:
+                found[site.index] = ("exact error through the head" + _b_of(way), _bytes(way, site))
+            else:
+                ahead = following is not None and following.index in own
+                found[site.index] = (("one matrix site ahead" if ahead else "own") + _b_of(way), _bytes(way, site))
+        return found
+
+    def reversed_matrices(self, graph: SiteGraph) -> int:
+        guess = self.guess.reversed_matrices(graph)
+        if graph.stream is None or not self.residual:
+            return guess
+        return max(guess, *(block.matrices for block in graph.stream.blocks))
+
     # --- the estimate -------------------------------------------------------------------------------------------------
 
     def injects(self, step: int, graph: SiteGraph) -> bool:
@@ -219,6 +253,15 @@ class LearnedFeedback(Estimator):
             found[index] = found[index] + correction if index in found else correction
 
 
+def _b_of(place: Place | None) -> str:
+    return "" if place is None else f", B {list(place.b_shape)}"
+
+
+def _bytes(place: Place | None, site: Site) -> int:
+    """Of ``B``, which is float32 at least."""
+    return 0 if place is None else numel(place.b_shape) * max(site.dtype.itemsize, 4)
+
+
 def _amplitude(state: State | None) -> Any:
     return 1.0 if state is None else state.get("amplitude", 1.0)
 
@@ -252,7 +295,7 @@ class _Plain:
         self.options, self.locals, self.record, self.graph, self.states = options, locals, record, graph, states
         self.output = Output.of_cuts(graph)
         form = Form(options.structure, options.entries)
-        ways = {index: Way(local, self.output, form) for index, local in locals.items()}
+        ways = {index: Way(local.site, self.output, form, local) for index, local in locals.items()}
         self.ways = {index: way for index, way in ways.items() if way.is_open}
         self.before = {index: _fitting(states[index], way) for index, way in self.ways.items()}
         self.fresh: dict[int, State] = {}
@@ -281,15 +324,12 @@ class _Plain:
 
     def _through_next(self, local: Local, cotangent: Callable[[Site], Tensor | None]) -> Tensor | None:
         """``W_{i+1}^T c_{i+1}``: a cotangent of the next matrix site's input; None where its output has none."""
-        segment = local.site.segment
-        if segment is None or len(segment.matrices) > 1 or len(segment.matrices[0].weights) > 1:
+        following = _following(self.graph, local.site)
+        c = None if following is None else cotangent(following)
+        if c is None:
             return None
         m, w = local.weights()[0]
-        site = next(iter(self.graph.sites_at.get(m.call.index, ())), None)
-        while site is not None and site.shares is not None:
-            site = self.graph.sites[site.shares]
-        c = None if site is None else cotangent(site)
-        return None if c is None else m.rule.transpose(m, w, c.to(w.dtype), m.x_shape)
+        return m.rule.transpose(m, w, c.to(w.dtype), m.x_shape)
 
     def _start(self) -> None:
         """Matrices that begin as asked, from the last site to the first; random where no product leads on."""
@@ -304,6 +344,7 @@ class _Plain:
                 self.before[index] = self.fresh[index] = {
                     "B": b, "steps": steps, "power": b.new_zeros(()), "pairs": b.new_zeros(())
                 }  # fmt: skip
+        self.fresh = dict(sorted(self.fresh.items()))
 
     def _product(self, way: Way) -> Tensor | None:
         """``mean_n W_{i+1}^T M_{i+1} B_{i+1}``, column by column; None where the next matrix site has no ``B``."""
@@ -351,6 +392,18 @@ class _Plain:
         for index, new in learned.items():
             new["amplitude"] = (furthest / reach[index].clamp_min(TINY)).clamp(1, LOUDEST)
         return learned
+
+
+def _following(graph: SiteGraph, site: Site) -> Site | None:
+    """The site that has the cotangent of the next matrix site's output; None where several read its input, or where
+    nothing trains there."""
+    segment = site.segment
+    if segment is None or len(segment.matrices) > 1 or len(segment.matrices[0].weights) > 1:
+        return None
+    found = next(iter(graph.sites_at.get(segment.matrices[0].call.index, ())), None)
+    while found is not None and found.shares is not None:
+        found = graph.sites[found.shares]
+    return found
 
 
 def _fitting(state: State | None, way: Way) -> State | None:

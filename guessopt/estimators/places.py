@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from guessopt.sites import Layout, Matrix, Shape, SiteGraph, numel
+from guessopt.sites import Layout, Matrix, Shape, Site, SiteGraph, numel
 from guessopt.tracing.local import Local
 
 STRUCTURES = ("auto", "position", "shared")
@@ -189,15 +189,14 @@ def _mixtures(features: int, rank: int, dtype: torch.dtype, device: torch.device
 
 class Way(Place):
     """A site's way to the place where ``B`` predicts: the next matrix site's input, or its own output where none
-    follows.
+    follows. ``local``: the site in the middle of a run, to pull back and push forward.
 
     Attributes:
         is_open: whether examples can be told apart at all.
     """
 
-    def __init__(self, local: Local, output: Output, form: Form) -> None:
-        self.local = local
-        site, n = local.site, output.n
+    def __init__(self, site: Site, output: Output, form: Form, local: Local | None = None) -> None:
+        self._local, n = local, output.n
         segment = site.segment
         shape = site.shape if segment is None else segment.matrices[0].x_shape
         own = apart(site.layout, site.shape, n)
@@ -206,6 +205,11 @@ class Way(Place):
         if self.is_open:
             maps = _maps(segment.matrices[0]) if segment is not None else len(shape) > 3
             super().__init__(layout, shape, maps, output, form)
+
+    @property
+    def local(self) -> Local:
+        assert self._local is not None
+        return self._local
 
     def pull_back(self, e: Tensor, b: Tensor) -> Tensor:
         """``M B e``: the site's predicted cotangent."""

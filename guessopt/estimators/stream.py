@@ -37,22 +37,15 @@ class Course:
         self.record, self.graph, self.ahead = record, graph, ahead
         *self.blocks, self.head = graph.stream.blocks
         self.served = served
-        shapes, n = graph.stream.shapes, graph.batch
-        last = self.head.source
-        assert last is not None
-        self.last = last
-        layouts = {v: apart(Layout.COUPLED, shape, n) for v, shape in shapes.items()}
-        self.output = Output([(last, layouts[last], shapes[last])], n)
-        self.places: dict[int, tuple[int, Place]] = {}
+        assert self.head.source is not None
+        self.last = self.head.source
+        self.output = _output(graph)
+        self.places = stream_places(served, graph, form, ahead)
         self.learned: dict[int, State | None] = {}
-        form = Form("shared", form.entries) if form.structure == "auto" else form
-        for block, following in pairwise(self.blocks):
-            goal, keeper = block.goals[0], max(served.intersection(block.sites), default=None)
-            if keeper is not None and (not ahead or following.skip is None):
-                place = Place(layouts[goal], shapes[goal], len(shapes[goal]) > 3, self.output, form)
-                state = states[keeper]
-                fits = state is not None and "B" in state and tuple(state["B"].shape) == place.b_shape
-                self.places[goal], self.learned[keeper] = (keeper, place), state if fits else None
+        for keeper, place in self.places.values():
+            state = states[keeper]
+            fits = state is not None and "B" in state and tuple(state["B"].shape) == place.b_shape
+            self.learned[keeper] = state if fits else None
 
     def predicted(self) -> tuple[dict[int, Tensor], set[int]]:
         """Cotangents by site index; and the sites of the head, whose cotangents are exact."""
@@ -163,3 +156,26 @@ class Course:
     def _zero(self, t: Tensor) -> Tensor:
         view = self.output.views[self.last]
         return t.new_zeros(self.output.n, view.positions, view.features)
+
+
+def _output(graph: SiteGraph) -> Output:
+    """``h_L`` in the output's place."""
+    assert graph.stream is not None
+    last = graph.stream.blocks[-1].source
+    assert last is not None
+    shape, n = graph.stream.shapes[last], graph.batch
+    return Output([(last, apart(Layout.COUPLED, shape, n), shape)], n)
+
+
+def stream_places(served: set[int], graph: SiteGraph, form: Form, ahead: int) -> dict[int, tuple[int, Place]]:
+    """By state, where a ``B`` is learned, and the site that keeps it: the last one served of the block before."""
+    assert graph.stream is not None
+    output, found = _output(graph), {}
+    form = Form("shared", form.entries) if form.structure == "auto" else form
+    for block, following in pairwise(graph.stream.blocks[:-1]):
+        v, keeper = block.goals[0], max(served.intersection(block.sites), default=None)
+        if keeper is not None and (not ahead or following.skip is None):
+            shape = graph.stream.shapes[v]
+            layout = apart(Layout.COUPLED, shape, graph.batch)
+            found[v] = (keeper, Place(layout, shape, len(shape) > 3, output, form))
+    return found
