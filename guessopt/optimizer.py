@@ -222,7 +222,7 @@ class GuessGradOptimizer(Optimizer):
 
     def _pass(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> ForwardRecord:
         locals: dict[int, Local] = {}
-        guess = partial(self._guess, self._guesses_of(plan), plan.graph, locals)
+        guess = partial(self._guess, self._guesses_of(plan), locals)
         run = Pass(self._ids, plan.graph, self._level(), guess, self._directions(), transaction.saved)
         record = run.execute(closure, self._by_position)
         record.locals = locals
@@ -239,7 +239,6 @@ class GuessGradOptimizer(Optimizer):
     def _guess(
         self,
         guesses: dict[int, tuple[Estimator, str, str]],
-        graph: SiteGraph,
         locals: dict[int, Local],
         site: Site,
         s: Tensor,
@@ -256,7 +255,7 @@ class GuessGradOptimizer(Optimizer):
         local = Local(site, s, values, self._noise)
         if estimator.learns:
             locals[site.index] = local = _lasting(local, values, self._noise)
-            if not estimator.injects(self._steps, graph):
+            if not estimator.injects(self._steps):
                 return None
         if site.by_parameter and estimator.per_example_parameters:
             return [local.noise(shape, estimator.noise) for shape in site.direction_shapes]

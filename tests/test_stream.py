@@ -188,7 +188,8 @@ def test_unbiased_at_gamma_1(ahead: int) -> None:
         assert abs(float(each.mean()) - 1) <= 5 * float(each.std()) / len(each) ** 0.5 + 1e-9, name
 
 
-def test_learns_the_deviation_of_a_linear_network() -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_learns_the_deviation_of_a_linear_network(ahead: int) -> None:
     """There every deviation is one matrix, and the predictions become exact."""
     torch.manual_seed(0)
 
@@ -206,7 +207,7 @@ def test_learns_the_deviation_of_a_linear_network() -> None:
     def closure() -> Tensor:
         return net(x).square().mean()
 
-    opt = optimizer(net.named_parameters(), lr=0.0, gamma=0, ahead=0, leak=0.0)
+    opt = optimizer(net.named_parameters(), lr=0.0, gamma=0, ahead=ahead, leak=0.0)
     before = cosine(opt, closure).per_site["0.weight"]
     for _ in range(400):
         opt.step(closure)
@@ -262,7 +263,7 @@ def test_no_tangents_where_nothing_is_learned_or_corrected(monkeypatch: pytest.M
     import guessopt.optimizer as module
 
     net, closure = stack(2)
-    opt = optimizer(net.named_parameters(), gamma=0)
+    opt = optimizer(net.named_parameters(), gamma=0, beta=0)
     guesses: list[int] = []
     estimated = module.estimated_cotangents
 

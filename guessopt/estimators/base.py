@@ -113,7 +113,7 @@ class Estimator(ABC):
             apply, y, lambda t: layout.spread(layout.sum_examples(t, n), tuple(t.shape)).to(t.dtype)
         )
 
-    def injects(self, step: int, graph: SiteGraph) -> bool:
+    def injects(self, step: int) -> bool:
         """Whether this step needs guesses; a step without runs without tangents (only where ``learns``)."""
         return True
 

@@ -56,8 +56,7 @@ class LearnedFeedback(Estimator):
         leak: fraction of ``B`` forgotten in every update.
         clip: largest update, in units of the usual one.
         ahead: how far a prediction is from the site that it serves. 0: none but the site's own activation lies between,
-            ``c_i = M_i B_i e``; in a stream, deviations from the skips are learned. 1: the next matrix site, as above;
-            in a stream, what each later block by itself does to the error.
+            ``c_i = M_i B_i e``. 1: the next matrix site, as above; in a stream, a block.
         residual: whether to look for a residual stream.
         start: ``"zero"``; ``"random"``: ``N(0, 1 / rows)``; ``"weights"``: the product of the weights as they
             stand, every activation's derivative at its mean.
@@ -163,7 +162,7 @@ class LearnedFeedback(Estimator):
         form = Form(self.structure, self.entries)
         found: dict[int, tuple[str, int]] = {}
         if graph.stream is not None and self.residual:
-            places = stream_places({site.index for site in sites}, graph, form, self.ahead)
+            places = stream_places({site.index for site in sites}, graph, form)
             kept = {keeper: place for keeper, place in places.values()}
             *blocks, head = graph.stream.blocks
             for number, block in enumerate([*blocks, head], 1):
@@ -193,10 +192,8 @@ class LearnedFeedback(Estimator):
 
     # --- the estimate -------------------------------------------------------------------------------------------------
 
-    def injects(self, step: int, graph: SiteGraph) -> bool:
-        stream = graph.stream
-        learns = not (self.ahead and stream) or any(block.skip is None for block in stream.blocks[1:-1])
-        return step % self.every == 0 and (self.gamma != 0 or (self.beta > 0 and learns))
+    def injects(self, step: int) -> bool:
+        return step % self.every == 0 and not (self.gamma == self.beta == 0)
 
     def estimate(
         self, locals: dict[int, Local], record: ForwardRecord, graph: SiteGraph, states: dict[int, Any]

@@ -1,13 +1,12 @@
 """Learned feedback along a residual stream: the identity path, the deviation from it, and each block by itself.
 
 Letters: h a state, l its number (L the last), S the way of a skip, F that of the rest of a block, t a tangent, e the
-exact error at ``h_L``, p the error carried along the skips, c the predicted cotangent of a state. Nothing that comes
+exact error at ``h_L``, p a cotangent predicted from skips and feedback alone, c the one that serves. Nothing that comes
 from the loss passes more than one block before the block that it serves.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ class Course:
         served: indices of the sites whose cotangents are asked for.
         states: what was learned, by site index; a state's deviation is kept with the last site of the block before it.
         form: of the deviations' ``B``.
-        ahead: 0: ``c_l = p_l = S^T p_{l+1} + B_l e``; 1: ``c_l = S^T c_{l+1} + F^T p_{l+1}``, which takes along what
-            each later block by itself does to the error, and learns ``B_l`` only where a block has no skip.
+        ahead: ``p_l = S^T p_{l+1} + B_l e``; 0: ``c_l = p_l``; 1: ``c_l = S^T c_{l+1} + F^T p_{l+1}``, which takes
+            along what each later block by itself does to the prediction of its output's cotangent.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Course:
         assert self.head.source is not None
         self.last = self.head.source
         self.output = _output(graph)
-        self.places = stream_places(served, graph, form, ahead)
+        self.places = stream_places(served, graph, form)
         self.learned: dict[int, State | None] = {}
         for keeper, place in self.places.values():
             state = states[keeper]
@@ -167,14 +166,14 @@ def _output(graph: SiteGraph) -> Output:
     return Output([(last, apart(Layout.COUPLED, shape, n), shape)], n)
 
 
-def stream_places(served: set[int], graph: SiteGraph, form: Form, ahead: int) -> dict[int, tuple[int, Place]]:
+def stream_places(served: set[int], graph: SiteGraph, form: Form) -> dict[int, tuple[int, Place]]:
     """By state, where a ``B`` is learned, and the site that keeps it: the last one served of the block before."""
     assert graph.stream is not None
     output, found = _output(graph), {}
     form = Form("shared", form.entries) if form.structure == "auto" else form
-    for block, following in pairwise(graph.stream.blocks[:-1]):
+    for block in graph.stream.blocks[:-2]:
         v, keeper = block.goals[0], max(served.intersection(block.sites), default=None)
-        if keeper is not None and (not ahead or following.skip is None):
+        if keeper is not None:
             shape = graph.stream.shapes[v]
             layout = apart(Layout.COUPLED, shape, graph.batch)
             found[v] = (keeper, Place(layout, shape, len(shape) > 3, output, form))
