@@ -151,7 +151,7 @@ def show(rows: dict[str, Row], settings: Settings, backprop_bytes: int) -> None:
     print(f"time: a step over a backprop step. peak MB: of one step; backprop {backprop_bytes / 1e6:.2f}.")
     print(
         "Layer 1's figures (Wang eqs. 17 and 18) are in the JSON. Untrained, an estimator that learns "
-        "(learned_feedback) is its guess alone."
+        "(learned_feedback) is its guess alone, save before the head."
     )
 
 

@@ -38,6 +38,9 @@ ESTIMATORS: dict[str, tuple[str, Callable[[], Any]]] = {
     "learned_feedback_near": ("learned, ahead=0", lambda: LearnedFeedback(gamma=0, every=4, ahead=0)),
     "learned_feedback_skips": ("skips alone", lambda: LearnedFeedback(gamma=0, beta=0, ahead=0)),
     "learned_feedback_sites": ("learned, no stream", lambda: LearnedFeedback(gamma=0, every=4, residual=False)),
+    "learned_feedback_position": ("learned, position", lambda: LearnedFeedback(gamma=0, every=4, structure="position")),
+    "learned_feedback_shared": ("learned, shared", lambda: LearnedFeedback(gamma=0, every=4, structure="shared")),
+    "learned_feedback_start": ("learned, start", lambda: LearnedFeedback(gamma=0, every=4, start="weights")),
     "learned_feedback_auto": ("learned, gamma auto", LearnedFeedback),
 }
 LABELS = {"backprop": "backprop"} | {name: label for name, (label, _) in ESTIMATORS.items()}

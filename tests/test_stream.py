@@ -275,3 +275,20 @@ def test_no_tangents_where_nothing_is_learned_or_corrected(monkeypatch: pytest.M
     for _ in range(3):
         opt.step(closure)
     assert guesses == [0, 0, 0]
+
+
+def test_autocast() -> None:
+    """States are bfloat16 there, weights float32; the last block's estimate is that of autograd, up to rounding."""
+    net, _ = stack(2)
+    net.float()
+    x = torch.randn(12, 4)
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(net(x).float(), labels(12, 3))
+
+    opt = optimizer(net.named_parameters(), gamma=0, every=2)
+    found = cosine(opt, closure)
+    assert opt._plans[0].graph.stream is not None
+    assert found.per_parameter["2.one.weight"] > 0.99
+    opt.step(closure)

@@ -7,6 +7,7 @@ from the loss passes more than one block before the block that it serves.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from guessopt.estimators.moments import TINY, State, crowd, moments, recent, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart
-from guessopt.sites import Block, ForwardRecord, Layout, SiteGraph
+from guessopt.sites import Block, Call, ForwardRecord, Layout, SiteGraph
 from guessopt.tracing.local import Stretch
 
 
@@ -38,6 +39,7 @@ class Course:
         self.served = served
         assert self.head.source is not None
         self.last = self.head.source
+        self.autocast = next((visit.autocast for visit in record.visits if visit.autocast), None)
         self.output = _output(graph)
         self.places = stream_places(served, graph, form)
         self.learned: dict[int, State | None] = {}
@@ -50,7 +52,7 @@ class Course:
         """Cotangents by site index; and the sites of the head, whose cotangents are exact."""
         values = self.record.values
         inside = self._inside(self.head)
-        run: Stretch | None = Stretch(self.head.program, values, frozenset([self.last, *inside.values()]))
+        run: Stretch | None = self._again(self.head.program, [self.last, *inside.values()])
         assert run is not None
         c, *exact = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values()])
         found = dict(zip(inside, exact, strict=True))
@@ -61,8 +63,8 @@ class Course:
             through = self.ahead and block.source is not None
             run = None
             if inside or through:
-                own = [block.source] if through else []
-                run = Stretch(block.program, values, frozenset([*own, *inside.values()]))  # type: ignore[list-item]
+                own = [block.source] if through and block.source is not None else []
+                run = self._again(block.program, [*own, *inside.values()])
                 if inside:
                     found |= zip(inside, run.pull_back(block.goals, [c], list(inside.values())), strict=True)
             if block.source is None:
@@ -76,6 +78,11 @@ class Course:
             c = c if self.ahead else p
             del run
         return found, set(self._inside(self.head))
+
+    def _again(self, calls: tuple[Call, ...], variables: list[int]) -> Stretch:
+        """The calls run once more, under the autocast that they ran under."""
+        with torch.autocast(*self.autocast) if self.autocast else nullcontext():
+            return Stretch(calls, self.record.values, frozenset(variables))
 
     def _inside(self, block: Block) -> dict[int, int]:
         """Values of the block's sites, by index."""
@@ -94,7 +101,7 @@ class Course:
         if not block.skip:
             return c
         assert block.origin is not None
-        run = Stretch(block.skip, self.record.values, frozenset([block.origin]))
+        run = self._again(block.skip, [block.origin])
         return run.pull_back(block.goals, [c], [block.origin])[0]
 
     def _forth(self, block: Block, t: Tensor) -> Tensor:
@@ -102,7 +109,7 @@ class Course:
         if not block.skip:
             return t
         assert block.origin is not None
-        run = Stretch(block.skip, self.record.values, frozenset([block.origin]))
+        run = self._again(block.skip, [block.origin])
         return run.push_forward(block.goals[0], block.origin, t)
 
     def learn(self, *, beta: float, leak: float, clip: float) -> dict[int, State]:
