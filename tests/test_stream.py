@@ -110,6 +110,62 @@ def test_shortcuts(projected: bool) -> None:
     assert skips == [False, True, not projected, True, False]
 
 
+@pytest.mark.parametrize(("layers", "found"), [(6, True), (7, False)])
+def test_a_block_that_is_a_network_is_none(layers: int, found: bool) -> None:
+    """A skip around everything would leave backpropagation inside a single block."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(layers)))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.body(h)
+
+    net = nn.Sequential(nn.Linear(4, 5), Deep(), nn.Linear(5, 3))
+    x = torch.randn(12, 4)
+    opt = optimizer(net.named_parameters())
+    assert (stream_of(opt, lambda: net(x).square().mean()) is not None) == found
+    opt.step(lambda: net(x).square().mean())
+
+
+def test_two_heads_of_one_layer_each() -> None:
+    """Several cuts, one stream."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 5), Residual(5), Residual(5)).double()
+    heads = nn.ModuleList([nn.Linear(5, 3), nn.Sequential(nn.Linear(5, 4), nn.Tanh())]).double()
+    named = [*body.named_parameters("body"), *heads.named_parameters("heads")]
+    x = torch.randn(12, 4, dtype=torch.float64)
+
+    def two() -> Tensor:
+        h = body(x)
+        return F.cross_entropy(heads[0](h), labels(12, 3)) + heads[1](h).square().mean()
+
+    opt = optimizer(named, gamma=0)
+    stream = stream_of(opt, two)
+    assert stream is not None and len(stream.blocks) == 4
+    true, found = true_gradient(opt, two), estimated_gradient(opt, two)
+    for name, g in true.items():
+        if "body.0" not in name:
+            torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
+def test_a_head_of_two_layers() -> None:
+    """Its first layer becomes a block without a skip; the stream goes on before it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), Residual(5), Residual(5), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(12, 4)
+    stream = stream_of(optimizer(net.named_parameters()), lambda: F.cross_entropy(net(x), labels(12, 3)))
+    assert stream is not None
+    assert [(block.skip, block.matrices) for block in stream.blocks] == [
+        (None, 0),
+        ((), 2),
+        ((), 2),
+        (None, 1),
+        (None, 1),
+    ]
+
+
 def test_it_can_be_refused() -> None:
     net, closure = stack(2)
     assert stream_of(optimizer(net.named_parameters(), residual=False), closure) is None

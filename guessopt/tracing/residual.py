@@ -15,6 +15,9 @@ from guessopt.rules.elementwise import ADDITION
 from guessopt.sites import Block, Call, Site, Stream
 from guessopt.tracing.tape import Tape
 
+#: Matrix sites on the longest way through a block, at most: one that is deeper would be a network of its own.
+DEEPEST = 6
+
 #: Additions that write into their first operand.
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 
@@ -30,12 +33,15 @@ class Chain:
     matrices: frozenset[int]
 
     def stream(self, sites: tuple[Site, ...]) -> Stream | None:
-        """None where no block has a skip around a matrix site, or where a site lies outside the chain."""
+        """None where no block has a skip around a matrix site, where a block is too deep or the head holds more than
+        one matrix site, or where a site lies outside the chain."""
         tape = self.tape
         if any(tape.calls[c].aliases for c in self.calls):
             return None
         blocks = _merged(self._pieces())
         if len(blocks) < 2 or not any(block.skip is not None and block.matrices for block in blocks[:-1]):
+            return None
+        if blocks[-1].matrices > 1 or any(block.matrices > DEEPEST for block in blocks):
             return None
         inside = [{o for call in block.program for o in call.outputs} | set(block.entries) for block in blocks]
         own = [site for site in sites if site.shares is None and site.cut is None]
