@@ -86,7 +86,7 @@ def test_blocks_of_a_stack() -> None:
     assert stream is not None
     assert [block.matrices for block in stream.blocks] == [0, 2, 2, 2, 1]  # the input layer opens, the head is last
     assert [block.skip for block in stream.blocks] == [None, (), (), (), None]
-    assert [len(block.sites) for block in stream.blocks] == [1, 2, 2, 2, 1]
+    assert [len(block.sites) for block in stream.blocks] == [1, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,15 @@ def test_head_and_last_blocks_are_exact() -> None:
         for name, g in true.items():
             close = torch.allclose(found[name], g, rtol=1e-9, atol=1e-12)
             assert close == (int(name[0]) in exact), (ahead, name)
+
+
+def test_the_head_is_exact_whatever_exact_last_says() -> None:
+    net, closure = stack(1)
+    opt = GuessGradOptimizer(
+        net.named_parameters(), torch.optim.SGD, LearnedFeedback(gamma=0), exact_last=False, lr=0.1, seed=1
+    )
+    true, found = true_gradient(opt, closure), estimated_gradient(opt, closure)
+    torch.testing.assert_close(found["3.weight"], true["3.weight"], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")

@@ -59,7 +59,7 @@ class LearnedFeedback(Estimator):
             ``c_i = M_i B_i e``. 1: the next matrix site, as above; in a stream, a block.
         residual: whether to look for a residual stream.
         start: ``"zero"``; ``"random"``: ``N(0, 1 / rows)``; ``"weights"``: the product of the weights as they
-            stand, every activation's derivative at its mean.
+            stand, every activation's derivative at its mean. Deviations along a stream begin at zero.
         entries: most entries of a ``B``; a larger one tells fewer positions apart, then reads fixed random mixtures of
             the output's features. None: no bound.
 

@@ -44,7 +44,7 @@ class Chain:
         if blocks[-1].matrices > 1 or any(block.matrices > DEEPEST for block in blocks):
             return None
         inside = [{o for call in block.program for o in call.outputs} | set(block.entries) for block in blocks]
-        own = [site for site in sites if site.shares is None and site.cut is None]
+        own = [site for site in sites if site.shares is None]
         if not all(any(site.value in values for values in inside) for site in own):
             return None
         return Stream(
