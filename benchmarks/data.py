@@ -110,6 +110,32 @@ def _strips(arrays: Mapping[str, Any], part: str, images: int) -> tuple[Any, Any
     return pixels[:images], arrays[f"{part}_labels"][: min(images, len(pixels))]
 
 
+def characters(root: Path | None, length: int = 64) -> Dataset:
+    """Tiny Shakespeare as windows of character indices ``[n, length]`` and of the characters that follow them; the last
+    tenth of the text is the test set.
+
+    Raises:
+        FileNotFoundError: no `tinyshakespeare.txt` in `root`.
+    """
+    path = (root or Path("data")) / "tinyshakespeare.txt"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; name its folder by --data-root (the text is data/tinyshakespeare/input.txt of "
+            "the repository karpathy/char-rnn)"
+        )
+    text = path.read_text()
+    known = {character: k for k, character in enumerate(sorted(set(text)))}
+    codes = torch.tensor([known[character] for character in text])
+    border = len(codes) * 9 // 10
+    train, test = _windows(codes[:border], length), _windows(codes[border:], length)
+    return Dataset(*train, *test, source="tinyshakespeare.txt")
+
+
+def _windows(codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    count = (len(codes) - 1) // length
+    return codes[: count * length].view(count, length), codes[1 : count * length + 1].view(count, length)
+
+
 @functools.cache
 def declare_torchvision_schemas() -> torch.library.Library | None:
     """Make `import torchvision` work where its compiled part does not match the installed torch.

@@ -157,7 +157,7 @@ def table(rows: dict[str, Row], settings: Settings, backprop_bytes: int) -> Tabl
         "cosine: one guess, mean over draws. bias: ||E g^ - g|| / ||g||. variance: E ||g^ - E g^||^2 / ||g||^2.\n"
         f"time: a step over a backprop step. peak MB: of one step; backprop {backprop_bytes / 1e6:.2f}.\n"
         "Layer 1's figures (Wang eqs. 17 and 18) are in the JSON. Untrained, an estimator that learns "
-        "(learned_feedback) is its guess alone.",
+        "(learned_feedback) is its guess alone, save before the head.",
     )
 
 

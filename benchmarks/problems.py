@@ -29,6 +29,35 @@ def cnn(channels: int = 32, classes: int = 10) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(2 * channels * 16, classes))
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation, added to the input; where the shape changes, to its projection."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(fan_out), nn.BatchNorm2d(fan_out)
+        self.shortcut = nn.Sequential()
+        if fan_in != fan_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 1, stride=stride, bias=False), nn.BatchNorm2d(fan_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(h + self.shortcut(x))
+
+
+def resnet(channels: int = 16, depth: int = 2, classes: int = 10) -> nn.Sequential:
+    """A residual network for 32x32 images: three stages of `depth` blocks, of 1, 2 and 4 times the channels."""
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    for stage in range(3):
+        width = channels * 2**stage
+        layers.append(BasicBlock(width if stage == 0 else width // 2, width, 1 if stage == 0 else 2))
+        layers += [BasicBlock(width, width, 1) for _ in range(depth - 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * channels, classes))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention by ``scaled_dot_product_attention``; ``rotate`` turns queries and keys first."""
 
@@ -111,30 +140,40 @@ class FirstToken(nn.Module):
         return x[:, 0]
 
 
+class MeanToken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 def vit(
-    dim: int = 192, depth: int = 6, heads: int = 3, *, patch: int = 4, size: int = 32, classes: int = 10
+    dim: int = 192,
+    depth: int = 6,
+    heads: int = 3,
+    *,
+    patch: int = 4,
+    size: int = 32,
+    classes: int = 10,
+    token: type[nn.Module] = FirstToken,
 ) -> nn.Sequential:
-    """A vision transformer that classifies by its class token; its defaults give 65 tokens."""
+    """A vision transformer that classifies by its class token, or by the mean of all; its defaults give 65 tokens."""
 
     def block() -> Block:
         feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         return Block(lambda: nn.LayerNorm(dim), Attention(dim, heads, bias=True), feed_forward)
 
     blocks = [block() for _ in range(depth)]
-    return nn.Sequential(
-        PatchTokens(dim, patch, size), *blocks, nn.LayerNorm(dim), FirstToken(), nn.Linear(dim, classes)
-    )
+    return nn.Sequential(PatchTokens(dim, patch, size), *blocks, nn.LayerNorm(dim), token(), nn.Linear(dim, classes))
 
 
 def causal_lm(
-    vocabulary: int = 65, dim: int = 128, depth: int = 4, heads: int = 4, *, tokens: int = 64
+    vocabulary: int = 65, dim: int = 128, depth: int = 4, heads: int = 4, *, tokens: int = 64, hidden: int = 344
 ) -> nn.Sequential:
     """A Llama-like language model: RMSNorm, rotary positions, SwiGLU, no biases. Logits are ``[N, vocabulary, T]``, as
     cross-entropy takes them."""
 
     def block() -> Block:
         mix = Attention(dim, heads, bias=False, rotate=Rotary(tokens, dim // heads))
-        return Block(lambda: nn.RMSNorm(dim), mix, SwiGLU(dim, 344))
+        return Block(lambda: nn.RMSNorm(dim), mix, SwiGLU(dim, hidden))
 
     blocks = [block() for _ in range(depth)]
     head = nn.Linear(dim, vocabulary, bias=False)

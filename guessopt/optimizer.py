@@ -415,8 +415,9 @@ class GuessGradOptimizer(Optimizer):
                 transaction.rewind()
                 self._noise.restore(noise)
         plan = trace(
-            closure, self._by_position, self._ids, self._names, self._level, transaction, finite=self.check_finite
-        )
+            closure, self._by_position, self._ids, self._names, self._level, transaction,
+            finite=self.check_finite, stream=self._streams,
+        )  # fmt: skip
         self._check_plan(plan)
         self._plans.insert(0, plan)
         try:
@@ -756,6 +757,11 @@ class GuessGradOptimizer(Optimizer):
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []
+
+    @property
+    def _streams(self) -> bool:
+        """Whether one estimator serves all and works along residual streams."""
+        return len(set(self._estimators)) == 1 and self._estimators[0].streams
 
     def _choice_of(self, site: Site) -> Estimator:
         """The first parameter's; parameters with guesses of their own (directional descent) come last."""

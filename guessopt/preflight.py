@@ -47,6 +47,9 @@ class Preflight:
             way than they would by themselves. An operation without forward derivative raises ``ClosureError`` by name.
         cost: matrix products of a step, in forward passes: forward, tangents, parameter gradients.
         memory: bytes that ``memory="store"`` keeps until the directional derivatives are known.
+        feedback: bytes of what is learned from step to step (feedback matrices).
+        reversed: the most matrix sites on one path of a graph that is differentiated in reverse; 1 or less: no error
+            passes from one layer to another by reverse mode.
     """
 
     sites: tuple[SiteReport, ...]
@@ -56,6 +59,8 @@ class Preflight:
     notes: tuple[str, ...]
     cost: float
     memory: int
+    feedback: int
+    reversed: int
 
     def __str__(self) -> str:
         header = ("parameters", "operation", "output", "examples", "next matrix site", "by way of", "guess")
@@ -74,6 +79,13 @@ class Preflight:
             f"examples: {self.batch}",
             f"cost: {self.cost:.1f} forward passes (backpropagation: 3)",
             f"kept until the derivatives are known: {self.memory / 2**20:.1f} MiB",
+            *([f"feedback matrices: {self.feedback / 2**10:.1f} KiB"] if self.feedback else []),
+            "reverse graphs: "
+            + (
+                "none holds two matrix sites"
+                if self.reversed < 2
+                else f"up to {self.reversed} matrix sites, in one block"
+            ),
             *(f"no derivative reaches: {name}" for name in self.unread),
             *(f"note: {note}" for note in self.notes),
         ]
@@ -109,8 +121,9 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
             warnings.simplefilter("always", GuessWarning)
             opt._warned = set()
             plan = trace(
-                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction, finite=opt.check_finite
-            )
+                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction,
+                finite=opt.check_finite, stream=opt._streams,
+            )  # fmt: skip
             opt._check_plan(plan)
     finally:
         transaction.rewind()
@@ -119,10 +132,13 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
     guesses = opt._guesses_of(plan)
     left = [site for site in graph.sites if site.index in guesses and opt._choice_of(site) != opt._estimator_of(site)]
     picked = Counter(f"{opt._choice_of(site).name} picked {opt._estimator_of(site).name}" for site in left)
-    by_value = {site.value: site for site in graph.sites}
+    forms: dict[int, tuple[str, int]] = {}
+    for estimator in dict.fromkeys(estimator for estimator, _, _ in guesses.values()):
+        own = tuple(site for site in graph.sites if site.index in guesses and guesses[site.index][0] == estimator)
+        forms |= estimator.forms(own, graph)
     read = {k for site in graph.sites for k in site.params} | set(graph.loss_params)
     return Preflight(
-        sites=tuple(_report(opt, site, guesses, by_value) for site in graph.sites),
+        sites=tuple(_report(opt, site, guesses, forms) for site in graph.sites),
         batch=graph.batch,
         unread=tuple(opt._names[k] for k in opt._by_position if k not in read),
         coupled=tuple(
@@ -135,14 +151,20 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         ),
         cost=graph.cost,
         memory=sum(site.kept for site in graph.sites),
+        feedback=sum(size for _, size in forms.values()),
+        reversed=max((estimator.reversed_matrices(graph) for estimator, _, _ in guesses.values()), default=0),
     )
 
 
-def _report(opt: GuessGradOptimizer, site: Site, guesses: dict[int, Any], by_value: dict[int, Site]) -> SiteReport:
+def _report(
+    opt: GuessGradOptimizer, site: Site, guesses: dict[int, Any], forms: dict[int, tuple[str, int]]
+) -> SiteReport:
     estimator = opt._estimator_of(site)
     segment = site.segment
     choice = opt._choice_of(site)
-    if site.index in guesses:
+    if site.index in forms:
+        guess = f"{estimator.name}: {forms[site.index][0]}"
+    elif site.index in guesses:
         guess = ("" if choice.name == estimator.name else f"{choice.name}: ") + _named(estimator, site)
     elif estimator.space == "parameters":
         guess = f"{estimator.name} (on the parameters)"

@@ -237,6 +237,43 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A stretch of the network between two states of its residual stream.
+
+    ``source``: the state before it (None: the network's input); ``goals``: the state after it, or the cuts;
+    ``program``: the calls between; ``entries``: values made there from the input alone. ``skip``: the calls of a way
+    through without a matrix site, from ``origin`` on (up to there it is the identity); None where there is no such way.
+    ``matrices``: matrix sites on the longest way through. ``sites``: indices of the sites inside."""
+
+    source: int | None
+    goals: tuple[int, ...]
+    program: tuple[Call, ...]
+    entries: tuple[int, ...]
+    skip: tuple[Call, ...] | None
+    origin: int | None
+    matrices: int
+    sites: tuple[int, ...] = ()
+
+    def needs(self) -> set[int]:
+        """Values that the programs read and do not make."""
+        found = {v for v in (self.source, self.origin, *self.entries) if v is not None}
+        for calls in (self.program, self.skip or ()):
+            made = {o for call in calls for o in call.outputs}
+            found.update(v for call in calls for v in call.inputs if v not in made)
+        return found
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A network as a chain of blocks, the head last; ``shapes``: of the states, by value; ``fragile``: values that
+    later calls write into."""
+
+    blocks: tuple[Block, ...]
+    shapes: dict[int, Shape]
+    fragile: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class Cut:
     """A value where the network ends and the loss begins."""
 
@@ -268,7 +305,8 @@ class SiteGraph:
     ``release`` after which call it needs them no more, ``constants`` holds those that are there beforehand.
     ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built; ``answers``, in
     order, whether the activations that the closure asked require grad. ``shared_writes``: operations of the network
-    that write into memory which other tensors share."""
+    that write into memory which other tensors share. ``stream``: the residual stream, where it was asked
+    for and found."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -287,6 +325,7 @@ class SiteGraph:
     answers: tuple[bool, ...] = ()
     cost: float = 0.0
     shared_writes: tuple[str, ...] = ()
+    stream: Stream | None = None
 
     def __post_init__(self) -> None:
         at: dict[int, list[Site]] = {}
@@ -297,11 +336,15 @@ class SiteGraph:
         for number, cut in enumerate(self.cuts):
             cuts.setdefault(cut.call, []).append((number, cut))
         object.__setattr__(self, "cuts_at", cuts)
+        states = self.stream.shapes if self.stream is not None else {}
+        noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
+        object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
 
     #: Identities of the parameters that a call read, once checked against ``reads``.
     verified: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
     sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
     cuts_at: dict[int, list[tuple[int, Cut]]] = field(init=False, repr=False, compare=False)
+    noted: dict[int, tuple[tuple[str, int, int], ...]] = field(init=False, repr=False, compare=False)
 
 
 def numel(shape: Shape) -> int:
@@ -332,6 +375,7 @@ class ForwardRecord:
     exact ``dL/dv`` of every cut. ``guesses``: ``y`` by site index. ``exact``: gradients of the parameters that the loss
     reads itself, by position. ``params``: the guesses made for parameters, by position. ``locals``: by site index, the
     surroundings of sites whose estimator forms the cotangent itself. ``noise``: where the guesses' stream stood before.
+    ``values``: what the graph has kept aside; ``states``: tangents of the residual stream's states, by value.
     A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the visits'
     ``directions``.
     """
@@ -345,6 +389,8 @@ class ForwardRecord:
     exact: dict[int, Tensor]
     params: dict[int, Tensor]
     locals: dict[int, Any] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
     noise: Any = None
 
     @property

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guessopt import ClosureError, GuessGradOptimizer, LearnedFeedback
+from guessopt import ClosureError, Downstream, GuessGradOptimizer, LearnedFeedback, preflight
 from guessopt.diagnostics import cosine, estimated_gradient, expected_gradient, true_gradient
 from guessopt.estimators import describe, make_estimator
+from guessopt.estimators.places import Form, Output, Place
+from guessopt.sites import Layout
 
-from .problems import build
+from .problems import Problem, build
 
 Closure = Callable[[], Tensor]
 
@@ -30,6 +32,14 @@ def optimizer(net: nn.Module, lr: float = 0.05, **options: Any) -> GuessGradOpti
     return GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, LearnedFeedback(**options), lr=lr, seed=1)
 
 
+def optimizer_of(made: Problem, **options: Any) -> GuessGradOptimizer:
+    return GuessGradOptimizer(made.named, torch.optim.SGD, LearnedFeedback(**options), lr=0.01, seed=1)
+
+
+#: Networks with a residual stream.
+STREAMS = ("residual, batch norm in eval mode", "transformer", "prompts", "rotary language model")
+
+
 def feedback(opt: GuessGradOptimizer) -> list[Tensor]:
     """The ``B`` of every hidden site, in order."""
     cache = opt.state_dict()["guessopt"]["cache"]
@@ -39,13 +49,13 @@ def feedback(opt: GuessGradOptimizer) -> list[Tensor]:
 class Reference:
     """Learned feedback on an MLP of three linear layers with ReLU, line by line from docs/learned_feedback.md."""
 
-    def __init__(self, net: nn.Sequential, gamma: float, beta: float, leak: float) -> None:
-        self.net, self.gamma, self.beta, self.leak = net, gamma, beta, leak
+    def __init__(self, net: nn.Sequential, gamma: float, beta: float, leak: float, ahead: int) -> None:
+        self.net, self.gamma, self.beta, self.leak, self.ahead = net, gamma, beta, leak, ahead
         self.b = [torch.zeros(6, 3).double(), torch.zeros(5, 3).double()]
         self.power, self.pairs, self.amplitude, self.steps = [0.0, 0.0], [0.0, 0.0], [1.0, 1.0], 0
 
-    def step(self, x: Tensor, labels: Tensor, ys: list[Tensor]) -> list[Tensor]:
-        """Cotangents of the two hidden layers from guesses at their amplitudes; learns."""
+    def cotangents(self, x: Tensor, labels: Tensor, ys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Of the two hidden layers, from guesses at their amplitudes; also the masks, and what was not foreseen."""
         with torch.no_grad():
             n, b, a = len(x), self.b, self.amplitude
             s1 = self.net[0](x)
@@ -56,8 +66,17 @@ class Reference:
             v = ((ys[0] * m1) @ w2.T + ys[1]) * m2 @ w3.T
             e = (s3.softmax(1) - F.one_hot(labels, 3)) / n
             d = v - (ys[0] * m1) @ b[0] - (ys[1] * m2) @ b[1]
-            rest = (e * d).sum(1, keepdim=True)
-            g = [m * (e @ b[i].T) + self.gamma * rest * ys[i] / a[i] ** 2 for i, m in enumerate((m1, m2))]
+            c = [m1 * (e @ b[0].T), m2 * (e @ b[1].T)]
+            if self.ahead:
+                c = [m1 * (c[1] @ w2), m2 * (e @ w3)]
+            rest = (e * v).sum(1, keepdim=True) - sum((c[i] * ys[i]).sum(1, keepdim=True) for i in range(2))
+            return [c[i] + self.gamma * rest * ys[i] / a[i] ** 2 for i in range(2)], [m1, m2], d
+
+    def step(self, x: Tensor, labels: Tensor, ys: list[Tensor]) -> list[Tensor]:
+        """The cotangents; learns."""
+        g, (m1, m2), d = self.cotangents(x, labels, ys)
+        with torch.no_grad():
+            n, b, a = len(x), self.b, self.amplitude
             self.steps += 1
             share = max(0.02, 1 / self.steps)
             r = [ys[0] * m1 / a[0], ys[1] * m2 / a[1]]
@@ -74,11 +93,12 @@ class Reference:
             return g
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
-def test_the_formula(gamma: float) -> None:
+def test_the_formula(gamma: float, ahead: int) -> None:
     net, closure = network()
-    opt = optimizer(net, gamma=gamma, beta=0.3, leak=0.01, clip=1e9)
-    reference = Reference(copy.deepcopy(net), gamma, 0.3, 0.01)
+    opt = optimizer(net, gamma=gamma, beta=0.3, leak=0.01, clip=1e9, ahead=ahead)
+    reference = Reference(copy.deepcopy(net), gamma, 0.3, 0.01, ahead)
     noise: list[Tensor] = []
     sample = LearnedFeedback.sample
 
@@ -227,9 +247,14 @@ def test_a_bad_batch_does_no_harm() -> None:
     assert cosine(opt, lambda: F.mse_loss(net(x), y)).total > 0.8
 
 
-def test_no_reverse_graph_holds_two_matrix_sites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is differentiated in reverse, no path of its graph passes two products with weights."""
-    products = ("AddmmBackward", "MmBackward", "ConvolutionBackward", "LinearBackward", "MkldnnLinearBackward")
+PRODUCTS = ("AddmmBackward", "MmBackward", "ConvolutionBackward", "LinearBackward", "MkldnnLinearBackward")
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("name", ["mlp", "gelu mlp", "cnn", *STREAMS])
+def test_no_reverse_graph_holds_two_matrix_sites(name: str, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is differentiated in reverse, no path of its graph passes two products with weights, but for those of
+    one block of a residual stream."""
     depths: list[int] = []
     grad = torch.autograd.grad
 
@@ -238,7 +263,7 @@ def test_no_reverse_graph_holds_two_matrix_sites(monkeypatch: pytest.MonkeyPatch
             return 0
         if node not in known:
             below = max((depth(child, known) for child, _ in node.next_functions), default=0)
-            known[node] = below + any(name in node.name() for name in products)
+            known[node] = below + any(product in node.name() for product in PRODUCTS)
         return known[node]
 
     def watched(outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -247,12 +272,15 @@ def test_no_reverse_graph_holds_two_matrix_sites(monkeypatch: pytest.MonkeyPatch
         return grad(outputs, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    for name in ("mlp", "gelu mlp", "cnn", "residual, batch norm in eval mode"):
-        made = build(name)
-        opt = GuessGradOptimizer(made.named, torch.optim.SGD, LearnedFeedback(gamma=1, every=2), lr=0.01, seed=1)
-        for _ in range(4):
-            opt.step(made.closure)
-    assert depths and max(depths) <= 1
+    made = build(name)
+    opt = optimizer_of(made, gamma=1, every=2, ahead=ahead)
+    for _ in range(4):
+        opt.step(made.closure)
+    stream = opt._plans[0].graph.stream
+    assert (stream is not None) == (name in STREAMS)
+    assert depths and max(depths) <= (1 if stream is None else max(block.matrices for block in stream.blocks))
+    whole = depth(made.closure().grad_fn, {})
+    assert stream is None or max(block.matrices for block in stream.blocks) < whole
 
 
 def test_a_handful_of_examples() -> None:
@@ -322,7 +350,10 @@ def test_options_survive_a_round_trip() -> None:
         ({"gamma": 2}, "gamma"),
         ({"gamma": "some"}, "gamma"),
         ({"every": 0}, "every"),
-        ({"beta": 0}, "beta"),
+        ({"beta": -1}, "beta"),
+        ({"ahead": 2}, "ahead"),
+        ({"start": "ones"}, "start"),
+        ({"entries": 0}, "entries"),
         ({"structure": "dense"}, "structure"),
         ({"leak": 1}, "leak"),
         ({"clip": 0.5}, "clip"),
@@ -331,3 +362,95 @@ def test_options_survive_a_round_trip() -> None:
 def test_bad_options_are_refused_by_name(options: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: "):
         LearnedFeedback(**options)
+
+
+@pytest.mark.parametrize("structure", ["auto", "position", "shared"])
+@pytest.mark.parametrize("entries", [None, 20])
+@pytest.mark.parametrize(
+    ("shape", "maps", "positions"),
+    [((5, 3, 6, 7), True, 1), ((5, 6, 4), False, 6), ((5, 4), False, 3), ((5, 9), False, 1)],
+)
+def test_what_b_predicts_is_what_it_foresees(
+    shape: tuple[int, ...], maps: bool, positions: int, structure: str, entries: int | None
+) -> None:
+    """``<B e, t> = <e, B^T t>``, whatever the positions share and the output's mixtures leave out."""
+    output = Output([(0, Layout.BATCH_FIRST, (5, positions, 4))], 5)
+    place = Place(Layout.BATCH_FIRST, shape, maps, output, Form(structure, entries))
+    assert entries is None or place.b_shape[0] * place.b_shape[1] <= max(entries, place.b_shape[0])
+    b, e, t = torch.randn(place.b_shape), torch.randn(5, positions, 4), torch.randn(shape)
+    r = place.see(t)
+    torch.testing.assert_close((place.predict(e, b) * t).sum(), (e * place.foreseen(r, b)).sum())
+    d = torch.randn(5, positions, 4)  # and the step of B is the gradient of how well it foresees
+    b.requires_grad_()
+    (slope,) = torch.autograd.grad((place.foreseen(r, b).expand_as(d) * d).sum(), b)
+    scale = 1 if place.matched else positions
+    torch.testing.assert_close(place.outer(r, d) * scale, slope)
+
+
+def test_cells_of_a_feature_map() -> None:
+    output = Output([(0, Layout.BATCH_FIRST, (5, 10))], 5)
+    shapes = {
+        structure: Place(Layout.BATCH_FIRST, (5, 3, 8, 6), True, output, Form(structure, None)).b_shape
+        for structure in ("auto", "position", "shared")
+    }
+    assert shapes == {"auto": (4 * 4 * 3, 10), "position": (48 * 3, 10), "shared": (3, 10)}
+
+
+def test_starts_at_the_product_of_the_weights() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(5, 3)).double()
+    x = torch.randn(64, 5, dtype=torch.float64)
+    opt = optimizer(net, lr=0.0, gamma=0, beta=0, start="weights")
+    for _ in range(2):
+        opt.step(lambda: net(x).square().mean())
+    w2, w3 = net[1].weight.detach(), net[2].weight.detach()
+    torch.testing.assert_close(feedback(opt), [(w3 @ w2).T, w3.T])
+    assert cosine(opt, lambda: net(x).square().mean()).total == pytest.approx(1)
+
+
+def test_starts_at_random_and_stays_there() -> None:
+    """Direct feedback alignment: nothing is guessed, and the matrices are those of the first step."""
+    net, closure = network()
+    opt = optimizer(net, gamma=0, beta=0, start="random", ahead=0)
+    opt.step(closure)
+    before = feedback(opt)
+    opt.step(closure)
+    assert len(before) == 2 and all(a is b for a, b in zip(before, feedback(opt), strict=True))
+    b = torch.cat([b.flatten() * b.shape[0] ** 0.5 for b in before])
+    assert abs(float(b.square().mean()) - 1) < 5 * (2 / len(b)) ** 0.5
+    reference = Reference(net, 0, 0, 0, 0)
+    reference.b = before
+    found = estimated_gradient(opt, closure)
+    noise = [torch.zeros(16, 6).double(), torch.zeros(16, 5).double()]
+    g1, _ = reference.cotangents(inputs(closure), torch.arange(16) % 3, noise)[0]
+    torch.testing.assert_close(found["0.weight"], g1.T @ inputs(closure))
+
+
+def test_a_start_goes_on_learning() -> None:
+    net, closure = network()
+    opt = optimizer(net, gamma=0, start="weights")
+    opt.step(closure)
+    before = feedback(opt)
+    opt.step(closure)
+    assert not any(torch.equal(a, b) for a, b in zip(before, feedback(opt), strict=True))
+
+
+def test_preflight_tells_the_form_and_the_size() -> None:
+    net, closure = network()
+    report = preflight(optimizer(net), closure)
+    forms = [site.guess for site in report.sites]
+    assert forms[0] == "learned_feedback: one matrix site ahead, B [6, 3]"
+    assert forms[1] == "learned_feedback: exact error through the head, B [5, 3]"
+    assert report.feedback == 8 * (6 * 3 + 5 * 3) and report.reversed <= 1
+    assert "none holds two matrix sites" in str(report)
+    opt = optimizer(net)
+    opt.step(closure)
+    assert sum(b.nbytes for b in feedback(opt)) == report.feedback
+    bounded = preflight(optimizer(net, entries=6), closure)
+    assert bounded.feedback == 8 * (6 * 1 + 5 * 1)
+    made = build("transformer")
+    report = preflight(optimizer_of(made), made.closure)
+    assert "block 2 of 3 by itself" in str(report) and report.reversed == 2 and "up to 2 matrix sites" in str(report)
+    made = build("mlp")
+    opt = GuessGradOptimizer(made.named, torch.optim.SGD, Downstream(l=2), lr=0.1)
+    assert preflight(opt, made.closure).reversed == 2

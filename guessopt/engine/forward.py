@@ -89,7 +89,7 @@ class Pass(Interceptor):
         watch = graph.watch.get(index, ())
         for where, k, value in watch:
             if where == "in":
-                self.values[value] = self.level.primal(tensors[k])
+                self._keep(value, tensors[k])
 
         out = self._run(index, kind, fn, args, kwargs, tensors, mine)
 
@@ -98,7 +98,9 @@ class Pass(Interceptor):
             results = tensors_in((out,)) if out is not None else tensors[:1]
             for where, k, value in watch:
                 if where == "out":
-                    self.values[value] = self.level.primal(results[k])
+                    self._keep(value, results[k])
+            for _, k, value in graph.noted.get(index, ()):
+                self.level.note(value, results[k], clone=self._is_fragile(value))
             for number, cut in cuts or ():
                 if tuple(results[cut.output].shape) != cut.shape:
                     raise Departure
@@ -113,6 +115,13 @@ class Pass(Interceptor):
             for value in graph.release.get(index, ()):
                 self.values.pop(value, None)
         return out
+
+    def _keep(self, value: int, t: Tensor) -> None:
+        primal = self.level.primal(t)
+        self.values[value] = primal.clone() if self._is_fragile(value) else primal
+
+    def _is_fragile(self, value: int) -> bool:
+        return self.graph.stream is not None and value in self.graph.stream.fragile
 
     def _check_parameters(self, index: int, mine: list[Tensor]) -> None:
         """The call must read the parameters that it read when traced; those seen before are known by identity."""
@@ -307,7 +316,7 @@ class Pass(Interceptor):
         d = self.level.each(partial(directional_derivatives, graph, errors), tangents)
         return ForwardRecord(
             loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses, visits=self.visits,
-            exact=exact, params=dict(self.directions),
+            exact=exact, params=dict(self.directions), values=self.values, states=self.level.notes,
         )  # fmt: skip
 
 

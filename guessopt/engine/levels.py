@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 
 class Level(ABC):
-    """One forward-mode pass. ``tangents`` holds those of the cuts, by number, once ``run`` has returned."""
+    """One forward-mode pass. ``tangents`` holds those of the cuts, by number, and ``notes`` those of the values noted,
+    once ``run`` has returned."""
 
     name: ClassVar[str]
 
@@ -35,6 +36,7 @@ class Level(ABC):
 
     def __init__(self) -> None:
         self.tangents: dict[int, Tensor | None] = {}
+        self.notes: dict[int, Tensor] = {}
 
     @abstractmethod
     def run(self, body: Callable[[], T]) -> T:
@@ -60,6 +62,9 @@ class Level(ABC):
     def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
         """End the network at ``v``: note its tangent; return what the closure goes on with, and the leaf whose gradient
         is the exact error. ``shared``: the network goes on as well. ``clone``: the loss writes into it."""
+
+    def note(self, value: int, t: Tensor, clone: bool) -> None:  # noqa: B027 (a level without tangents has none)
+        """Keep the tangent of ``t``, if it has one. ``clone``: a later call writes into it."""
 
     def outside(self) -> AbstractContextManager[Any]:
         """Where ordinary tensors are worked on as if no pass were under way."""
@@ -182,6 +187,11 @@ class DualLevel(Level):
             if shared and tangent is not None:
                 return _pack(leaf, tangent), leaf
             return (leaf.clone() if clone else leaf), leaf
+
+    def note(self, value: int, t: Tensor, clone: bool) -> None:
+        tangent = _unpack(t)[1]
+        if tangent is not None:
+            self.notes[value] = tangent.clone() if clone else tangent
 
 
 class FastLevel(DualLevel):
@@ -315,18 +325,22 @@ class FuncLevel(Level):
     def run(self, body: Callable[[], T]) -> T:
         results: list[T] = []
         self._cuts: dict[int, Tensor] = {}
+        self._noted: dict[int, Tensor] = {}
         self._anchor = torch.zeros((), requires_grad=True)
 
         def f(t: Tensor) -> tuple[Tensor, ...]:
             self._t = t
             results.append(body())
-            return tuple(self._cuts.values()) or (t * 0,)
+            return (*self._cuts.values(), *self._noted.values(), t * 0)
 
         zero = torch.zeros(())
         tangents = torch.func.jvp(f, (zero,), (torch.ones_like(zero),))[1]
-        if self._cuts:
-            self.tangents = dict(zip(self._cuts, tangents, strict=True))
+        self.tangents = dict(zip(self._cuts, tangents, strict=False))
+        self.notes = dict(zip(self._noted, tangents[len(self._cuts) :], strict=False))
         return results[0]
+
+    def note(self, value: int, t: Tensor, clone: bool) -> None:
+        self._noted[value] = t.clone() if clone else t
 
     def primal(self, t: Tensor) -> Tensor:
         return self.plain(t.detach())

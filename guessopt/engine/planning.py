@@ -39,6 +39,7 @@ class Plan:
     compiled: bool = False
     stacks: bool | None = None
     ways: dict[int, bool] = field(default_factory=dict)
+    stream: bool = False
 
 
 class Transaction:
@@ -65,8 +66,12 @@ def trace(
     transaction: Transaction,
     *,
     finite: bool,
+    stream: bool = False,
 ) -> Plan:
     """Run the closure, as often as it takes to know it, leaving everything as it was.
+
+    Args:
+        stream: whether an estimator asks for the residual stream.
 
     Raises:
         ClosureError: what it returns is no loss, or no parameter has a part in it.
@@ -98,12 +103,12 @@ def trace(
         if constant <= as_expression:
             break
         as_expression |= constant
-    graph = analysis.graph(sites, found.layouts, found.batch)
+    graph = analysis.graph(sites, found.layouts, found.batch, stream=stream)
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
     plan.tolerance = precision(analysis)
-    plan.alive = found.alive
+    plan.alive, plan.stream = found.alive, stream
     plan.compiled = tape.compiled
     plan.routes = analysis.routes_by_data()
     plan.normalises_batch = bool(analysis.coupled_by_batch_norm())
@@ -204,7 +209,7 @@ def reprobe(
     )
     plan.alive = plan.alive or found.alive
     if found.layouts != known:
-        new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch)
+        new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream)
         plan.graph = replace(new, constants=graph.constants)
         plan.guesses = None
 

@@ -61,6 +61,9 @@ class Estimator(ABC):
     #: Whether ``estimate`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
+    #: Whether ``estimate`` works along a residual stream where there is one (``SiteGraph.stream``).
+    streams: bool = False
+
     def for_site(self, site: Site) -> Estimator:
         """The estimator that serves a site: this one, unless it leaves the work to others."""
         return self
@@ -134,6 +137,16 @@ class Estimator(ABC):
                 fails goes back to them.
         """
         raise NotImplementedError
+
+    def forms(self, sites: tuple[Site, ...], graph: SiteGraph) -> dict[int, tuple[str, int]]:
+        """By site index, in which form the estimate is made, in a few words, and the bytes learned for it; for
+        ``preflight``."""
+        return {}
+
+    def reversed_matrices(self, graph: SiteGraph) -> int:
+        """The most matrix sites that a graph differentiated in reverse holds on one path; 1 counts as none, since every
+        site's own rule may be such a graph."""
+        return 0
 
     def note(self, site: Site) -> str | None:
         """Why a site that is not last gets another guess than the one this estimator is named for;

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
-from guessopt.sites import Site
+from guessopt.sites import Site, SiteGraph
 from guessopt.tracing.graph import FURTHEST
 from guessopt.tracing.local import Local
 
@@ -58,6 +58,9 @@ class Downstream(Estimator):
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
         way = local.onward(self.l)
         return g if way is None else local.pull_back_from(way, local.push_forward_to(way, g))
+
+    def reversed_matrices(self, graph: SiteGraph) -> int:
+        return self.l
 
     def note(self, site: Site) -> str | None:
         if site.segment is not None and not site.segment.onward:

@@ -12,7 +12,23 @@ from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, rule_for
 from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise
-from guessopt.sites import Call, Cut, Kind, Layout, Matrix, Onward, Reach, Segment, Shape, Site, SiteGraph, Value, numel
+from guessopt.sites import (
+    Call,
+    Cut,
+    Kind,
+    Layout,
+    Matrix,
+    Onward,
+    Reach,
+    Segment,
+    Shape,
+    Site,
+    SiteGraph,
+    Stream,
+    Value,
+    numel,
+)
+from guessopt.tracing.residual import Chain
 from guessopt.tracing.tape import Tape
 
 #: Entries of an example's output to a parameter's, from which on the parameters themselves are guessed.
@@ -349,8 +365,11 @@ class Analysis:
             stack += tape.calls[c].inputs
         return tuple(tape.calls[c] for c in sorted(calls))
 
-    def graph(self, sites: list[Site], layouts: dict[int, Layout], batch: int, *, segments: bool = True) -> SiteGraph:
-        """Freeze. ``layouts``: of each site's and cut's value. ``segments``: whether guesses will need them."""
+    def graph(
+        self, sites: list[Site], layouts: dict[int, Layout], batch: int, *, segments: bool = True, stream: bool = False
+    ) -> SiteGraph:
+        """Freeze. ``layouts``: of each site's and cut's value. ``segments``: whether guesses will need them;
+        ``stream``: whether an estimator asks for the residual stream."""
         tape = self.tape
         kinds = list(tape.kinds)
         for c in self.loss:
@@ -370,7 +389,8 @@ class Analysis:
             )
             for site in sites
         )
-        watch, release, constants = self._watch(final) if segments else ({}, {}, {})
+        found = self._stream(final, batch) if stream and batch > 1 else None
+        watch, release, constants = self._watch(final, found) if segments else ({}, {}, {})
         return SiteGraph(
             functions=tuple(call.fn for call in tape.calls), kinds=tuple(kinds),
             reads=tuple(tape.origins), sites=final, cuts=cuts, batch=batch,
@@ -388,7 +408,19 @@ class Analysis:
                 and any(v in self.active for v in (*call.inputs, *call.outputs))
             ),
             blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
+            stream=found,
         )  # fmt: skip
+
+    def _stream(self, sites: tuple[Site, ...], batch: int) -> Stream | None:
+        tape, calls = self.tape, tuple(sorted(self.useful - self.loss))
+        matrices = frozenset(
+            c for c in calls if (m := self.matrix_of(tape.calls[c])) is not None and m[2] in self.active
+        )
+        found = Chain(tape, calls, tuple(self.cut_values), matrices).stream(sites)
+        if found is None or any(Layout.candidates(s, batch)[0] is Layout.COUPLED for s in found.shapes.values()):
+            return None
+        needed = {v for block in found.blocks for v in block.needs()}
+        return replace(found, fragile=frozenset(needed & tape.overwritten))
 
     def _loss_parameter_calls(self) -> set[int]:
         """Expressions of parameters alone that the loss reads."""
@@ -425,10 +457,10 @@ class Analysis:
         return Cut(call.index, call.outputs.index(v), v, tape.shapes[v], layout, shared, clone)
 
     def _watch(
-        self, sites: tuple[Site, ...]
+        self, sites: tuple[Site, ...], stream: Stream | None
     ) -> tuple[dict[int, tuple[tuple[str, int, int], ...]], dict[int, tuple[int, ...]], dict[int, Tensor]]:
-        """What a run must keep aside for the segments: where each value first appears, and after which call none needs
-        it; and parameters for good."""
+        """What a run must keep aside for the segments and the stream: where each value first appears, and after which
+        call none needs it; and parameters for good."""
         tape = self.tape
         last: dict[int, int] = {}  # value -> call of the last site that needs it
         for site in sites:
@@ -440,6 +472,8 @@ class Analysis:
             needed = {v for call in calls for v in call.inputs if v not in made}
             needed.update(w for matrix in site.segment.matrices for w in matrix.weights if w not in made)
             last.update(dict.fromkeys(needed, site.call.index))
+        if stream is not None:  # needed after the pass
+            last.update(dict.fromkeys((*stream.shapes, *(v for block in stream.blocks for v in block.needs())), -1))
         watch: dict[int, list[tuple[str, int, int]]] = {}
         release: dict[int, list[int]] = {}
         constants: dict[int, Tensor] = {}
@@ -454,7 +488,8 @@ class Analysis:
                     continue
                 call_index, position = tape.first_use[v]
                 watch.setdefault(call_index, []).append(("in", position, v))
-            release.setdefault(last[v], []).append(v)
+            if last[v] >= 0:
+                release.setdefault(last[v], []).append(v)
         return (
             {c: tuple(entries) for c, entries in watch.items()},
             {c: tuple(values) for c, values in release.items()},

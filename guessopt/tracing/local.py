@@ -186,16 +186,53 @@ def centred(kind: str) -> str:
     return "uniform_centred" if kind == "uniform" else kind
 
 
-def evaluate(calls: tuple[Call, ...], values: dict[int, Tensor]) -> dict[int, Tensor]:
+def evaluate(
+    calls: tuple[Call, ...], values: dict[int, Tensor], variables: frozenset[int] = frozenset()
+) -> dict[int, Tensor]:
     """Run recorded calls on values, functionally: dropout passes as its mean, in-place writes go to a copy, global
-    random states are left alone."""
+    random states are left alone. ``variables``: values made here that are to require grad."""
     values = dict(values)
     with replayed(RandomState.capture() if any(draws(call.fn) for call in calls if call.fn not in DROPOUT) else None):
-        _run(calls, values)
+        _run(calls, values, variables)
     return values
 
 
-def _run(calls: tuple[Call, ...], values: dict[int, Tensor]) -> None:
+class Stretch:
+    """Recorded calls run once more with a graph of their own, to be pulled back through as often as asked.
+
+    Args:
+        calls: in order.
+        values: what they read; taken without any graph that these may have.
+        variables: the values to which ``pull_back`` may lead; given ones, or made by the calls.
+    """
+
+    def __init__(self, calls: tuple[Call, ...], values: dict[int, Tensor], variables: frozenset[int]) -> None:
+        needed = {v for call in calls for v in call.inputs} | variables
+        own = {v: values[v].detach() for v in needed if v in values}
+        for v in variables & own.keys():
+            own[v].requires_grad_()
+        with torch.enable_grad():
+            self.values = evaluate(calls, own, variables)
+
+    def pull_back(self, goals: tuple[int, ...], us: list[Tensor], variables: list[int]) -> list[Tensor]:
+        """``J^T u``: from the goals to each of the variables."""
+        outs = [self.values[goal] for goal in goals]
+        us = [u.to(out.dtype) for u, out in zip(us, outs, strict=True)]
+        leaves = [self.values[v] for v in variables]
+        found = torch.autograd.grad(outs, leaves, us, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
+
+    def push_forward(self, goal: int, variable: int, t: Tensor) -> Tensor:
+        """``J t``: from a variable to a goal, by reverse mode twice (``J^T u`` is linear in u)."""
+        out, leaf = self.values[goal], self.values[variable]
+        with torch.enable_grad():
+            u = torch.zeros_like(out, requires_grad=True)
+            pulled = torch.autograd.grad(out, leaf, u, create_graph=True)[0]
+            found: Tensor = torch.autograd.grad(pulled, u, t.to(pulled.dtype))[0]
+        return found
+
+
+def _run(calls: tuple[Call, ...], values: dict[int, Tensor], variables: frozenset[int] = frozenset()) -> None:
     for call in calls:
         if call.fn in DROPOUT:
             values[call.outputs[0]] = values[call.inputs[0]]
@@ -207,6 +244,9 @@ def _run(calls: tuple[Call, ...], values: dict[int, Tensor]) -> None:
             out = PULLED_BACK.get(call.fn, without_side_effects(call.fn))(*args, **kwargs)
         results = tensors_in((out,)) if out is not None else [args[0]]
         values.update(zip(call.outputs, results, strict=True))
+        for v in variables.intersection(call.outputs):
+            if not values[v].requires_grad:
+                values[v] = values[v].detach().requires_grad_()
 
 
 def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:

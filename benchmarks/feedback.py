@@ -1,0 +1,427 @@
+"""Learned feedback against backprop and feedback alignment on eight kinds of network; resumes where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.data import Dataset, characters, cifar10, mnist1d
+from benchmarks.problems import MeanToken, causal_lm, cnn, relu_mlp, resnet, vit
+from benchmarks.report import COMMITTED, SCRATCH, plot_curves, print_table, spread, write_json
+from benchmarks.training import batches
+from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, LearnedFeedback, WPerp, WTranspose
+from guessopt.diagnostics import cosine
+
+# Direct feedback alignment: matrices that never learn; the error reaches every site through its own.
+_fixed = partial(LearnedFeedback, gamma=0, beta=0, ahead=0, residual=False)
+ESTIMATORS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "learned_feedback": ("learned feedback", lambda: LearnedFeedback(gamma=0, every=4)),
+    "random_feedback": ("random DFA", lambda: _fixed(start="random")),
+    "fixed_feedback": ("fixed DFA", lambda: _fixed(start="weights")),
+    "w_perp": ("W-perp", lambda: WPerp(k=10)),
+    "w_transpose": ("W^T", WTranspose),
+    "activation_perturbation": ("activation pert.", ActivationPerturbation),
+    # Parts of learned feedback, named by --methods to see what each is worth.
+    "learned_feedback_near": ("learned, ahead=0", lambda: LearnedFeedback(gamma=0, every=4, ahead=0)),
+    "learned_feedback_skips": ("skips alone", lambda: LearnedFeedback(gamma=0, beta=0, ahead=0)),
+    "learned_feedback_sites": ("learned, no stream", lambda: LearnedFeedback(gamma=0, every=4, residual=False)),
+    "learned_feedback_position": ("learned, position", lambda: LearnedFeedback(gamma=0, every=4, structure="position")),
+    "learned_feedback_shared": ("learned, shared", lambda: LearnedFeedback(gamma=0, every=4, structure="shared")),
+    "learned_feedback_start": ("learned, start", lambda: LearnedFeedback(gamma=0, every=4, start="weights")),
+    "learned_feedback_auto": ("learned, gamma auto", LearnedFeedback),
+}
+LABELS = {"backprop": "backprop"} | {name: label for name, (label, _) in ESTIMATORS.items()}
+METHODS = tuple(LABELS)[:7]
+LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network, its data and a budget.
+
+    ``judge``: the figure by which a learning rate is chosen: ``train`` or ``test`` accuracy, or the test ``loss``.
+    ``target``: what learned feedback should reach of it, relative to backprop's (of a loss: of its drop below the
+    unigram's)."""
+
+    title: str
+    network: Callable[[], nn.Module]
+    data: Callable[[Path | None, bool], Dataset]
+    steps: int
+    batch: int
+    judge: str
+    target: float
+
+    def settings(self, quick: bool) -> dict[str, Any]:
+        """What a figure depends on; ``looks``: moments at which a run is judged, ``judged``: on so many examples."""
+        if quick:
+            return {"title": self.title, "steps": 2, "batch": 8, "looks": 1, "judged": 50}
+        return {"title": self.title, "steps": self.steps, "batch": self.batch, "looks": 8, "judged": 2000}
+
+
+def _cifar(root: Path | None, quick: bool, images: int = 10_000, test_images: int = 2_000) -> Dataset:
+    data = cifar10(root, 200, 100) if quick else cifar10(root, images, test_images)
+    return replace(data, x=data.x.unflatten(1, (3, 32, 32)), x_test=data.x_test.unflatten(1, (3, 32, 32)))
+
+
+def _cifar_all(root: Path | None, quick: bool) -> Dataset:
+    return _cifar(root, quick, 50_000, 10_000)
+
+
+def _signals(root: Path | None, quick: bool) -> Dataset:
+    return mnist1d(root)
+
+
+def _text(root: Path | None, quick: bool) -> Dataset:
+    return characters(root)
+
+
+def _mlp(width: int, depth: int, target: float) -> Problem:
+    title = f"MNIST-1D, MLP {depth}x{width}"
+    return Problem(title, partial(relu_mlp, width, depth), _signals, 2400, 512, "train", target)
+
+
+PROBLEMS = {
+    **{f"mnist1d_{width}": _mlp(width, 3, 0.99) for width in (64, 128, 256, 512)},
+    "depth6": _mlp(128, 6, 0.97),
+    "depth12": _mlp(128, 12, 0.97),
+    "cifar_mlp": Problem(
+        "CIFAR-10, MLP 6x512",
+        lambda: nn.Sequential(nn.Flatten(), *relu_mlp(512, 6, inputs=3072)),
+        _cifar_all,
+        1960,
+        128,
+        "test",
+        0.95,
+    ),
+    "cnn": Problem("CIFAR-10 (10,000), CNN", cnn, _cifar, 800, 64, "test", 0.95),
+    "resnet": Problem("CIFAR-10 (10,000), ResNet", partial(resnet, 16, 2), _cifar, 800, 64, "test", 0.95),
+    "vit": Problem(
+        "CIFAR-10 (10,000), ViT 64x4",
+        partial(vit, 64, 4, 4, patch=4, token=MeanToken),
+        _cifar,
+        800,
+        64,
+        "test",
+        0.95,
+    ),
+    "charlm": Problem(
+        "tinyshakespeare, causal LM 64x4", partial(causal_lm, 65, 64, 4, 4, hidden=172), _text, 600, 32, "loss", 0.9
+    ),
+}
+
+
+QUICK = ["mnist1d_64", "cnn", "resnet", "vit", "charlm"]
+"""The problems of the quick version."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One moment of a run: accuracies, the test loss, and the cosine to the true gradient, of all parameters and of
+    each site's cotangent (none for backprop, or where it was not asked for)."""
+
+    step: int
+    train: float
+    test: float
+    loss: float
+    cosine: float | None = None
+    sites: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run. ``seconds``: of training alone; ``failed``: it came to a loss that is not finite."""
+
+    problem: str
+    method: str
+    lr: float
+    seed: int
+    settings: dict[str, Any]
+    looks: list[Look]
+    seconds: float
+    failed: bool = False
+
+    @property
+    def key(self) -> Key:
+        return self.problem, self.method, self.lr, self.seed
+
+    def figure(self, judge: str) -> float:
+        """Larger is better."""
+        if self.failed or not self.looks:
+            return -math.inf
+        last = self.looks[-1]
+        return -last.loss if judge == "loss" else getattr(last, judge)
+
+
+Key = tuple[str, str, float, int]
+Cells = dict[Key, Cell]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(PROBLEMS)
+    parser.add_argument(
+        "--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS), metavar="P", help=names
+    )
+    parser.add_argument("--methods", nargs="+", choices=list(LABELS), metavar="METHOD", help=", ".join(LABELS))
+    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--estimate", action="store_true", help="print how long what is missing will take, and stop")
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    problems = args.problems or (QUICK if args.quick else list(PROBLEMS))
+    methods = tuple(args.methods or METHODS)
+    seeds = args.seeds or (1 if args.quick else 5)
+    lrs = (1e-3,) if args.quick else LRS
+    out = args.out or (SCRATCH if args.quick else COMMITTED)
+    path = out / "feedback.json"
+    bench = Bench(args, lrs, {} if args.fresh or args.quick else finished(path))
+    if bench.cells:
+        print(f"{len(bench.cells)} finished runs taken from {path} (--fresh runs them again)")
+    if args.estimate:
+        bench.estimate(problems, methods, seeds)
+        return
+
+    def keep() -> None:
+        recorded = {"lrs": list(lrs), "device": args.device}
+        figures = [asdict(bench.cells[key]) for key in sorted(bench.cells)]
+        write_json(path, args, seeds=sorted({key[3] for key in bench.cells}), settings=recorded, figures=figures)
+
+    for problem in problems:
+        for key in bench.missing(problem, methods, seeds):
+            print(f"{problem}, {LABELS[key[1]]}, lr {key[2]:g}, seed {key[3]}")
+            bench.cells[key] = bench.train(key)
+            keep()
+    for problem in problems:
+        show(bench, problem, methods, seeds)
+    plot(bench, problems, methods, seeds, out / "feedback.png")
+    print(f"Figures in {path}, curves in {out / 'feedback.png'}")
+
+
+def finished(path: Path) -> Cells:
+    """The runs of an earlier call that had the settings of today."""
+    if not path.is_file():
+        return {}
+    found = {}
+    for figures in json.loads(path.read_text())["figures"]:
+        cell = Cell(**{**figures, "looks": [Look(**look) for look in figures["looks"]]})
+        if cell.problem in PROBLEMS and cell.settings == PROBLEMS[cell.problem].settings(quick=False):
+            found[cell.key] = cell
+    return found
+
+
+class Bench:
+    """The runs so far, and how to make more."""
+
+    def __init__(self, args: argparse.Namespace, lrs: tuple[float, ...], cells: Cells) -> None:
+        self.root, self.device, self.quick = args.data_root, args.device, args.quick
+        self.lrs, self.cells = lrs, cells
+        self.data = cache(lambda problem: PROBLEMS[problem].data(self.root, self.quick).to(self.device))
+
+    def missing(self, problem: str, methods: tuple[str, ...], seeds: int) -> Iterator[Key]:
+        """Seed 0 on the whole grid; then, once that is there, the other seeds at the best rate."""
+        for method in methods:
+            for lr in self.lrs:
+                if (problem, method, lr, 0) not in self.cells:
+                    yield problem, method, lr, 0
+        for seed in range(1, seeds):
+            for method in methods:
+                key = (problem, method, self.best(problem, method), seed)
+                if key not in self.cells:
+                    yield key
+
+    def best(self, problem: str, method: str) -> float:
+        """The learning rate whose run with seed 0 ended best."""
+        judge = PROBLEMS[problem].judge
+        return max(self.lrs, key=lambda lr: self.cells[problem, method, lr, 0].figure(judge))
+
+    def chosen(self, problem: str, method: str, seeds: int) -> list[Cell]:
+        if any((problem, method, lr, 0) not in self.cells for lr in self.lrs):
+            return []
+        lr = self.best(problem, method)
+        return [self.cells[key] for seed in range(seeds) if (key := (problem, method, lr, seed)) in self.cells]
+
+    def train(self, key: Key) -> Cell:
+        name, method, lr, seed = key
+        problem, data = PROBLEMS[name], self.data(name)
+        settings = problem.settings(self.quick)
+        torch.manual_seed(seed)
+        learner = Learner(problem.network().to(self.device), method, lr)
+        generator = torch.Generator().manual_seed(seed)
+        steps, looks, start, seconds = settings["steps"], list[Look](), time.perf_counter(), 0.0
+        bar = tqdm(total=steps, desc=f"{name} {LABELS[method]}", unit="step", disable=None, leave=False)
+        try:
+            for number, (x, y) in enumerate(endless(data, settings["batch"], generator), 1):
+                learner.step(x, y)
+                bar.update()
+                if _due(number, steps, settings["looks"]):
+                    seconds += time.perf_counter() - start
+                    measured = _due(number, steps, min(2, settings["looks"]))
+                    looks.append(learner.look(number, data, settings["judged"], settings["batch"] if measured else 0))
+                    start = time.perf_counter()
+                if number == steps:
+                    break
+            failed = not math.isfinite(looks[-1].loss)
+        except ClosureError as error:
+            if "finite" not in str(error):
+                raise
+            failed = True
+        bar.close()
+        looks = [look for look in looks if math.isfinite(look.loss)]
+        return Cell(name, method, lr, seed, settings, looks, seconds, failed)
+
+    def estimate(self, problems: list[str], methods: tuple[str, ...], seeds: int) -> None:
+        """Time of the missing runs, from a few steps of each."""
+        rows, total = [], 0.0
+        for name in problems:
+            problem = PROBLEMS[name]
+            settings = problem.settings(self.quick)
+            for method in methods:
+                wanted = len(self.lrs) + seeds - 1
+                left = wanted - sum(key[:2] == (name, method) for key in self.cells)
+                if left <= 0:
+                    continue
+                x, y = next(endless(self.data(name), settings["batch"], torch.Generator()))
+                torch.manual_seed(0)
+                learner = Learner(problem.network().to(self.device), method, 1e-4)
+                for _ in range(4):  # tracing and its probes
+                    learner.step(x, y)
+                start = time.perf_counter()
+                for _ in range(4):
+                    learner.step(x, y)
+                step = (time.perf_counter() - start) / 4
+                total += left * step * settings["steps"]
+                minutes = step * settings["steps"] / 60
+                rows.append([f"{name} {LABELS[method]}", str(left), f"{1e3 * step:.0f}", f"{minutes:.1f}"])
+        print_table("Estimated time", ["problem, method", "runs", "ms/step", "min/run"], rows)
+        print(f"{total / 3600:.1f} h in all, one after another, measurements along the way aside")
+
+
+def _due(number: int, steps: int, looks: int) -> bool:
+    return number * looks // steps > (number - 1) * looks // steps
+
+
+def endless(data: Dataset, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches, epoch after epoch."""
+    while True:
+        yield from batches(data, batch, generator)
+
+
+class Learner:
+    """A network and what trains it, on cross-entropy of logits ``[N, C]`` or ``[N, C, T]``."""
+
+    def __init__(self, model: nn.Module, method: str, lr: float) -> None:
+        self.model = model
+        self.optimizer: Any = None
+        if method == "backprop":
+            self.plain = torch.optim.AdamW(model.parameters(), lr=lr)
+        else:
+            estimator = ESTIMATORS[method][1]()
+            self.optimizer = GuessGradOptimizer(model.named_parameters(), torch.optim.AdamW, estimator, lr=lr)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x), y)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step(lambda: self.loss(x, y))
+            return
+        self.plain.zero_grad()
+        self.loss(x, y).backward()
+        self.plain.step()
+
+    def look(self, step: int, data: Dataset, judged: int, batch: int) -> Look:
+        """Accuracies and the loss on the first so many examples; with ``batch``, the cosine on the first one."""
+        self.model.eval()
+        train, _ = self._judged(data.x[:judged], data.y[:judged])
+        test, loss = self._judged(data.x_test[:judged], data.y_test[:judged])
+        self.model.train()
+        if self.optimizer is None or not batch:
+            return Look(step, train, test, loss)
+        found = cosine(self.optimizer, lambda: self.loss(data.x[:batch], data.y[:batch]))
+        return Look(step, train, test, loss, found.total, found.per_site)
+
+    @torch.no_grad()
+    def _judged(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        parts = [(self.model(a), b) for a, b in zip(x.split(250), y.split(250), strict=True)]
+        hits = sum(int((out.argmax(1) == b).sum()) for out, b in parts)
+        losses = sum(float(F.cross_entropy(out, b, reduction="sum")) for out, b in parts)
+        return hits / y.numel(), losses / y.numel()
+
+
+def unigram_loss(data: Dataset) -> float:
+    """Of the test characters under the training set's frequencies (each count one more)."""
+    counts = torch.bincount(data.y.flatten(), minlength=int(data.y_test.max()) + 1) + 1
+    return float(F.nll_loss((counts / counts.sum()).log().expand(data.y_test.numel(), -1), data.y_test.flatten()))
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def show(bench: Bench, name: str, methods: tuple[str, ...], seeds: int) -> None:
+    problem = PROBLEMS[name]
+    parts = (
+        ("loss", "test") if problem.judge == "loss" else (problem.judge, "train" if problem.judge == "test" else "test")
+    )
+    rows = []
+    base = bench.chosen(name, "backprop", seeds)
+    for method in methods:
+        cells = [cell for cell in bench.chosen(name, method, seeds) if not cell.failed]
+        if not cells:
+            continue
+        ends = [cell.looks[-1] for cell in cells]
+        values = [[getattr(end, part) for end in ends] for part in parts]
+        reached = relative(bench, name, cells, base)
+        row = [LABELS[method], f"{cells[0].lr:g}", spread(values[0]), f"{mean(values[1]):.3f}"]
+        rows.append([*row, "-" if reached is None else f"{reached:.3f}", *_cosines(ends)])
+    title = f"{problem.title}, {problem.settings(bench.quick)['steps']} steps"
+    print_table(title, ["method", "lr", *parts, "of backprop", "cosine", "worst"], rows)
+    print(
+        f"Learning rates by {problem.judge} of seed 0; learned feedback should reach {problem.target:g} of backprop's."
+    )
+    small = bench.cells.get((name, "learned_feedback", LRS[0], 0))
+    worst = [min(look.sites.values()) for look in small.looks if look.sites] if small is not None else []
+    if worst:
+        print(f"At lr {LRS[0]:g} learned feedback's cosine is at least {min(worst):.3f} at every site.")
+
+
+def _cosines(ends: list[Look]) -> list[str]:
+    """To the true gradient: of all parameters, and the worst site's."""
+    values = [[end.cosine for end in ends if end.cosine is not None], [min(e.sites.values()) for e in ends if e.sites]]
+    return [f"{mean(found):.3f}" if found else "-" for found in values]
+
+
+def relative(bench: Bench, name: str, cells: list[Cell], base: list[Cell]) -> float | None:
+    """The judged figure over backprop's, means over paired seeds; for a loss, the drops below the unigram's."""
+    judge = PROBLEMS[name].judge
+    pairs = [(c, b) for c in cells for b in base if c.seed == b.seed and not b.failed]
+    if not pairs:
+        return None
+    zero = unigram_loss(bench.data(name)) if judge == "loss" else 0.0
+    return mean(zero + c.figure(judge) for c, _ in pairs) / mean(zero + b.figure(judge) for _, b in pairs)
+
+
+def plot(bench: Bench, problems: list[str], methods: tuple[str, ...], seeds: int, path: Path) -> None:
+    panels: dict[str, dict[str, Any]] = {}
+    for name in problems:
+        judge = PROBLEMS[name].judge
+        lines = {}
+        for method in methods:
+            cells = [cell for cell in bench.chosen(name, method, seeds) if not cell.failed]
+            if cells:
+                steps = [look.step for look in cells[0].looks]
+                lines[LABELS[method]] = (steps, [[getattr(look, judge) for look in cell.looks] for cell in cells])
+        panels[f"{judge}: {PROBLEMS[name].title}"] = lines
+    plot_curves(path, panels, xlabel="step")

@@ -1,0 +1,76 @@
+"""Running moments, and the steps that feedback matrices take by them.
+
+A state is a dict: ``B`` with the ``steps`` it has learned for, ``power`` and ``pairs`` (``E |r|^2`` and
+``E (r . r')^2`` of two examples), ``width`` (their ratio, a typical eigenvalue of ``E r r^T``) and ``usual``, the usual
+size of a step's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TINY = 1e-30
+
+#: Weight of the newest step in the running moments, once there are so many.
+RECENT = 0.02
+
+State = dict[str, Any]
+
+
+def samples(r: Tensor) -> int:
+    return r.shape[0] * r.shape[1]
+
+
+def moments(old: State | None, r: Tensor, amplitude: Any = 1.0) -> State:
+    """``power``, ``pairs``, ``width`` and ``steps`` after one more look at ``r`` ``[n, g, f]``, at amplitude 1."""
+    flat = r.flatten(0, 1)
+    power = flat.square().sum(1).mean() / amplitude**2
+    pairs = (flat * flat.roll(1, 0) / amplitude**2).sum(1).square().mean()
+    steps = 1 if old is None else old["steps"] + 1
+    if old is not None:
+        power = recent(old["power"], power.nan_to_num(0, 0, 0), steps)
+        pairs = recent(old["pairs"], pairs.nan_to_num(0, 0, 0), steps)
+    width = torch.maximum(pairs / power.clamp_min(TINY), power / flat.shape[1])  # no smaller than the mean eigenvalue
+    return {"power": power, "pairs": pairs, "width": width, "steps": steps}
+
+
+def recent(old: Any, new: Tensor, steps: int) -> Tensor:
+    """A running mean: plain at first, then over the last ``1 / RECENT`` steps or so."""
+    mean: Tensor = old + max(RECENT, 1 / steps) * (new - old)
+    return mean
+
+
+def crowd(news: list[tuple[State, Tensor]]) -> Tensor:
+    """``1 + sum E|r|^2 / (width N)``: by how much regressors that learn together must slow down."""
+    return 1 + torch.stack([new["power"] / new["width"].clamp_min(TINY) / samples(r) for new, r in news]).sum()
+
+
+def stepped(
+    old: State | None, new: State, gradient: Tensor, crowded: Tensor, *, beta: float, leak: float, clip: float
+) -> State:
+    """``B`` and ``usual`` after a normalised least-mean-squares step; a gradient that is not finite teaches nothing,
+    one larger than ``clip`` times the usual is scaled down."""
+    size = gradient.norm()
+    sound = torch.isfinite(size)
+    usual = None if old is None else old.get("usual")
+    bounded = size if usual is None else torch.minimum(size, clip * usual)
+    gain = max(beta, 1 / (new["steps"] + 1)) / (new["width"] * crowded).clamp_min(TINY)
+    step = torch.where(sound, gradient * (gain * bounded / size.clamp_min(TINY)), 0)
+    b = step if old is None else (1 - leak) * old["B"] + step
+    if usual is None:
+        return {"B": b, "usual": torch.where(sound, size, 0)}
+    return {"B": b, "usual": recent(usual, torch.where(sound, bounded, usual), new["steps"])}
+
+
+def shrunken(old: State | None, each: Tensor, steps: int) -> State:
+    """``gamma = 1 - noise / signal`` (positive part): of the squared mean correction, the share that is not the noise
+    of a mean over so many examples. ``each``: the correction by example."""
+    signal = each.mean(0).square().sum()
+    noise = each.square().sum() / each.shape[0] ** 2
+    if old is not None and "signal" in old:
+        signal, noise = recent(old["signal"], signal, steps), recent(old["noise"], noise, steps)
+    gamma = (1 - noise / signal.clamp_min(TINY)).clamp(0, 1)
+    return {"signal": signal, "noise": noise, "gamma": gamma}

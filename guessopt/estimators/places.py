@@ -1,0 +1,241 @@
+"""Where feedback matrices act: tensors of the network as ``[n, p, f]``, and ``B`` between such a place and the output.
+
+Letters: n example, g group (1, or the output's positions), p position, f feature of a place, c feature of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from guessopt.sites import Layout, Matrix, Shape, Site, SiteGraph, numel
+from guessopt.tracing.local import Local
+
+STRUCTURES = ("auto", "position", "shared")
+
+
+class View:
+    """A tensor as ``[n, p, f]``, and back. ``maps``: features come before positions."""
+
+    def __init__(self, layout: Layout, shape: Shape, n: int, maps: bool) -> None:
+        self.layout, self.shape, self.n = layout, shape, n
+        if layout is Layout.BATCH_SECOND:
+            inner = (shape[0], *shape[2:])
+        elif layout is Layout.BATCH_FIRST:
+            inner = shape[1:]
+        else:
+            inner = (shape[0] // n, *shape[1:])
+        self.inner, self.maps = inner, maps and len(inner) > 1
+        self.features = 1 if not inner else inner[0] if self.maps else inner[-1]
+        self.positions = numel(inner) // max(self.features, 1)
+
+    def unfold(self, t: Tensor) -> Tensor:
+        if self.layout is Layout.BATCH_SECOND:
+            t = t.transpose(0, 1)
+        elif self.layout is Layout.FLAT_T:
+            t = t.reshape(self.shape[0] // self.n, self.n, *self.shape[1:]).transpose(0, 1)
+        if self.maps:
+            return t.reshape(self.n, self.features, self.positions).mT
+        return t.reshape(self.n, self.positions, self.features)
+
+    def fold(self, u: Tensor) -> Tensor:
+        if self.maps:
+            u = u.mT
+        if self.layout in (Layout.BATCH_SECOND, Layout.FLAT_T):
+            u = u.reshape(self.n, *self.inner).transpose(0, 1)
+        return u.reshape(self.shape)
+
+
+class Output:
+    """The network's output as the feedback sees it: values that hold examples, side by side, ``[n, g, c]``.
+
+    Args:
+        values: name, layout and shape of each.
+        n: the number of examples.
+    """
+
+    def __init__(self, values: list[tuple[int, Layout, Shape]], n: int) -> None:
+        self.n = n
+        self.views = {k: View(layout, shape, n, len(shape) > 3) for k, layout, shape in values}
+        positions = {view.positions for view in self.views.values()}
+        self.same = len(positions) == 1
+        self.positions = next(iter(positions)) if self.same else 1
+        self.features = sum(v.features if self.same else v.positions * v.features for v in self.views.values())
+
+    @staticmethod
+    def of_cuts(graph: SiteGraph) -> Output:
+        """All cuts that hold examples, by number."""
+        held = [(k, cut) for k, cut in enumerate(graph.cuts) if cut.layout is not Layout.COUPLED]
+        return Output([(k, cut.layout, cut.shape) for k, cut in held], graph.batch)
+
+    def join(self, values: dict[int, Tensor | None]) -> Tensor | None:
+        """Errors or tangents, side by side; zero for one that is missing, None where all are."""
+        there = next((v for v in values.values() if v is not None), None)
+        if there is None or not self.views:
+            return None
+        parts = []
+        for k, view in self.views.items():
+            v = values.get(k)
+            part = view.unfold(wide(there.new_zeros(view.shape) if v is None else v))
+            parts.append(part if self.same else part.flatten(1)[:, None])
+        return torch.cat(parts, -1)
+
+
+#: Cells along each dimension of a feature map that ``structure="auto"`` tells apart.
+GRID = 4
+
+
+@dataclass(frozen=True)
+class Form:
+    """What ``B`` may be: see ``LearnedFeedback``'s ``structure`` and ``entries``."""
+
+    structure: str
+    entries: int | None
+
+
+class Place:
+    """A tensor whose cotangent ``B`` predicts from the output's error.
+
+    Where it has as many positions as the output, each position's error serves that position; otherwise the output's
+    positions are added up, and ``B`` tells cells of the place's own positions apart: all of them, those of a coarse
+    grid, or a single one.
+
+    Attributes:
+        rank: where ``B`` would be too large, the number of fixed random mixtures of the output's features that it reads
+            in place of the features; None elsewhere.
+    """
+
+    def __init__(self, layout: Layout, shape: Shape, maps: bool, output: Output, form: Form) -> None:
+        self.view, self.output = View(layout, shape, output.n, maps), output
+        p, f, c = self.view.positions, self.view.features, output.features
+        most = math.inf if form.entries is None else form.entries
+        self.matched = p == output.positions > 1
+        grid = self.view.inner[1:] if self.view.maps else (p,)
+        wanted = [tuple(min(GRID, size) for size in grid)] if form.structure == "auto" and maps else []
+        wanted += [grid] if form.structure == "position" else []
+        fitting = [g for g in wanted if numel(g) * f * c <= most]
+        self.grid, self.coarse = grid, fitting[0] if fitting and not self.matched else tuple(1 for _ in grid)
+        self.cells = numel(self.coarse)
+        rows = self.cells * f
+        self.rank = max(1, int(most) // rows) if rows * c > most else None
+        self.b_shape = (rows, c if self.rank is None else self.rank)
+
+    def predict(self, e: Tensor, b: Tensor) -> Tensor:
+        """``B e``, in the shape of the place."""
+        if not self.matched and e.shape[1] > 1:
+            e = e.sum(1, keepdim=True)
+        u = self._mixed(e) @ b.T  # n g c, f c -> n g f
+        n, p, f = e.shape[0], self.view.positions, self.view.features
+        if self.cells == 1:
+            u = u.expand(n, p, f)
+        else:
+            u = u.reshape(n, self.cells, f)
+            u = u if self.cells == p else u[:, self._cells(u.device)]
+        return self.view.fold(u)
+
+    def see(self, t: Tensor) -> Tensor:
+        """A tangent of the place as ``B`` sees it, ``[n, g, f]``."""
+        r = self.view.unfold(wide(t))
+        if self.matched:
+            return r
+        n, p, f = r.shape
+        if self.cells == 1:
+            return r.sum(1, keepdim=True)
+        if self.cells != p:
+            r = r.new_zeros(n, self.cells, f).index_add_(1, self._cells(r.device), r)
+        return r.flatten(1)[:, None]
+
+    def _cells(self, device: torch.device) -> Tensor:
+        return _cells(tuple(self.grid), tuple(self.coarse), device)
+
+    def foreseen(self, r: Tensor, b: Tensor) -> Tensor:
+        """``B^T r``: the output tangent expected of it; broadcasts over the output's positions."""
+        out = r @ b  # n g f, f c -> n g c
+        return out if self.rank is None else out @ self._mixtures(out).T
+
+    def outer(self, r: Tensor, d: Tensor) -> Tensor:
+        """``sum_n r d^T``."""
+        if not self.matched and d.shape[1] > 1:
+            d = d.mean(1, keepdim=True)
+        return r.flatten(0, 1).mT @ self._mixed(d).flatten(0, 1)  # (n g) f, (n g) c -> f c
+
+    def _mixed(self, e: Tensor) -> Tensor:
+        return e if self.rank is None else e @ self._mixtures(e)
+
+    def _mixtures(self, like: Tensor) -> Tensor:
+        assert self.rank is not None
+        return _mixtures(self.output.features, self.rank, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _cells(grid: Shape, coarse: Shape, device: torch.device) -> Tensor:
+    """Each position's cell, ``[p]``."""
+    found = torch.zeros(1, dtype=torch.long)
+    for size, parts in zip(grid, coarse, strict=True):
+        found = (found[:, None] * parts + torch.arange(size) * parts // size).flatten()
+    return found.to(device)
+
+
+@lru_cache(maxsize=64)
+def _mixtures(features: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random signs over ``sqrt(features)``, ``[c, rank]``; always the same ones."""
+    signs = torch.randint(0, 2, (features, rank), generator=torch.Generator().manual_seed(features))
+    return (2 * signs - 1).to(device, dtype) / features**0.5
+
+
+class Way(Place):
+    """A site's way to the place where ``B`` predicts: the next matrix site's input, or its own output where none
+    follows. ``local``: the site in the middle of a run, to pull back and push forward.
+
+    Attributes:
+        is_open: whether examples can be told apart at all.
+    """
+
+    def __init__(self, site: Site, output: Output, form: Form, local: Local | None = None) -> None:
+        self._local, n = local, output.n
+        segment = site.segment
+        shape = site.shape if segment is None else segment.matrices[0].x_shape
+        own = apart(site.layout, site.shape, n)
+        layout = own if own.fits(shape, n) else Layout.candidates(shape, n)[0]
+        self.is_open = bool(output.views) and n > 1 and Layout.COUPLED not in (own, layout)
+        if self.is_open:
+            maps = _maps(segment.matrices[0]) if segment is not None else len(shape) > 3
+            super().__init__(layout, shape, maps, output, form)
+
+    @property
+    def local(self) -> Local:
+        assert self._local is not None
+        return self._local
+
+    def pull_back(self, e: Tensor, b: Tensor) -> Tensor:
+        """``M B e``: the site's predicted cotangent."""
+        u = self.predict(e, b).to(self.local.s.dtype)
+        return u if self.local.site.segment is None else self.local.pull_back(u)
+
+    def push_forward(self, y: Tensor) -> Tensor:
+        """``M y`` as ``[n, g, f]``: what ``B`` sees of the guess."""
+        return self.see(y if self.local.site.segment is None else self.local.push_forward(y))
+
+
+def apart(layout: Layout, shape: Shape, n: int) -> Layout:
+    """The layout; where examples act on each other a little (batch statistics), that of a tensor of this shape."""
+    return Layout.candidates(shape, n)[0] if layout is Layout.COUPLED else layout
+
+
+def by_example(t: Tensor, layout: Layout, n: int) -> Tensor:
+    """``[n, -1]``; coupled: ``[1, -1]``."""
+    if layout is Layout.COUPLED:
+        return wide(t).reshape(1, -1)
+    return View(layout, tuple(t.shape), n, False).unfold(wide(t)).flatten(1)
+
+
+def _maps(matrix: Matrix) -> bool:
+    return matrix.rule.geometry(matrix.call) != "linear"
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -1,0 +1,187 @@
+"""Learned feedback along a residual stream: the identity path, the deviation from it, and each block by itself.
+
+Letters: h a state, l its number (L the last), S the way of a skip, F that of the rest of a block, t a tangent, e the
+exact error at ``h_L``, p a cotangent predicted from skips and feedback alone, c the one that serves. Nothing that comes
+from the loss passes more than one block before the block that it serves.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.estimators.moments import TINY, State, crowd, moments, recent, samples, stepped
+from guessopt.estimators.places import Form, Output, Place, apart
+from guessopt.sites import Block, Call, ForwardRecord, Layout, SiteGraph
+from guessopt.tracing.local import Stretch
+
+
+class Course:
+    """One step along the stream of ``graph``.
+
+    Args:
+        served: indices of the sites whose cotangents are asked for.
+        states: what was learned, by site index; a state's deviation is kept with the last site of the block before it.
+        form: of the deviations' ``B``.
+        ahead: ``p_l = S^T p_{l+1} + B_l e``; 0: ``c_l = p_l``; 1: ``c_l = S^T c_{l+1} + F^T p_{l+1}``, which takes
+            along what each later block by itself does to the prediction of its output's cotangent.
+    """
+
+    def __init__(
+        self, served: set[int], record: ForwardRecord, graph: SiteGraph, states: dict[int, Any], form: Form, ahead: int
+    ) -> None:
+        assert graph.stream is not None
+        self.record, self.graph, self.ahead = record, graph, ahead
+        *self.blocks, self.head = graph.stream.blocks
+        self.served = served
+        assert self.head.source is not None
+        self.last = self.head.source
+        self.autocast = next((visit.autocast for visit in record.visits if visit.autocast), None)
+        self.output = _output(graph)
+        self.places = stream_places(served, graph, form)
+        self.learned: dict[int, State | None] = {}
+        for keeper, place in self.places.values():
+            state = states[keeper]
+            fits = state is not None and "B" in state and tuple(state["B"].shape) == place.b_shape
+            self.learned[keeper] = state if fits else None
+
+    def predicted(self) -> tuple[dict[int, Tensor], set[int]]:
+        """Cotangents by site index; and the sites of the head, whose cotangents are exact."""
+        values = self.record.values
+        inside = self._inside(self.head)
+        run: Stretch | None = self._again(self.head.program, [self.last, *inside.values()])
+        assert run is not None
+        c, *exact = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values()])
+        found = dict(zip(inside, exact, strict=True))
+        e, p = self.output.join({self.last: c}), c
+        assert e is not None
+        for block in reversed(self.blocks):
+            inside = self._inside(block)
+            through = self.ahead and block.source is not None
+            run = None
+            if inside or through:
+                own = [block.source] if through and block.source is not None else []
+                run = self._again(block.program, [*own, *inside.values()])
+                if inside:
+                    found |= zip(inside, run.pull_back(block.goals, [c], list(inside.values())), strict=True)
+            if block.source is None:
+                break
+            if self.ahead:
+                assert run is not None
+                moved = run.pull_back(block.goals, [p], [block.source])[0]  # (S + F)^T p
+                c = moved if block.skip is None else self._back(block, c - p) + moved
+            p = self._back(block, p) if block.skip is not None else torch.zeros_like(values[block.source])
+            p = p + self._deviation(block.source, e, p)
+            c = c if self.ahead else p
+            del run
+        return found, set(self._inside(self.head))
+
+    def _again(self, calls: tuple[Call, ...], variables: list[int]) -> Stretch:
+        """The calls run once more, under the autocast that they ran under."""
+        with torch.autocast(*self.autocast) if self.autocast else nullcontext():
+            return Stretch(calls, self.record.values, frozenset(variables))
+
+    def _inside(self, block: Block) -> dict[int, int]:
+        """Values of the block's sites, by index."""
+        return {i: self.graph.sites[i].value for i in block.sites if i in self.served}
+
+    def _deviation(self, v: int, e: Tensor, like: Tensor) -> Any:
+        """``B e`` at a state, by the share that has proved itself."""
+        keeper, place = self.places.get(v, (None, None))
+        state = self.learned.get(keeper) if keeper is not None else None
+        if place is None or state is None:
+            return 0
+        return (state["share"] * place.predict(e, state["B"])).to(like.dtype)
+
+    def _back(self, block: Block, c: Tensor) -> Tensor:
+        """``S^T c``."""
+        if not block.skip:
+            return c
+        assert block.origin is not None
+        run = self._again(block.skip, [block.origin])
+        return run.pull_back(block.goals, [c], [block.origin])[0]
+
+    def _forth(self, block: Block, t: Tensor) -> Tensor:
+        """``S t``, by reverse mode twice."""
+        if not block.skip:
+            return t
+        assert block.origin is not None
+        run = self._again(block.skip, [block.origin])
+        return run.push_forward(block.goals[0], block.origin, t)
+
+    def learn(self, *, beta: float, leak: float, clip: float) -> dict[int, State]:
+        """A step of every deviation on what the output's tangent has beyond the foreseen: ``t_L - S t_l - B^T t_l``."""
+        t_last = self.output.join({self.last: self.record.states.get(self.last)})
+        if t_last is None:
+            return {}
+        found: dict[int, State] = {}
+        for number, block in enumerate(self.blocks):
+            v = block.goals[0]
+            t = self.record.states.get(v)
+            if v not in self.places or t is None:
+                continue
+            keeper, place = self.places[v]
+            old = self.learned[keeper]
+            r = place.see(t)
+            missed = t_last - self._foreseen(number, t)
+            new = moments(old, r)
+            if old is not None:
+                own = place.foreseen(r, old["B"])
+                with_, size = (missed * own).sum(), own.expand_as(missed).square().sum()
+                new["with"] = recent(old["with"], with_, new["steps"]) if "with" in old else with_
+                new["size"] = recent(old["size"], size, new["steps"]) if "size" in old else size
+                new["share"] = (new["with"] / new["size"].clamp_min(TINY)).nan_to_num(0, 0, 0).clamp(0, 1)
+                missed = missed - own
+            else:
+                new["share"] = torch.zeros_like(new["width"])
+            gradient = place.outer(r, missed) / samples(r)
+            new |= stepped(old, new, gradient, crowd([(new, r)]), beta=beta, leak=leak, clip=clip)
+            found[keeper] = new
+        return found
+
+    def _foreseen(self, number: int, t: Tensor) -> Tensor:
+        """What skips and later deviations make of a state's tangent, as the output sees it; not its own deviation."""
+        total: Any = 0
+        for block in self.blocks[number + 1 :]:
+            if block.skip is None:
+                return self._zero(t) + total
+            t = self._forth(block, t)
+            v = block.goals[0]
+            if v in self.places:
+                keeper, place = self.places[v]
+                state = self.learned[keeper]
+                if state is not None:
+                    total = total + state["share"] * place.foreseen(place.see(t), state["B"])
+        last = self.output.join({self.last: t})
+        assert last is not None
+        return last + total
+
+    def _zero(self, t: Tensor) -> Tensor:
+        view = self.output.views[self.last]
+        return t.new_zeros(self.output.n, view.positions, view.features)
+
+
+def _output(graph: SiteGraph) -> Output:
+    """``h_L`` in the output's place."""
+    assert graph.stream is not None
+    last = graph.stream.blocks[-1].source
+    assert last is not None
+    shape, n = graph.stream.shapes[last], graph.batch
+    return Output([(last, apart(Layout.COUPLED, shape, n), shape)], n)
+
+
+def stream_places(served: set[int], graph: SiteGraph, form: Form) -> dict[int, tuple[int, Place]]:
+    """By state, where a ``B`` is learned, and the site that keeps it: the last one served of the block before."""
+    assert graph.stream is not None
+    output, found = _output(graph), {}
+    form = Form("shared", form.entries) if form.structure == "auto" else form
+    for block in graph.stream.blocks[:-2]:
+        v, keeper = block.goals[0], max(served.intersection(block.sites), default=None)
+        if keeper is not None:
+            shape = graph.stream.shapes[v]
+            layout = apart(Layout.COUPLED, shape, graph.batch)
+            found[v] = (keeper, Place(layout, shape, len(shape) > 3, output, form))
+    return found

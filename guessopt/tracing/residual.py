@@ -1,0 +1,146 @@
+"""The residual stream: states that everything passes through, and the blocks between them.
+
+A *state* is a value through which every derivative from what comes before it reaches the loss, so that the network is a
+chain of blocks. In a residual network most blocks have a *skip*: a way from state to state without a matrix site (the
+identity, a rectifier after the addition, a strided slice with padding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from guessopt.rules.elementwise import ADDITION
+from guessopt.sites import Block, Call, Site, Stream
+from guessopt.tracing.tape import Tape
+
+#: Matrix sites on the longest way through a block, at most: one that is deeper would be a network of its own.
+DEEPEST = 6
+
+#: Additions that write into their first operand.
+_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What the search reads off an analysis: the tape, the network's calls in order (those through which a derivative
+    reaches the loss, without the loss's own), the values that the loss reads, and which calls are matrix sites."""
+
+    tape: Tape
+    calls: tuple[int, ...]
+    cuts: tuple[int, ...]
+    matrices: frozenset[int]
+
+    def stream(self, sites: tuple[Site, ...]) -> Stream | None:
+        """None where no block has a skip around a matrix site, where a block is too deep or the head holds more than
+        one matrix site, or where a site lies outside the chain."""
+        tape = self.tape
+        if any(tape.calls[c].aliases for c in self.calls):
+            return None
+        blocks = _merged(self._pieces())
+        if len(blocks) < 2 or not any(block.skip is not None and block.matrices for block in blocks[:-1]):
+            return None
+        if blocks[-1].matrices > 1 or any(block.matrices > DEEPEST for block in blocks):
+            return None
+        inside = [{o for call in block.program for o in call.outputs} | set(block.entries) for block in blocks]
+        own = [site for site in sites if site.shares is None]
+        if not all(any(site.value in values for values in inside) for site in own):
+            return None
+        return Stream(
+            tuple(
+                replace(block, sites=tuple(site.index for site in own if site.value in values))
+                for block, values in zip(blocks, inside, strict=True)
+            ),
+            {block.goals[0]: tape.shapes[block.goals[0]] for block in blocks[:-1]},
+        )
+
+    def _states(self) -> list[int]:
+        """Values that alone are alive after the call that makes them."""
+        tape = self.tape
+        last = {v: c for c in self.calls for v in tape.calls[c].inputs if v in tape.active}
+        last |= dict.fromkeys(self.cuts, len(tape.calls))
+        found: list[int] = []
+        alive: set[int] = set()
+        for c in self.calls:
+            outputs = tape.calls[c].outputs
+            alive = {v for v in alive.union(outputs) if last.get(v, -1) > c}
+            if len(alive) == 1 and alive.issubset(outputs):
+                found += alive
+        return found
+
+    def _pieces(self) -> list[Block]:
+        """The stretches between neighbouring states, and the last one to the cuts."""
+        states = [v for v in self._states() if v not in self.cuts]
+        found = []
+        for source, goal in zip([None, *states], [*states, None], strict=True):
+            start = -1 if source is None else self.tape.producer[source]
+            stop = len(self.tape.calls) if goal is None else self.tape.producer[goal]
+            calls = [c for c in self.calls if start < c <= stop]
+            found.append(self._piece(source, calls, self.cuts if goal is None else (goal,)))
+        return found
+
+    def _piece(self, source: int | None, calls: list[int], goals: tuple[int, ...]) -> Block:
+        tape = self.tape
+        program: list[Call] = []
+        entries: list[int] = []
+        depth = {} if source is None else {source: 0}
+        free = set(depth)
+        for c in calls:
+            call = tape.calls[c]
+            inputs = [v for v in call.inputs if v in depth]
+            if not inputs:
+                entries += call.outputs
+                depth |= dict.fromkeys(call.outputs, 0)
+                continue
+            program.append(call)
+            depth |= dict.fromkeys(call.outputs, max(depth[v] for v in inputs) + (c in self.matrices))
+            if c not in self.matrices and free.intersection(inputs):
+                free.update(v for v in call.outputs if v in tape.active)
+        skip = _slice(program, free, set(goals)) if source is not None and free.issuperset(goals) else None
+        matrices = max(depth[v] for v in goals)
+        return Block(source, goals, tuple(program), tuple(entries), skip, source, matrices)
+
+
+def _slice(program: list[Call], free: set[int], goals: set[int]) -> tuple[Call, ...]:
+    """The calls of the free ways to the goals; none where these are additions alone: the identity."""
+    found: list[Call] = []
+    wanted = set(goals)
+    for call in reversed(program):
+        if wanted.intersection(call.outputs) and free.intersection(call.inputs):
+            found.append(call)
+            wanted.update(free.intersection(call.inputs))
+    plain = all(
+        (call.fn in ADDITION or call.fn in _IN_PLACE)
+        and not call.kwargs
+        and len(free.intersection(call.inputs)) == 1
+        and len(set(call.inputs)) == 2
+        for call in found
+    )
+    return () if plain else tuple(reversed(found))
+
+
+def _merged(pieces: list[Block]) -> list[Block]:
+    """The head takes in all back to the last state before its only matrix site; elsewhere a stretch without a matrix
+    site joins the one before it."""
+    *pieces, head = pieces
+    while pieces and (
+        not pieces[-1].matrices or (pieces[-1].skip is None and head.matrices + pieces[-1].matrices <= 1)
+    ):
+        head = _joined(pieces.pop(), head)
+    blocks: list[Block] = []
+    for piece in pieces:
+        if blocks and not piece.matrices:
+            blocks[-1] = _joined(blocks[-1], piece)
+        else:
+            blocks.append(piece)
+    return [*blocks, head]
+
+
+def _joined(a: Block, b: Block) -> Block:
+    """Two neighbours as one."""
+    skip, origin = None, None
+    if a.skip is not None and b.skip is not None:
+        skip = a.skip + b.skip
+        origin = a.origin if a.skip else b.origin
+    return Block(a.source, b.goals, a.program + b.program, a.entries + b.entries, skip, origin, a.matrices + b.matrices)

@@ -1,0 +1,84 @@
+"""The learned-feedback benchmark in its quick version, and how it resumes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+from benchmarks import feedback
+from benchmarks.__main__ import main
+
+from .test_benchmarks import data_root, result
+
+__all__ = ["data_root"]  # the fixture
+
+
+def cells(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "feedback.json").read_text())["figures"]
+    return found
+
+
+def test_quick(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = result("feedback", tmp_path, "--data-root", str(data_root), "--problems", "mnist1d_64")["figures"]
+    assert {cell["method"] for cell in found} == set(feedback.METHODS)
+    by_method = {cell["method"]: cell for cell in found}
+    look = by_method["learned_feedback"]["looks"][-1]
+    assert set(look["sites"]) == {"0.weight", "2.weight", "4.weight", "6.weight"}
+    assert look["sites"]["4.weight"] == pytest.approx(1, abs=1e-5)  # passes the head, whose error is exact
+    assert by_method["fixed_feedback"]["looks"][-1]["cosine"] > by_method["random_feedback"]["looks"][-1]["cosine"]
+    assert by_method["backprop"]["looks"][-1]["cosine"] is None
+    shown = capsys.readouterr().out
+    assert all(label in shown for name, label in feedback.LABELS.items() if name in feedback.METHODS)
+
+
+def test_resumes_cell_by_cell(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in its fourth run, it has three on disk; then the rate that ended best on seed 0 serves seed 1."""
+    small = feedback.Problem("small", lambda: feedback.relu_mlp(8, 2), feedback._signals, 4, 32, "train", 1.0)
+    monkeypatch.setattr(feedback, "PROBLEMS", {"mnist1d_64": small})
+    monkeypatch.setattr(feedback, "LRS", (1e-3, 1e-2))
+    options = ["--data-root", str(data_root), "--out", str(tmp_path), "--problems", "mnist1d_64", "--seeds", "2"]
+    options += ["--methods", "backprop", "learned_feedback"]
+    trained, train = list[Any](), feedback.Bench.train
+
+    def counting(self: Any, key: Any) -> Any:
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(key)
+        return train(self, key)
+
+    monkeypatch.setattr(feedback.Bench, "train", counting)
+    with pytest.raises(KeyboardInterrupt):
+        main(["feedback", *options])
+    before = cells(tmp_path)
+    assert len(before) == 3
+    trained.clear()
+    main(["feedback", *options])
+    assert len(trained) == 3 and len(cells(tmp_path)) == 6
+    assert all(cell in cells(tmp_path) for cell in before)
+    by_key = {(cell["method"], cell["lr"]): cell["looks"][-1]["train"] for cell in cells(tmp_path) if cell["seed"] == 0}
+    for method in ("backprop", "learned_feedback"):
+        (chosen,) = [cell["lr"] for cell in cells(tmp_path) if (cell["method"], cell["seed"]) == (method, 1)]
+        assert by_key[method, chosen] == max(by_key[method, lr] for lr in (1e-3, 1e-2))
+    trained.clear()
+    main(["feedback", *options])
+    assert not trained
+
+
+def test_a_run_that_diverges_is_kept_as_such(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = feedback.Problem("small", lambda: feedback.relu_mlp(8, 2), feedback._signals, 30, 32, "train", 1.0)
+    monkeypatch.setattr(feedback, "PROBLEMS", {"mnist1d_64": small})
+    monkeypatch.setattr(feedback, "LRS", (1e-3, 1e30))
+    options = ["--data-root", str(data_root), "--out", str(tmp_path), "--problems", "mnist1d_64", "--seeds", "1"]
+    main(["feedback", *options, "--methods", "backprop", "learned_feedback"])
+    assert {(cell["lr"], cell["failed"]) for cell in cells(tmp_path)} == {(1e-3, False), (1e30, True)}
+
+
+def test_estimates_without_running(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data-root", str(data_root), "--out", str(tmp_path), "--problems", "mnist1d_64"]
+    main(["feedback", "--estimate", "--methods", "backprop", *options])
+    assert "h in all" in capsys.readouterr().out and not (tmp_path / "feedback.json").exists()

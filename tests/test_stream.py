@@ -1,0 +1,359 @@
+"""Learned feedback along residual streams: what the tracer finds, and the formulas of docs/learned_feedback.md."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guessopt import GuessGradOptimizer, LearnedFeedback
+from guessopt.diagnostics import cosine, estimated_gradient, true_gradient
+from guessopt.sites import Stream
+
+from .problems import build, labels
+
+Closure = Callable[[], Tensor]
+
+
+class Residual(nn.Module):
+    """``h + W2 phi(W1 h)``, with a rectifier after the addition if asked."""
+
+    def __init__(self, d: int, rectified: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.rectified = nn.Linear(d, 7), nn.Linear(7, d), rectified
+
+    def forward(self, h: Tensor) -> Tensor:
+        out = h + self.two(torch.tanh(self.one(h)))
+        return F.relu(out) if self.rectified else out
+
+
+def stack(blocks: int, rectified: bool = False, n: int = 12) -> tuple[nn.Sequential, Closure]:
+    torch.manual_seed(0)
+    layers = [Residual(5, rectified) for _ in range(blocks)]
+    net = nn.Sequential(nn.Linear(4, 5), *layers, nn.LayerNorm(5), nn.Linear(5, 3)).double()
+    x = torch.randn(n, 4, dtype=torch.float64)
+    return net, lambda: F.cross_entropy(net(x), labels(n, 3))
+
+
+def optimizer(named: Any, lr: float = 0.05, **options: Any) -> GuessGradOptimizer:
+    return GuessGradOptimizer(named, torch.optim.SGD, LearnedFeedback(**options), lr=lr, seed=1)
+
+
+def stream_of(opt: GuessGradOptimizer, closure: Closure) -> Stream | None:
+    estimated_gradient(opt, closure)
+    return opt._plans[0].graph.stream
+
+
+def shortcut_net(projected: bool) -> tuple[nn.Module, Closure]:
+    """Two stages; the shortcut between them strides and pads, or projects."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4)
+            self.project = nn.Conv2d(2, 4, 1, stride=2) if projected else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            skip = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)) if self.project is None else self.project(x)
+            h = self.norm(self.conv(x))
+            h += skip
+            return F.relu(h, inplace=True)
+
+    class Plain(nn.Module):
+        def __init__(self, c: int) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x + self.norm(self.conv(x)), inplace=True)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Plain(2), Stage(), Plain(4), nn.Flatten(), nn.Linear(64, 3))
+    x = torch.randn(8, 1, 8, 8, dtype=torch.float64)
+    net.double()
+    return net, lambda: F.cross_entropy(net(x), labels(8, 3))
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_stack() -> None:
+    net, closure = stack(3)
+    stream = stream_of(optimizer(net.named_parameters()), closure)
+    assert stream is not None
+    assert [block.matrices for block in stream.blocks] == [0, 2, 2, 2, 1]  # the input layer opens, the head is last
+    assert [block.skip for block in stream.blocks] == [None, (), (), (), None]
+    assert [len(block.sites) for block in stream.blocks] == [1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("mlp", 0), ("cnn", 0), ("lstm", 0), ("transformer", 4), ("rotary language model", 4), ("prompts", 4)],
+)
+def test_networks(name: str, blocks: int) -> None:
+    made = build(name)
+    stream = stream_of(optimizer(made.named), made.closure)
+    assert (len(stream.blocks) if stream is not None else 0) == blocks
+
+
+@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+@pytest.mark.parametrize("projected", [False, True])
+def test_shortcuts(projected: bool) -> None:
+    """A strided slice with padding carries the error on; a projection ends the run."""
+    net, closure = shortcut_net(projected)
+    stream = stream_of(optimizer(net.named_parameters()), closure)
+    assert stream is not None
+    skips = [block.skip is not None for block in stream.blocks]
+    assert skips == [False, True, not projected, True, False]
+
+
+@pytest.mark.parametrize(("layers", "found"), [(6, True), (7, False)])
+def test_a_block_that_is_a_network_is_none(layers: int, found: bool) -> None:
+    """A skip around everything would leave backpropagation inside a single block."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(layers)))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.body(h)
+
+    net = nn.Sequential(nn.Linear(4, 5), Deep(), nn.Linear(5, 3))
+    x = torch.randn(12, 4)
+    opt = optimizer(net.named_parameters())
+    assert (stream_of(opt, lambda: net(x).square().mean()) is not None) == found
+    opt.step(lambda: net(x).square().mean())
+
+
+def test_two_heads_of_one_layer_each() -> None:
+    """Several cuts, one stream."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 5), Residual(5), Residual(5)).double()
+    heads = nn.ModuleList([nn.Linear(5, 3), nn.Sequential(nn.Linear(5, 4), nn.Tanh())]).double()
+    named = [*body.named_parameters("body"), *heads.named_parameters("heads")]
+    x = torch.randn(12, 4, dtype=torch.float64)
+
+    def two() -> Tensor:
+        h = body(x)
+        return F.cross_entropy(heads[0](h), labels(12, 3)) + heads[1](h).square().mean()
+
+    opt = optimizer(named, gamma=0)
+    stream = stream_of(opt, two)
+    assert stream is not None and len(stream.blocks) == 4
+    true, found = true_gradient(opt, two), estimated_gradient(opt, two)
+    for name, g in true.items():
+        if "body.0" not in name:
+            torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
+def test_a_head_of_two_layers() -> None:
+    """Its first layer becomes a block without a skip; the stream goes on before it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), Residual(5), Residual(5), nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(12, 4)
+    stream = stream_of(optimizer(net.named_parameters()), lambda: F.cross_entropy(net(x), labels(12, 3)))
+    assert stream is not None
+    assert [(block.skip, block.matrices) for block in stream.blocks] == [
+        (None, 0),
+        ((), 2),
+        ((), 2),
+        (None, 1),
+        (None, 1),
+    ]
+
+
+def test_it_can_be_refused() -> None:
+    net, closure = stack(2)
+    assert stream_of(optimizer(net.named_parameters(), residual=False), closure) is None
+
+
+# --- what is estimated ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_formula(ahead: int, rectified: bool) -> None:
+    """Every block's parameters from the predicted cotangent of its output, by torch's own autograd inside the block."""
+    net, closure = stack(3, rectified)
+    opt = optimizer(net.named_parameters(), gamma=0, beta=0, ahead=ahead)
+    found = estimated_gradient(opt, closure)
+    x = next(c.cell_contents for c in closure.__closure__ or () if isinstance(c.cell_contents, Tensor))
+    h = [net[0](x)]
+    inputs = []
+    for block in list(net)[1:-2]:
+        inputs.append(h[-1].detach().requires_grad_())
+        h.append(block(inputs[-1]))
+    last = h[-1].detach().requires_grad_()
+    e = torch.autograd.grad(F.cross_entropy(net[-1](net[-2](last)), labels(12, 3)), last)[0]
+    c = p = e
+    for number in (3, 2, 1):
+        block, start, out = net[number], inputs[number - 1], h[number]
+        for name, g in zip(
+            dict(block.named_parameters()),
+            torch.autograd.grad(out, block.parameters(), c, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(found[f"{number}.{name}"], g, rtol=1e-9, atol=1e-12)
+        mask = (out > 0).double() if rectified else 1.0
+        if ahead:
+            whole = torch.autograd.grad(out, start, p)[0]
+            c, p = mask * (c - p) + whole, mask * p
+        else:
+            c = p = mask * p
+    for name, g in zip(("0.weight", "0.bias"), torch.autograd.grad(h[0], net[0].parameters(), c), strict=True):
+        torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
+def test_head_and_last_blocks_are_exact() -> None:
+    """The head's norm takes the exact error; so does the last block; with ``ahead=1`` the block before it as well."""
+    net, closure = stack(3)
+    true = true_gradient(optimizer(net.named_parameters()), closure)
+    for ahead, exact in ((0, (3, 4, 5)), (1, (2, 3, 4, 5))):
+        found = estimated_gradient(optimizer(net.named_parameters(), gamma=0, ahead=ahead), closure)
+        for name, g in true.items():
+            close = torch.allclose(found[name], g, rtol=1e-9, atol=1e-12)
+            assert close == (int(name[0]) in exact), (ahead, name)
+
+
+def test_the_head_is_exact_whatever_exact_last_says() -> None:
+    net, closure = stack(1)
+    opt = GuessGradOptimizer(
+        net.named_parameters(), torch.optim.SGD, LearnedFeedback(gamma=0), exact_last=False, lr=0.1, seed=1
+    )
+    true, found = true_gradient(opt, closure), estimated_gradient(opt, closure)
+    torch.testing.assert_close(found["3.weight"], true["3.weight"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+@pytest.mark.parametrize("projected", [False, True])
+def test_batch_statistics_and_writing_in_place(projected: bool) -> None:
+    """The last block's estimate is exact although its batch norm couples the examples and its sum is overwritten."""
+    net, closure = shortcut_net(projected)
+    opt = optimizer(net.named_parameters(), gamma=0)
+    true, found = true_gradient(opt, closure), estimated_gradient(opt, closure)
+    for name, g in true.items():
+        if int(name[0]) >= 2:  # one block later than the last: ``ahead=1``
+            torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_unbiased_at_gamma_1(ahead: int) -> None:
+    net, closure = stack(3)
+    opt = optimizer(net.named_parameters(), gamma=1, ahead=ahead)
+    for _ in range(5):
+        opt.step(closure)
+    true = true_gradient(opt, closure)
+    draws = [estimated_gradient(opt, closure) for _ in range(300)]
+    for name, g in true.items():
+        each = torch.stack([(draw[name] * g).sum() / g.square().sum() for draw in draws])
+        assert abs(float(each.mean()) - 1) <= 5 * float(each.std()) / len(each) ** 0.5 + 1e-9, name
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_learns_the_deviation_of_a_linear_network(ahead: int) -> None:
+    """There every deviation is one matrix, and the predictions become exact."""
+    torch.manual_seed(0)
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(5, 5)
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.f(h)
+
+    net = nn.Sequential(nn.Linear(4, 5), Linear(), Linear(), Linear(), nn.Linear(5, 3)).double()
+    x = torch.randn(64, 4, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return net(x).square().mean()
+
+    opt = optimizer(net.named_parameters(), lr=0.0, gamma=0, ahead=ahead, leak=0.0)
+    before = cosine(opt, closure).per_site["0.weight"]
+    for _ in range(400):
+        opt.step(closure)
+    after = cosine(opt, closure).per_site["0.weight"]
+    assert before < 0.95 and after > 0.98
+
+
+def test_a_deviation_that_foresees_nothing_is_not_used() -> None:
+    """Blocks that do nothing: the skips are exact, and what is learned from noise gets no weight."""
+    net, closure = stack(3)
+    for block in list(net)[1:-2]:
+        nn.init.zeros_(block.two.weight)
+    opt = optimizer(net.named_parameters(), lr=0.0, gamma=0, ahead=0)
+    for _ in range(30):
+        opt.step(closure)
+    assert cosine(opt, closure).total > 0.999
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_resumes_bit_for_bit(ahead: int) -> None:
+    net, closure = stack(2)
+    opt = optimizer(net.named_parameters(), every=2, ahead=ahead)
+    for _ in range(3):
+        opt.step(closure)
+    saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
+    for _ in range(4):
+        opt.step(closure)
+    other, again = stack(2)
+    resumed = optimizer(other.named_parameters(), every=2, ahead=ahead)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for _ in range(4):
+        resumed.step(again)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("engine", ["dual", "func"])
+def test_engines_agree(engine: str, ahead: int) -> None:
+    found = []
+    for each in ("fast", engine):
+        net, closure = stack(3, rectified=True)
+        estimator = LearnedFeedback(gamma=1, ahead=ahead)
+        opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.05, seed=1, engine=each)
+        for _ in range(4):
+            opt.step(closure)
+        found.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_no_tangents_where_nothing_is_learned_or_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    import guessopt.optimizer as module
+
+    net, closure = stack(2)
+    opt = optimizer(net.named_parameters(), gamma=0, beta=0)
+    guesses: list[int] = []
+    estimated = module.estimated_cotangents
+
+    def spy(graph: Any, record: Any, formed: Any) -> Any:
+        guesses.append(len(record.guesses))
+        return estimated(graph, record, formed)
+
+    monkeypatch.setattr(module, "estimated_cotangents", spy)
+    for _ in range(3):
+        opt.step(closure)
+    assert guesses == [0, 0, 0]
+
+
+def test_autocast() -> None:
+    """States are bfloat16 there, weights float32; the last block's estimate is that of autograd, up to rounding."""
+    net, _ = stack(2)
+    net.float()
+    x = torch.randn(12, 4)
+
+    def closure() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(net(x).float(), labels(12, 3))
+
+    opt = optimizer(net.named_parameters(), gamma=0, every=2)
+    found = cosine(opt, closure)
+    assert opt._plans[0].graph.stream is not None
+    assert found.per_parameter["2.one.weight"] > 0.99
+    opt.step(closure)
