@@ -30,7 +30,7 @@ from benchmarks.measure import Ratio, Step, Stopwatch, interleaved, ratio, secon
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.training import ESTIMATORS, LABELS
-from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, optimizer
+from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, stepping
 from guessopt.engine import levels
 from guessopt.engine.forward import Pass
 from guessopt.engine.gradients import parameter_gradients
@@ -205,11 +205,11 @@ POINTS: tuple[tuple[Any, str, str], ...] = (
     (local.Local, "pull_back", "guesses: pull back"),
     (WPerp, "prepare", REFRESH),
     (Pass, "execute", PASS),
-    (optimizer, "estimated_cotangents", "parameter gradients"),
-    (optimizer, "parameter_gradients", "parameter gradients"),
+    (stepping, "estimated_cotangents", "parameter gradients"),
+    (stepping, "parameter_gradients", "parameter gradients"),
     (GuessGradOptimizer, "_update", "base update"),
-    (optimizer, "trace", PROBE),
-    (optimizer, "reprobe", PROBE),
+    (stepping, "trace", PROBE),
+    (stepping, "reprobe", PROBE),
 )
 """Places in the package, and the phase that each is. What is in none is bookkeeping."""
 PHASES = ("forward", "interception", "tangents", *dict.fromkeys(phase for *_, phase in POINTS if phase != PASS), REST)
@@ -342,7 +342,7 @@ def guess_cost(problem: Problem, estimator: Any, guesses: int, rounds: int) -> G
         "update": one._update,
     }
     times: dict[str, list[float]] = {name: [] for name in (*kinds, "gradients")}
-    with mock.patch.object(optimizer, "parameter_gradients", timed):
+    with mock.patch.object(stepping, "parameter_gradients", timed):
         for _ in range(rounds):
             for name, step in kinds.items():
                 gradients.clear()

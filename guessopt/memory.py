@@ -22,7 +22,7 @@ from guessopt.errors import GuessWarning
 from guessopt.tracing.interceptor import Interceptor, tensors_in
 
 if TYPE_CHECKING:
-    from guessopt.optimizer import GuessGradOptimizer
+    from guessopt.stepping import Stepping
 
 Closure = Callable[[], Any]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
@@ -81,7 +81,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan(opt: GuessGradOptimizer, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
+def plan(opt: Stepping, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
     """Try each memory mode on the closure, and recommend the fastest that fits.
 
     Nothing is changed: gradients are estimated and discarded, buffers, random states, ``.grad`` and the optimizer are
@@ -125,7 +125,7 @@ class _Discard(Exception):
     """Ends a dry run: everything is put back."""
 
 
-def choose(opt: GuessGradOptimizer, closure: Closure, budget: int | None) -> str:
+def choose(opt: Stepping, closure: Closure, budget: int | None) -> str:
     """The mode for ``memory="auto"``: the fastest within the budget or, without one, within the GPU's free memory; on
     a CPU the fastest there is. Raises ``ValueError`` if none fits."""
     if budget is None:
@@ -140,7 +140,7 @@ def choose(opt: GuessGradOptimizer, closure: Closure, budget: int | None) -> str
     return found.recommended
 
 
-def _free(opt: GuessGradOptimizer, device: int) -> int:
+def _free(opt: Stepping, device: int) -> int:
     """Bytes free on a GPU; less two moments for each parameter (Adam's) where the base has no state yet."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     later = 0 if opt.base.state else sum(2 * p.nbytes for p in opt._by_position.values() if p.device.index == device)
@@ -166,7 +166,7 @@ def bytes_of(budget: int | str) -> int:
     return int(found)
 
 
-def _measured(opt: GuessGradOptimizer, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
+def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
     peak_of = cuda_peak if opt._devices else cpu_peak
     steps, noise = opt._steps, opt._noise.snapshot()
     traced: list[Any] = []

@@ -201,7 +201,7 @@ def test_a_failed_step_leaves_the_feedback_alone() -> None:
 
 
 def test_no_tangents_between_forward_mode_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    import guessopt.optimizer as module
+    import guessopt.stepping as module
 
     net, closure = network()
     opt = optimizer(net, gamma=0.0, every=4)

@@ -325,7 +325,7 @@ def test_engines_agree(engine: str, ahead: int) -> None:
 
 
 def test_no_tangents_where_nothing_is_learned_or_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
-    import guessopt.optimizer as module
+    import guessopt.stepping as module
 
     net, closure = stack(2)
     opt = optimizer(net.named_parameters(), gamma=0, beta=0)

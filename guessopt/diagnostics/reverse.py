@@ -20,8 +20,9 @@ from guessopt.engine.forward import Pass
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import Level
 from guessopt.engine.planning import Transaction
-from guessopt.optimizer import GuessGradOptimizer, _lasting
+from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
+from guessopt.stepping import lasting
 from guessopt.tracing.local import Local
 
 Closure = Callable[[], Any]
@@ -264,7 +265,7 @@ class ReversePass(Pass):
 
     def note(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> None:
         values = dict(values)
-        self.locals[site.index] = _lasting(Local(site, s, values, self.source), values, self.source)
+        self.locals[site.index] = lasting(Local(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         self.outputs[site.index] = get_gradient_edge(s)

@@ -1,0 +1,124 @@
+"""From what a user hands over to parameter groups and a base optimizer; what makes no sense is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from guessopt.estimators.base import plain
+
+
+def tensors_of(params: Any) -> Iterable[Any]:
+    if isinstance(params, Tensor):
+        yield params
+        return
+    for item in params:
+        yield item[1] if isinstance(item, tuple) else item
+
+
+def groups_of(params: Any, default: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parameters, named parameters or groups, as groups that each name their estimator."""
+    if isinstance(params, Tensor):
+        raise TypeError("params: expected an iterable of parameters or groups, got a single tensor; wrap it in a list")
+    if isinstance(params, torch.nn.Module):
+        raise TypeError("params: expected an iterable of parameters or groups, got a module; pass model.parameters()")
+    items = list(params)
+    if not items:
+        raise ValueError("params: the list of parameters is empty")
+    groups: list[dict[str, Any]] = [dict(item) for item in items] if isinstance(items[0], dict) else [{"params": items}]
+    seen: list[Any] = []
+    for group in groups:
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["estimator"] = plain(group.get("estimator", default))
+        seen += tensors_of(group["params"])
+    check_tensors(seen)
+    if not any(p.requires_grad for p in seen):
+        raise ValueError(
+            f"params: none of the {len(seen)} parameters requires a gradient: all are frozen; set "
+            "requires_grad_(True) on those to train"
+        )
+    return groups
+
+
+def check_tensors(tensors: Sequence[Any]) -> None:
+    if not tensors:
+        raise ValueError("params: the list of parameters is empty")
+    seen: dict[int, int] = {}
+    for k, p in enumerate(tensors):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params: item {k} is {type(p).__name__}, not a tensor")
+        if id(p) in seen:
+            raise ValueError(
+                f"params: the parameter of shape {list(p.shape)} is given twice (items {seen[id(p)]} and {k}); "
+                f"give each once"
+            )
+        seen[id(p)] = k
+
+
+def build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], default: dict[str, Any]) -> Optimizer:
+    if isinstance(base, Optimizer):
+        if kwargs:
+            raise TypeError(
+                f"base: an optimizer that is already built takes no further options ({', '.join(kwargs)}); set "
+                f"them on it"
+            )
+        given = {id(p) for group in groups for p in tensors_of(group["params"])}
+        if given != {id(p) for group in base.param_groups for p in group["params"]}:
+            raise ValueError("base: the optimizer was built on other parameters than those in params; use the same")
+        own = {id(p): group["estimator"] for group in groups for p in tensors_of(group["params"])}
+        for group in base.param_groups:
+            group.setdefault("estimator", own[id(group["params"][0])])
+            group["estimator"] = plain(group["estimator"])
+        built = base
+    elif isinstance(base, type) and issubclass(base, Optimizer):
+        refuse_closure_bases(base)
+        built = base(groups, **kwargs)
+    elif callable(base):
+        built = base(groups, **kwargs)
+        if not isinstance(built, Optimizer):
+            raise TypeError(f"base: the callable returned {type(built).__name__}, not a torch.optim.Optimizer")
+        for group in built.param_groups:
+            group.setdefault("estimator", default)
+    else:
+        raise TypeError(
+            f"base: expected an optimizer class, a callable from groups to an optimizer, or an optimizer, got "
+            f"{type(base).__name__}"
+        )
+    refuse_closure_bases(type(built))
+    return built
+
+
+def with_fused(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options with ``fused=True`` where a base of torch offers it and nobody has chosen: an update that makes no
+    temporary copies of a parameter, of which the others make up to three."""
+    native = isinstance(base, type) and base.__module__.startswith("torch.optim.")
+    if not native or "fused" not in inspect.signature(base).parameters or kwargs.keys() & {"fused", "foreach"}:
+        return kwargs
+    try:
+        base([{"params": list(tensors_of(group["params"]))} for group in groups], **kwargs, fused=True)
+    except RuntimeError:  # not on this device, or for these options
+        return kwargs
+    return {**kwargs, "fused": True}
+
+
+def refuse_closure_bases(cls: type) -> None:
+    closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"base: {cls.__name__} evaluates the closure itself, several times a step, and needs exact gradients; "
+            "choose a base whose step() takes no closure, such as AdamW or SGD"
+        )
+
+
+def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
+    found: list[str] = []
+    for group in groups:
+        given = group.get("param_names")
+        for k, p in enumerate(group["params"]):
+            found.append(given[k] if given else f"parameter {len(found)} {list(p.shape)}")
+    return found

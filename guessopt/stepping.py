@@ -1,0 +1,589 @@
+"""The path of a step: closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> gradients."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from guessopt.cache import SiteCache
+from guessopt.engine.forward import Departure, Pass
+from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
+from guessopt.engine.levels import Level
+from guessopt.engine.planning import (
+    Plan,
+    Transaction,
+    check_finite,
+    check_repeats,
+    is_due_for_probe,
+    reprobe,
+    trace,
+    unstable,
+    warn_of_coupling,
+)
+from guessopt.engine.replay import Deliver, Journal, Replay
+from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
+from guessopt.errors import GuessWarning, PartialUpdateError
+from guessopt.estimators.base import Estimator, describe
+from guessopt.memory import choose
+from guessopt.rng import NoiseSource
+from guessopt.sites import ForwardRecord, Site, SiteGraph, numel
+from guessopt.tracing.local import Local, centred, draw
+
+#: What a step keeps: see ``GuessGradOptimizer``.
+MODES = ("store", "replay", "stream")
+
+#: Plans kept: one per branch taken and shape met.
+MAX_PLANS = 16
+
+
+class Stepping:
+    """What ``GuessGradOptimizer`` does between a closure and ``.grad``; the optimizer itself is what users see.
+
+    ``_estimate`` is the whole path. The passes are in ``engine``, the guesses in ``estimators``; here is their order.
+    """
+
+    base: Optimizer
+    guesses: int
+    stack_guesses: bool | None
+    orthogonal: bool
+    exact_last: bool | None
+    memory: str
+    engine: str
+    batch_norm: str
+    check_finite: bool
+    _params: list[Tensor]
+    _by_position: dict[int, Tensor]
+    _ids: dict[int, int]
+    _names: list[str]
+    _estimators: list[Estimator]
+    _amplitudes: dict[Estimator, float]
+    _devices: tuple[int, ...]
+    _level: Callable[[], Level]
+    _noise: NoiseSource
+    _cache: SiteCache
+    _steps: int
+    _plans: list[Plan]
+    _pending: bool
+    _warned: set[str]
+    _budget: int | None
+
+    def _refresh(self) -> None:
+        """Look again at which parameters train."""
+        raise NotImplementedError
+
+    def _estimate(
+        self, closure: Callable[[], Any], transaction: Transaction | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients."""
+        with self._atomic(closure, transaction) as transaction:
+            if self.memory in ("store", "auto"):
+                loss, gradients, guesses = self._guess_once(closure, transaction)
+                passes = self.guesses // guesses
+                for lane in range(1, passes):
+                    self._noise.lane = lane
+                    transaction.rewind()
+                    for k, g in self._guess_once(closure, transaction)[1].items():
+                        gradients[k] = gradients[k] + g if k in gradients else g
+                if passes > 1:
+                    gradients = {position: g / passes for position, g in gradients.items()}
+            else:
+                plan, records = self._derivatives(closure, transaction)
+                loss, gradients = records[0].loss, self._replay(plan, records, closure, transaction)
+            self._steps += 1
+            return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
+
+    def _settle(self, closure: Callable[[], Any]) -> None:
+        """Replace ``memory="auto"`` by the mode that serves."""
+        if self.memory == "auto":
+            self.memory = choose(self, closure, self._budget)
+
+    def _modes(self) -> tuple[str, ...]:
+        """The memory modes that all estimators allow."""
+        return ("store",) if any(e.learns for e in self._estimators) else MODES
+
+    @contextmanager
+    def _atomic(self, closure: Callable[[], Any], transaction: Transaction | None = None) -> Iterator[Transaction]:
+        """Everything within, or nothing: an exception leaves all as it was."""
+        if not callable(closure):
+            raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
+        self._refresh()
+        noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
+        grads, plans = [p.grad for p in self._params], list(self._plans)
+        self._noise.follow()
+        transaction = transaction or Transaction(self._devices)
+        try:
+            yield transaction
+        except PartialUpdateError:
+            transaction.rewind()
+            raise
+        except BaseException:
+            transaction.rewind()
+            self._noise.restore(noise)
+            self._cache.restore(cached)
+            self._steps, self._plans = steps, plans
+            for p, grad in zip(self._params, grads, strict=True):
+                p.grad = grad
+            raise
+        finally:
+            self._noise.lane = 0
+
+    def _guess_once(
+        self, closure: Callable[[], Any], transaction: Transaction
+    ) -> tuple[Tensor, dict[int, Tensor], int]:
+        """An estimate, and how many guesses have gone into it: all, or where they go in turn one."""
+        plan, record = self._forward(closure, transaction, self.guesses)
+        if self.orthogonal and record.d.dim() == 1:
+            record = self._in_turn(plan, record, closure, transaction)
+        if self.check_finite:
+            check_finite(record.loss, record.d)
+        guesses = len(record.d) if record.d.dim() == 2 else 1
+        if guesses > 1:
+            weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
+            record, formed = combined(record, plan.graph, weights)
+        else:
+            formed = self._formed(plan, record)
+        cotangents = estimated_cotangents(plan.graph, record, formed)
+        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids), guesses
+
+    def _derivatives(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
+        """The first pass of replay, or where guesses go in turn one for each: what it leaves is ``D_n``, the loss and
+        the state of the guesses' stream (and the exact errors, where a site takes them)."""
+        records: list[ForwardRecord] = []
+        plan: Plan | None = None
+        while sum(record.count for record in records) < self.guesses:
+            if plan is not None:
+                self._noise.lane = len(records)
+                transaction.rewind()
+            found, record = self._forward(closure, transaction, self.guesses if plan is None else 1, keeps=False)
+            if plan is not None and found is not plan:
+                raise unstable()
+            if self.check_finite:
+                check_finite(record.loss, record.d)
+            plan = found
+            records.append(record)
+        assert plan is not None
+        return plan, records
+
+    def _replay(
+        self,
+        plan: Plan,
+        records: Sequence[ForwardRecord],
+        closure: Callable[[], Any],
+        transaction: Transaction,
+        deliver: Deliver | None = None,
+        done: Collection[int] = (),
+    ) -> dict[int, Tensor]:
+        """The second pass: gradients by position, but for those handed to ``deliver``."""
+        transaction.rewind()
+        guesses = []
+        for lane, record in enumerate(records):
+            source = NoiseSource(self._noise.seed)
+            source.restore(record.noise)
+            source.lane = lane
+            record.params = self._directions(record.count, source)
+            guesses.append(partial(self._guess, self._guesses_of(plan), {}, record.count, source))
+        frozen = self.batch_norm == "frozen_statistics"
+        run = Replay(
+            self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
+            frozen_statistics=frozen, deliver=deliver, done=done,
+        )  # fmt: skip
+        try:
+            return run.replay(closure)
+        except Departure:
+            raise unstable() from None
+
+    def _stream(self, closure: Callable[[], Any]) -> Tensor:
+        """Replay, each gradient applied and freed as soon as it is whole."""
+        with self._atomic(closure) as transaction:
+            for p in self._params:
+                p.grad = None
+            plan, records = self._derivatives(closure, transaction)
+            if plan.uses == len(records):  # a plan's first step: see the second pass through before anything moves
+                self._replay(plan, records, closure, transaction, deliver=lambda gradients: None)
+            self._apply(plan, Journal(transaction.random, tuple(records)), closure, transaction)
+            self._steps += 1
+            return records[0].loss
+
+    def _apply(self, plan: Plan, journal: Journal, closure: Callable[[], Any], transaction: Transaction) -> None:
+        """The second pass, in which the base updates each parameter as its gradient is whole; its hooks fire once."""
+
+        def deliver(gradients: dict[int, Tensor]) -> None:
+            for position, g in gradients.items():
+                self._update_one(position, g.to(self._params[position].dtype))
+                journal.done.add(position)
+
+        self._fire(self.base._optimizer_step_pre_hooks)
+        try:
+            deliver(self._replay(plan, journal.records, closure, transaction, deliver, frozenset(journal.done)))
+        except BaseException as error:
+            if not journal.done:
+                raise
+            raise PartialUpdateError(
+                f"the step failed after {len(journal.done)} of {len(self._by_position)} parameters had been updated "
+                f"({type(error).__name__}: {error}); opt.finish(error.journal, closure) updates the rest",
+                journal,
+            ) from error
+        self._fire(self.base._optimizer_step_post_hooks)
+        self._pending = False
+
+    def _in_turn(
+        self, plan: Plan, first: ForwardRecord, closure: Callable[[], Any], transaction: Transaction
+    ) -> ForwardRecord:
+        """The other guesses by passes of their own; all as if they had shared one."""
+        records = [first]
+        for lane in range(1, self.guesses):
+            self._noise.lane = lane
+            transaction.rewind()
+            try:
+                records.append(self._pass(plan, closure, transaction))
+            except Departure:
+                raise unstable() from None
+        return stack(records)
+
+    def _forward(
+        self, closure: Callable[[], Any], transaction: Transaction, guesses: int = 1, *, keeps: bool = True
+    ) -> tuple[Plan, ForwardRecord]:
+        """One pass, by the plan that the closure keeps to; by a new one if it keeps to none. It carries all guesses if
+        they can share it, else one."""
+        for plan in list(self._plans):
+            noise = self._noise.snapshot()
+            try:
+                if is_due_for_probe(plan):
+                    reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
+                return plan, self._shared_pass(plan, closure, transaction, guesses, keeps)
+            except Departure:
+                transaction.rewind()
+                self._noise.restore(noise)
+        plan = trace(
+            closure, self._by_position, self._ids, self._names, self._level, transaction,
+            finite=self.check_finite, stream=self._streams,
+        )  # fmt: skip
+        self._check_plan(plan)
+        self._plans.insert(0, plan)
+        try:
+            return plan, self._shared_pass(plan, closure, transaction, guesses, keeps)
+        except Departure:
+            self._plans.remove(plan)
+            raise unstable() from None
+
+    def _shared_pass(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int, keeps: bool
+    ) -> ForwardRecord:
+        """A pass with all guesses if it can be, else with one; what a failed attempt has changed is put back."""
+        if guesses == 1 or not self._stacks(plan):
+            return self._pass(plan, closure, transaction, keeps=keeps)
+        noise, cached = self._noise.snapshot(), self._cache.copy()
+        try:
+            record = self._pass(plan, closure, transaction, guesses, keeps)
+            plan.stacks = True
+            return record
+        except Exception as error:
+            if self.stack_guesses or (plan.stacks and not isinstance(error, torch.OutOfMemoryError)):
+                raise
+            why = f"{type(error).__name__}: {error}"
+        transaction.rewind()
+        self._noise.restore(noise)
+        self._cache.restore(cached)
+        record = self._pass(plan, closure, transaction, keeps=keeps)  # raises too where the closure is at fault
+        plan.stacks = False
+        self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why.splitlines()[0]}")
+        return record
+
+    def _stacks(self, plan: Plan) -> bool:
+        """Whether guesses may share a pass, as far as is known.
+
+        Raises:
+            ValueError: they cannot, and ``stack_guesses=True``."""
+        if self.stack_guesses is False:
+            return False
+        if plan.stacks is None or (self.stack_guesses and not plan.stacks):
+            shared = ", ".join(dict.fromkeys(plan.graph.shared_writes))
+            reasons = {
+                f"engine={self.engine!r} carries one tangent": self.engine != "fast",
+                "an estimator learns from one guess at a time": any(e.learns for e in self._estimators),
+                f"the network writes into memory that other tensors share ({shared})": bool(shared),
+            }
+            why = next((reason for reason, holds in reasons.items() if holds), None)
+            if why is not None and self.stack_guesses:
+                raise ValueError(f"stack_guesses: guesses cannot share a pass here: {why}; leave it at None")
+            if why is not None:
+                plan.stacks = False
+                if shared:
+                    self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why}")
+        return plan.stacks is not False
+
+    def _pass(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
+    ) -> ForwardRecord:
+        locals: dict[int, Local] = {}
+        guesses, before = self._guesses_of(plan), None if keeps else self._noise.snapshot()
+        level = self._level()
+        if count > 1:
+            level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
+        guess = partial(self._guess, guesses, locals, count, self._noise)
+        directions = self._directions(count, self._noise)
+        run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps)
+        record = run.execute(closure, self._by_position)
+        record.noise = before
+        if keeps:
+            record.locals = locals
+        else:
+            record.tangents, record.params = [], {}
+            if not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
+                record.errors = []
+        if plan.loss is not None:
+            check_repeats(plan.loss, record.loss, plan.tolerance)
+            plan.loss = None
+        plan.uses += 1
+        if plan is not self._plans[0]:
+            self._plans.remove(plan)
+            self._plans.insert(0, plan)
+            del self._plans[MAX_PLANS:]
+        return record
+
+    def _guess(
+        self,
+        guesses: dict[int, tuple[Estimator, str, str]],
+        locals: dict[int, Local],
+        count: int,
+        source: NoiseSource,
+        site: Site,
+        s: Tensor,
+        values: dict[int, Tensor],
+    ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
+        """The guess ``y`` for a site; None where it needs none; directions for its parameters where
+        these are few; with the
+        correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that learns
+        will need. ``count``: guesses; more than one are stacked in front."""
+        found = guesses.get(site.index)
+        if found is None:
+            return None
+        estimator, key, learned = found
+        local = Local(site, s, values, source, several=count > 1)
+        if estimator.learns:
+            locals[site.index] = local = lasting(local, values, source)
+            if not estimator.injects(self._steps):
+                return None
+        lanes = source.lanes
+        if site.by_parameter and estimator.per_example_parameters:
+            noise = centred(estimator.noise)
+            drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(count)]
+            return [_stacked(list(each)) for each in zip(*drawn, strict=True)]
+        with torch.no_grad():
+            state = self._prepared(site, estimator, key, local)
+            if estimator.learns:
+                state = (state, self._cache.peek(learned))
+            ys = [estimator.sample(state, local) for _ in lanes(count)]
+            ys = ys if site.reach is None else [site.reach.restrict(y) for y in ys]
+            if not estimator.debias:
+                return _stacked(ys)
+            return _stacked(ys), _stacked([estimator.correct(state, local, y) for y in ys])
+
+    def _formed(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
+        """The cotangents that estimators form themselves; what they learn here serves from the next pass on."""
+        formed: dict[int, Tensor] = {}
+        guesses = self._guesses_of(plan)
+        for estimator in dict.fromkeys(guesses[index][0] for index in record.locals):
+            locals = {index: local for index, local in record.locals.items() if guesses[index][0] == estimator}
+            states = {index: self._cache.peek(guesses[index][2]) for index in locals}
+            with torch.no_grad():
+                found, learned = estimator.estimate(locals, record, plan.graph, states)
+            formed.update(found)
+            for index, state in learned.items():
+                self._cache.put(guesses[index][2], self._steps, state)
+        return formed
+
+    def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str, str]]:
+        """By site, the estimator and the names of its prepared and its learned state; absent where the error is known
+        exactly, or a later site's guess serves, or the parameters themselves are guessed."""
+        if plan.guesses is None:
+            plan.guesses = {}
+            for site in plan.graph.sites:
+                e = self._estimator_of(site)
+                if not (self._is_served(plan.graph, site) or self._is_exact(site, e) or e.space == "parameters"):
+                    plan.guesses[site.index] = (e, self._key(site, e), self._learned_key(plan.graph, site, e))
+        return plan.guesses
+
+    @staticmethod
+    def _key(site: Site, estimator: Estimator) -> str:
+        return f"{describe(estimator)} {site.segment.key}" if site.segment is not None and estimator.prepares else ""
+
+    @staticmethod
+    def _learned_key(graph: SiteGraph, site: Site, estimator: Estimator) -> str:
+        """Names a site across traces of the same model: its parameters, and which of their uses it is."""
+        use = sum(other.params == site.params for other in graph.sites[: site.index])
+        return f"{describe(estimator)} at {site.params} {use}"
+
+    def _prepared(self, site: Site, estimator: Estimator, key: str, local: Local) -> Any:
+        if not key:
+            return None
+        return self._cache.get(
+            key,
+            step=self._steps,
+            refresh=estimator.refresh,
+            make=lambda previous: estimator.prepare(site, local.weights(), previous),
+        )
+
+    def _is_served(self, graph: SiteGraph, site: Site) -> bool:
+        """A later site's guess stands for this one's as well."""
+        while site.shares is not None:
+            site = graph.sites[site.shares]
+            if self._estimator_of(site).space == "activations":
+                return True
+        return False
+
+    def _is_exact(self, site: Site, estimator: Estimator) -> bool:
+        wanted = estimator.exact_last if self.exact_last is None else self.exact_last
+        return wanted and site.cut is not None
+
+    def _directions(self, count: int, source: NoiseSource) -> dict[int, Tensor]:
+        """Guesses for the parameters whose estimator works on these."""
+        found: dict[int, Tensor] = {}
+        for position, p in self._by_position.items():
+            estimator = self._estimators[position]
+            if estimator.space == "parameters":
+                vs = [draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device) for _ in source.lanes(count)]
+                amplitude = self._amplitudes[estimator]
+                found[position] = _stacked(vs) if amplitude == 1 else _stacked(vs).mul_(amplitude)
+        return found
+
+    def _update(self) -> None:
+        """The base's own step, without the closure; its own hooks fire, the global ones have fired for this
+        optimizer."""
+        self._fire(self.base._optimizer_step_pre_hooks)
+        self._base_step()
+        self._fire(self.base._optimizer_step_post_hooks)
+        self._pending = False
+
+    def _fire(self, hooks: Mapping[int, Callable[..., Any]]) -> None:
+        for hook in list(hooks.values()):
+            hook(self.base, (), {})
+
+    def _base_step(self) -> None:
+        base_step = type(self.base).step
+        plain = getattr(base_step, "__wrapped__", base_step) if getattr(base_step, "hooked", None) else base_step
+        if "step" in vars(self.base):
+            self.base.step()
+        else:
+            with torch.no_grad():
+                plain(self.base)
+
+    def _update_one(self, position: int, gradient: Tensor) -> None:
+        """The base's step for one parameter, whose gradient is then freed."""
+        p, groups = self._params[position], self.base.param_groups
+        params = [group["params"] for group in groups]
+        p.grad = gradient
+        try:
+            for group in groups:
+                group["params"] = [p] if any(q is p for q in group["params"]) else []
+            self._base_step()
+        finally:
+            for group, own in zip(groups, params, strict=True):
+                group["params"] = own
+            p.grad = None
+
+    # --- which guess, and what a user should hear of it ---
+
+    @property
+    def _streams(self) -> bool:
+        """Whether one estimator serves all and works along residual streams."""
+        return len(set(self._estimators)) == 1 and self._estimators[0].streams
+
+    def _choice_of(self, site: Site) -> Estimator:
+        """The first parameter's; parameters with guesses of their own (directional descent) come last."""
+        estimators = [self._estimators[position] for position in site.params]
+        return next((e for e in estimators if e.space == "activations"), estimators[0])
+
+    def _estimator_of(self, site: Site) -> Estimator:
+        """The one that serves the site; the choice itself, unless that leaves the work to others."""
+        return self._choice_of(site).for_site(site)
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""
+        own = [site for site in plan.graph.sites if site.shares is None]
+        by_estimator: dict[Estimator, list[Site]] = {}
+        for site in own:
+            by_estimator.setdefault(self._estimator_of(site), []).append(site)
+        for estimator, sites in by_estimator.items():
+            estimator.check(tuple(sites))
+            for site in sites:
+                note = plan.graph.blocked.get(site.index) or estimator.note(site)
+                if note and estimator is self._choice_of(site):
+                    self._warn(
+                        f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
+                    )
+        warn_of_coupling(plan, self._warn)
+        if self.orthogonal:
+            self._check_orthogonal(plan)
+        if self.batch_norm == "frozen_statistics" and plan.normalises_batch:
+            self._warn(
+                "batch_norm='frozen_statistics': batch statistics are taken for constants; the estimate leaves out "
+                "how examples act on each other through them, a bias that grows as batches shrink"
+            )
+        if plan.routes:
+            self._warn(
+                "the network picks rows by indices that it computes as it runs: where the examples lie is checked "
+                "anew in every step, at the cost of one more forward-mode pass"
+            )
+        if plan.compiled:
+            self._warn("torch.compile'd code in the closure runs uncompiled: compiled code would lose the tangents")
+        read = {p for site in plan.graph.sites for p in site.params} | set(plan.graph.loss_params)
+        unread = [self._names[k] for k in self._by_position if k not in read]
+        if unread:
+            few = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+            self._warn(f"the loss does not depend on {few}: no gradient will be estimated for them")
+
+    def _check_orthogonal(self, plan: Plan) -> None:
+        for estimator in self._estimators:
+            if estimator.learns or estimator.debias:
+                how = (
+                    "forms the estimate itself" if estimator.learns else "undoes its bias guess by guess (debias=True)"
+                )
+                raise ValueError(f"orthogonal: not with {estimator.name}, which {how}; leave out one of the two")
+        guessed = [plan.graph.sites[index] for index in self._guesses_of(plan)]
+        entries = sum(
+            sum(map(numel, site.direction_shapes)) if site.by_parameter else numel(site.shape) for site in guessed
+        )
+        entries += sum(p.numel() for k, p in self._by_position.items() if self._estimators[k].space == "parameters")
+        if self.guesses * plan.graph.batch > entries:
+            self._warn(
+                f"orthogonal: {self.guesses} guesses in {entries // plan.graph.batch} dimensions per example depend on "
+                "each other: the estimate is the projection on all that they span; fewer guesses give the same"
+            )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, GuessWarning, stacklevel=_users_frame())
+
+
+def _users_frame() -> int:
+    """The stack level, for ``warnings.warn`` in the caller, of the first frame outside this package and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _stacked(guesses: list[Tensor]) -> Tensor:
+    """One as it is, several with K in front."""
+    return torch.stack(guesses) if len(guesses) > 1 else guesses[0]
+
+
+def lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:
+    """The surroundings of a site, safe from what the closure will yet write in place."""
+    site, segment = local.site, local.site.segment
+    if segment is not None and any(call.in_place for call in segment.program):
+        needed = {v for call in segment.program for v in call.inputs if v in values}
+        values = {**values, **{v: values[v].clone() for v in needed}}
+    elif not site.overwritten:
+        return local
+    return Local(site, local.s.clone(), values, source)
