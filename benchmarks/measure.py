@@ -45,24 +45,29 @@ def time_ratios(
 
 
 def interleaved(
-    steps: Mapping[str, Step], *, rounds: int, block: int = 1, device: str = "cpu"
+    steps: Mapping[str, Step],
+    *,
+    rounds: int,
+    block: int = 1,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds that a block of each step took, round by round; every other round goes through them backwards."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
         for name in list(steps) if index % 2 == 0 else reversed(list(steps)):
-            times[name].append(seconds(steps[name], block, device))
+            times[name].append(seconds(steps[name], block, device, clock))
     return times
 
 
-def seconds(step: Step, repeats: int, device: str) -> float:
+def seconds(step: Step, repeats: int, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """How long so many calls take."""
     _synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         step()
     _synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def ratio(times: list[float], base: list[float]) -> Ratio:

@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import gc
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -125,9 +126,10 @@ def measured(problem: Problem, method: str, steps: int, rounds: int) -> Cell:
 
 
 def race(learners: Mapping[str, Learner], x: Tensor, y: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each learner's steps, taken in turns."""
+    """Seconds of each learner's steps, taken in turns; on a CPU, of the one thread, whatever else the machine does."""
     steps = {name: (lambda own=own: own.step(x, y)) for name, own in learners.items()}
-    return interleaved(steps, rounds=max(rounds, 2), device="cuda" if x.is_cuda else "cpu")
+    device, clock = ("cuda", time.perf_counter) if x.is_cuda else ("cpu", time.process_time)
+    return interleaved(steps, rounds=max(rounds, 2), device=device, clock=clock)
 
 
 def long_stream(settings: Settings) -> Cell:

@@ -145,4 +145,4 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 figures[f"{axis} {large} {method}"]["peaks"]["peak"]
                 > figures[f"{axis} {small} {method}"]["peaks"]["peak"]
             )
-    assert "peak in MB above parameters and state" in capsys.readouterr().out
+    assert "peak in MB above parameters and state" in " ".join(capsys.readouterr().out.split())
