@@ -8,7 +8,7 @@ demo: $(STAMP)
 	$(BIN)/python -m benchmarks demo
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -76,7 +76,7 @@ def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor, bool], T
 
 def _backward(kernel: Any, u: Tensor, s: Tensor, spent: bool = False, **options: Any) -> Tensor:
     """``M u``; in ``u``'s own memory if that is spent."""
-    if spent and u.dtype is s.dtype:
+    if spent and u.dtype is s.dtype and not u.requires_grad:
         return kernel.grad_input(u, s, grad_input=u, **options)
     return kernel(u, s, **options)
 
