@@ -132,7 +132,7 @@ def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> in
     recorder = _cuda_peak if x.is_cuda else _cpu_peak
     kept, _ = recorder(prepare)
     _, peak = recorder(lambda: learners[0].step(x, y))
-    return kept + peak - _adamw_state_bytes(learners[0])
+    return kept + peak - _state_bytes(learners[0])
 
 
 def _cpu_peak(work: Step) -> tuple[int, int]:
@@ -160,6 +160,7 @@ def _cuda_peak(work: Step) -> tuple[int, int]:
     return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
 
 
-def _adamw_state_bytes(learner: Learner) -> int:
-    """AdamW's state for this model: two moments the size of each parameter, and a step count of four bytes."""
-    return sum(2 * parameter.nbytes + 4 for parameter in learner.model.parameters())
+def _state_bytes(learner: Learner) -> int:
+    """Of the base optimizer's state as it is: AdamW's two moments and step counts, MeZO's nothing."""
+    optimizer = getattr(learner.optimizer, "base", learner.optimizer)
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
