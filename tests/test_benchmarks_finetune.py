@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks import finetune, results_page
 from benchmarks.__main__ import main
 from benchmarks.finetune import common, corrupted, prompts, stories, tables_of
 from benchmarks.finetune.common import METHODS, Cost, Exact, Problem, Results, Run, Settings, best_level
@@ -104,6 +105,8 @@ def test_task(task: str, data_root: Path, tmp_path: Path, capsys: pytest.Capture
     (table,) = tables_of(content)
     assert len(table.rows) == len(wanted)
     assert "learned feedback" in capsys.readouterr().out
+    page = results_page.page(tmp_path, {"finetune": finetune})
+    assert f"## finetune_{task}" in page and all(f"| {row[0]} | {row[1]} |" in page for row in table.rows)
 
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
