@@ -31,6 +31,7 @@ class Prompted(nn.Module):
     def __init__(self, embed: nn.Module, layers: Iterable[nn.Module], dim: int, classes: int) -> None:
         super().__init__()
         self.embed, self.layers = embed.requires_grad_(False), nn.ModuleList(layers).requires_grad_(False)
+        torch.manual_seed(0)  # the same with weights that were trained here and with weights that were read
         self.prompts = nn.Parameter(0.02 * torch.randn(PROMPTS, dim))
         self.head = nn.Linear(dim, classes)
 
