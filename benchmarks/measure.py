@@ -137,7 +137,7 @@ def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> in
     recorder = cuda_peak if x.is_cuda else cpu_peak
     kept, _ = recorder(prepare)
     _, peak = recorder(lambda: learners[0].step(x, y))
-    return kept + peak - _adamw_state_bytes(learners[0])
+    return kept + peak - _state_bytes(learners[0])
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ def peaks(
     return Peaks(peak, live, state(learners[0]), sum(g.nbytes for g in gradients))
 
 
-def _adamw_state_bytes(learner: Learner) -> int:
-    """AdamW's state for this model: two moments the size of each parameter, and a step count of four bytes."""
-    return sum(2 * parameter.nbytes + 4 for parameter in learner.model.parameters())
+def _state_bytes(learner: Learner) -> int:
+    """Of the base optimizer's state as it is: AdamW's two moments and step counts, MeZO's nothing."""
+    optimizer = getattr(learner.optimizer, "base", learner.optimizer)
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))

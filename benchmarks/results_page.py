@@ -24,13 +24,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def page(results: Path, experiments: Mapping[str, ModuleType]) -> str:
-    """The page for the JSON files of a folder; those of no experiment with tables are left out."""
+    """The page for the JSON files of a folder; those of no experiment with tables are left out. An experiment
+    of several files names each after itself and an underscore."""
     known = {path.stem: path for path in sorted(results.glob("*.json"))}
-    sections = [
-        section(name, path, experiments[name])
-        for name, path in known.items()
-        if hasattr(experiments.get(name), "tables_of")
-    ]
+    of = {name: experiments.get(name, experiments.get(name.partition("_")[0])) for name in known}
+    sections = [section(name, known[name], e) for name, e in of.items() if e is not None and hasattr(e, "tables_of")]
     top = f"# Results\n\nMade from the files in `{COMMITTED}` by `python -m benchmarks results_page`; do not edit.\n"
     return "\n".join([top, *sections])
 
