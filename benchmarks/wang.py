@@ -121,13 +121,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run: accuracies, the seconds that training alone took, and what was measured along the way."""
+    """One training run: accuracies, the seconds that training alone took (on a CPU the thread's own, which neighbours on
+    the machine do not stretch; None: not measured), and what was measured along the way."""
 
     width: int
     method: str
     seed: int
     history: History
-    seconds: float
+    seconds: float | None
     looks: list[Look] = field(default_factory=list)
 
     @property
@@ -241,14 +242,15 @@ def train(width: int, method: str, seed: int, data: Dataset, plan: Plan, measure
     torch.manual_seed(seed)
     learner = make_learner(method, width, plan.settings, data.x.device)
     looks: list[Look] = []
-    epochs, seconds, start = plan.settings.epochs, 0.0, time.perf_counter()
+    clock = time.perf_counter if data.x.is_cuda else time.thread_time
+    epochs, seconds, start = plan.settings.epochs, 0.0, clock()
 
     def each(epoch: int) -> None:
         nonlocal seconds, start
-        seconds += time.perf_counter() - start
+        seconds += clock() - start
         if measured and epoch * plan.looks // epochs > (epoch - 1) * plan.looks // epochs:
             looks.append(look(learner, data, plan, epoch))
-        start = time.perf_counter()
+        start = clock()
 
     history = fit(learner, data, plan.settings, seed=seed, label=f"{LABELS[method]} {width}", each=each)
     return Cell(width, method, seed, thinned(history), seconds, looks)
@@ -336,6 +338,11 @@ def tables(cells: list[Cell], parts: dict[str, Part]) -> list[Table]:
     return found
 
 
+def took(runs: Sequence[Cell]) -> str:
+    known = [run.seconds for run in runs if run.seconds is not None]
+    return f"{mean(known):.0f} s" if known else "-"
+
+
 def accuracy_table(cells: list[Cell], part: Part, name: str) -> Table:
     timed = name == "4"
     rows = []
@@ -354,9 +361,7 @@ def accuracy_table(cells: list[Cell], part: Part, name: str) -> Table:
                 known(train_),
                 known(test),
             ]
-            rows.append(
-                row + ([f"{mean(run.seconds for run in runs):.0f} s", paper[2] if paper else "-"] if timed else [])
-            )
+            rows.append(row + ([took(runs), paper[2] if paper else "-"] if timed else []))
     columns = ["width, method", "train", "test", "paper\ntrain", "paper\ntest"]
     return Table(part.title, columns + (["time", "paper\ntime"] if timed else []), rows)
 
