@@ -121,8 +121,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run: accuracies, the seconds that training alone took (on a CPU the thread's own, which no neighbour on
-    the machine stretches; None: not measured), and what was measured along the way."""
+    """One training run: accuracies, the seconds that training alone took (on a CPU the thread's own, which no neighbour
+    stretches; None: not measured), and what was measured along the way."""
 
     width: int
     method: str

@@ -22,9 +22,9 @@ from torch import nn
 
 from benchmarks import finetune, results_page
 from benchmarks.__main__ import main
+from benchmarks.baselines import MeZO
 from benchmarks.finetune import common, corrupted, prompts, stories, tables_of
 from benchmarks.finetune.common import METHODS, Cost, Exact, Problem, Results, Run, Settings, best_level
-from benchmarks.finetune.mezo import MeZO
 from benchmarks.measure import Ratio
 
 from .test_benchmarks import numbers

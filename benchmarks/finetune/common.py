@@ -19,7 +19,7 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from benchmarks.finetune.mezo import MeZO
+from benchmarks.baselines import MeZO
 from benchmarks.measure import Ratio, peak_memory, time_ratios
 from benchmarks.report import Table, spread, write_json
 from benchmarks.training import ESTIMATORS, Learner
