@@ -137,6 +137,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     out = args.out or (SCRATCH if args.quick else COMMITTED)
     path = out / "coverage.json"
     settings = {"rounds": 3 if args.quick else 5, "mezo_steps": 10 if args.quick else 200, "device": args.device}

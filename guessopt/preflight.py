@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from guessopt.engine.levels import TREATMENTS
+from guessopt.engine.levels import TREATMENTS, WITHOUT_FORWARD, is_foreign
 from guessopt.engine.planning import Transaction, trace
 from guessopt.errors import GuessWarning
 from guessopt.optimizer import GuessGradOptimizer
@@ -148,6 +148,11 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
             *(str(w.message) for w in caught if issubclass(w.category, GuessWarning)),
             *(f"{pick} for {count} site{'s' * (count > 1)}" for pick, count in picked.items()),
             *(f"{fn.__name__} {what}" for fn, what in TREATMENTS.items() if fn in graph.functions),
+            *(
+                f"{fn.__name__} goes by the derivative of its backward: it has none in forward mode"
+                for fn in dict.fromkeys(graph.functions)
+                if fn in WITHOUT_FORWARD or is_foreign(fn)
+            ),
         ),
         cost=graph.cost,
         memory=sum(site.kept for site in graph.sites),

@@ -249,6 +249,7 @@ def test_a_model_from_none_of_the_lists() -> None:
     assert found.complaints(1e-12) == [] and found.fallbacks == 0
     report = preflight(subject.named(), subject.closure)
     assert any("gate" in site.operation for site in report.sites)
+    assert any("gate" in note and "backward" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("op", [hidden, bare])
