@@ -363,7 +363,7 @@ def accuracy_table(cells: list[Cell], part: Part, name: str) -> Table:
             ]
             rows.append(row + ([took(runs), paper[2] if paper else "-"] if timed else []))
     columns = ["width, method", "train", "test", "paper\ntrain", "paper\ntest"]
-    return Table(part.title, columns + (["time", "paper\ntime"] if timed else []), rows)
+    return Table(part.title, columns + (["time", "paper\ntime"] if timed else []), rows, "Without a spread: one seed.")
 
 
 def _paper_train(name: str, width: int, method: str) -> float | None:
