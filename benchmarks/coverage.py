@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.exactness import exactness
 from benchmarks.measure import Ratio, interleaved, ratio, seconds
 from benchmarks.mezo import forward_mode, mezo
-from benchmarks.report import COMMITTED, SCRATCH, print_table, write_json
+from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.zoo import Entry, Subject, entries, sized
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.sites import Layout
@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> None:
             torch.manual_seed(0)
             figures[section][name] = work()
             write_json(path, args, seeds=[0], settings=settings, figures=figures)
-    show(figures)
+    for table in tables_of({"figures": figures}):
+        print_table(*table)
     print(f"Figures in {path}")
     if complaints := list(complain(figures)):
         raise SystemExit("coverage: " + "; ".join(complaints))
@@ -255,43 +256,47 @@ def complain(figures: Figures) -> Iterable[str]:
         yield from (f"{name}: {mode}: {row[mode]:.1e}" for mode in row if mode != "absent" and not row[mode] <= LOW)
 
 
-def show(figures: Figures) -> None:
+def tables_of(content: Mapping[str, Any]) -> list[Table]:
+    """The tables of a JSON that this experiment wrote."""
+    figures = content["figures"]
     present = {name: row for name, row in figures["matrix"].items() if "absent" not in row}
-    print_table(
-        "Coverage: default settings, training mode, dropout on",
-        ["model", "trained", "sites", "missed", "error", "coupled", "time"],
-        [
-            [
-                name, str(row["parameters"]), str(row["sites"]), str(len(row["missed"])), f"{row['error']:.0e}",
-                str(row["fallbacks"]), f"{row['time']['ratio']:.2f}",
-            ]
-            for name, row in present.items()
-        ],
-    )  # fmt: skip
-    print("coupled: sites that take the scalar derivative of the whole batch; time: over a step of backpropagation")
+    notes = ["coupled: sites that take the scalar derivative of the whole batch; time: over a step of backpropagation."]
     for name, row in figures["matrix"].items():
         if "absent" in row:
-            print(f"{name}: not run, needs {row['absent']}")
+            notes.append(f"{name}: not run, needs {row['absent']}.")
         elif row["fallbacks"]:
-            print(f"{name}: {row['fallbacks']} coupled, because {row['reason'] or 'UNLISTED'}")
-    if low := {name: row for name, row in figures["precision"].items() if "absent" not in row}:
-        print_table(
-            f"Relative error in 16 bits (allowed: {LOW:g})",
-            ["model", *MODES],
-            [[name, *(f"{row[mode]:.1e}" for mode in MODES)] for name, row in low.items()],
-        )
-    if large := {name: row for name, row in figures["sized"].items() if "absent" not in row}:
-        print_table(
-            "Step time over backpropagation", ["model", "ratio"], [[n, str(Ratio(**r))] for n, r in large.items()]
-        )
-    if figures["mezo"]:
-        print_table(
-            "One language model by differences of losses (MeZO) and by forward mode, SGD",
-            ["precision, rate, method", "before", "after", "no slope", "drift"],
+            notes.append(f"{name}: {row['fallbacks']} coupled, because {row['reason'] or 'UNLISTED'}.")
+    found = [
+        Table(
+            "Coverage: default settings, training mode, dropout on",
+            ["model", "trained", "sites", "missed", "error", "coupled", "time"],
             [
-                [name, f"{r['first']:.3f}", f"{r['reported']:.3f}", f"{r['zeros']:.0%}", f"{r['drift']:.1%}"]
-                for name, r in figures["mezo"].items()
+                [
+                    name, str(row["parameters"]), str(row["sites"]), str(len(row["missed"])), f"{row['error']:.0e}",
+                    str(row["fallbacks"]), f"{row['time']['ratio']:.2f}",
+                ]
+                for name, row in present.items()
             ],
+            "\n".join(notes),
         )
-        print("after: the loss as a trainer reports it that leaves out nan; no slope: steps with a derivative of zero;")
-        print("drift: how far as many steps move the weights at a learning rate of zero")
+    ]  # fmt: skip
+    if low := {name: row for name, row in figures["precision"].items() if "absent" not in row}:
+        rows = [[name, *(f"{row[mode]:.1e}" for mode in MODES)] for name, row in low.items()]
+        found.append(Table(f"Relative error in 16 bits (allowed: {LOW:g})", ["model", *MODES], rows))
+    if large := {name: row for name, row in figures["sized"].items() if "absent" not in row}:
+        rows = [[name, str(Ratio(**row))] for name, row in large.items()]
+        found.append(Table("Step time over backpropagation", ["model", "ratio"], rows))
+    if figures["mezo"]:
+        found.append(
+            Table(
+                "One language model by differences of losses (MeZO) and by forward mode, SGD",
+                ["precision, rate, method", "before", "after", "no slope", "drift"],
+                [
+                    [name, f"{r['first']:.3f}", f"{r['reported']:.3f}", f"{r['zeros']:.0%}", f"{r['drift']:.1%}"]
+                    for name, r in figures["mezo"].items()
+                ],
+                "after: the loss as a trainer reports it that leaves out nan; no slope: steps with a derivative of 0;\n"
+                "drift: how far as many steps move the weights at a learning rate of zero.",
+            )
+        )
+    return found

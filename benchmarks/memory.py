@@ -22,7 +22,7 @@ from benchmarks.baselines import LEARNERS, Guessed, state_bytes
 from benchmarks.isolated import Task, collect, fresh
 from benchmarks.measure import Peaks, Ratio, interleaved, peaks, ratio
 from benchmarks.problems import vit
-from benchmarks.report import COMMITTED, SCRATCH, print_table
+from benchmarks.report import COMMITTED, SCRATCH, Table, print_table
 from benchmarks.speed import Problem, images, mlp
 from benchmarks.training import Learner
 
@@ -280,7 +280,8 @@ def run(args: argparse.Namespace) -> None:
     for name in cases:
         tasks |= {f"{name} {method}": (cell, (name, method, settings)) for method in LEARNERS}
     figures = collect(path, args, asdict(settings), tasks)
-    show(figures, cases, settings)
+    for table in tables(figures, cases, settings):
+        print_table(*table)
     plot(figures, cases, out / "memory.png")
     print(f"Figures in {path}, picture in {out / 'memory.png'}")
 
@@ -299,72 +300,97 @@ def prepared(peaks: Mapping[str, int]) -> int:
     return peaks["kept"] - peaks["state"] - peaks["gradients"]
 
 
-def show(figures: Any, cases: Mapping[str, Case], settings: Settings) -> None:
-    for name, case in cases.items():
-        cells = {method: figures[f"{name} {method}"] for method in LEARNERS}
-        print_table(
-            f"{case.title}, {mb(cells['backprop']['parameters'])} MB of parameters: peak in MB above these",
-            ["", "peak", "- state", "- .grad", "kept", "time"],
-            [
-                [
-                    LEARNERS[method][0],
-                    mb(each["peaks"]["peak"]),
-                    mb(above(each["peaks"])),
-                    mb(above(each["peaks"], gradients=True)),
-                    mb(prepared(each["peaks"])),
-                    f"{each['time']['ratio']:.2f}",
-                ]
-                for method, each in cells.items()
-            ],
-        )
-    print("- state: less the optimizer's state (AdamW). - .grad: less the gradients as well. kept: from step to step,")
-    print("beside state and .grad (W-perp: its bases). time: a step over a backprop step.")
-    for family in ("mlp", "vit"):
-        flat(figures, [name for name in cases if name.startswith(family)], cases)
+def tables_of(content: Mapping[str, Any]) -> list[Table]:
+    """The tables of a JSON that this experiment wrote."""
+    settings, figures = Settings(**content["settings"]), content["figures"]
+    cases = {name: case for name, case in FULL.items() if all(f"{name} {method}" in figures for method in LEARNERS)}
+    return tables(figures, cases, settings)
+
+
+def tables(figures: Any, cases: Mapping[str, Case], settings: Settings) -> list[Table]:
+    found = [
+        peaks_table(case, {method: figures[f"{name} {method}"] for method in LEARNERS}) for name, case in cases.items()
+    ]
+    notes = [flat(figures, [name for name in cases if name.startswith(family)], cases) for family in ("mlp", "vit")]
     long = figures["stream"]["peaks"]
-    print(f"Stream, {(QUICK if settings.quick else FULL)['mlp24'].title}, steps 1 to {settings.long}:", end=" ")
-    print(f"{mb(above(long))} MB above parameters and state ({mb(prepared(long))} of them kept).", end=" ")
     rivals = [m for m in ("backprop", "in_backward") if f"mlp24 {m}" in figures]
-    print("; ".join(f"{LEARNERS[m][0]}: {mb(above(figures[f'mlp24 {m}']['peaks']))} MB" for m in rivals))
+    notes.append(
+        f"Stream, {(QUICK if settings.quick else FULL)['mlp24'].title}, steps 1 to {settings.long}: "
+        f"{mb(above(long))} MB above parameters and state ({mb(prepared(long))} of them kept). "
+        + "; ".join(f"{LEARNERS[m][0]}: {mb(above(figures[f'mlp24 {m}']['peaks']))} MB" for m in rivals)
+    )
     alive = figures["between"]
     rest = alive["live"] - alive["loss"] - alive["derivatives"] - alive["random"]
-    print(f"Alive between replay's passes: {alive['live']} bytes: the loss {alive['loss']}, D_n", end=" ")
-    print(f"{alive['derivatives']}, random states {alive['random']}, other {rest}.")
+    notes.append(
+        f"Alive between replay's passes: {alive['live']} bytes: the loss {alive['loss']}, D_n {alive['derivatives']}, "
+        f"random states {alive['random']}, other {rest}."
+    )
     races = {name: figures[f"race {name}"] for name in TIMED[settings.quick]}
-    print_table(
-        "Time over a checkpointed backprop step (quartiles), interleaved",
-        ["", *(TIMED[settings.quick][name].title for name in races)],
-        [[LEARNERS[m][0], *(str(Ratio(**each["over_checkpointed"][m])) for each in races.values())] for m in RACERS],
+    over = {m: [str(Ratio(**each["over_checkpointed"][m])) for each in races.values()] for m in RACERS}
+    found.append(
+        Table(
+            "Time over a checkpointed backprop step (quartiles), interleaved",
+            ["", *(TIMED[settings.quick][name].title for name in races)],
+            [
+                [LEARNERS[m][0], *(str(Ratio(**each["over_checkpointed"][m])) for each in races.values())]
+                for m in RACERS
+            ],
+            "\n".join(note for note in notes if note),
+        )
     )
     ends = {m: figures[f"limit {m}"] for m in LIMITED if f"limit {m}" in figures}
     if ends:
-        print_table(
-            f"MLP {settings.depth}x{settings.width}, batch {settings.batch}: {settings.budget / 2**20:.0f} MiB "
-            "beyond parameters and state",
-            ["", "steps", "losses", "ended by"],
-            [
+        found.append(
+            Table(
+                f"MLP {settings.depth}x{settings.width}, batch {settings.batch}: {settings.budget / 2**20:.0f} MiB "
+                "beyond parameters and state",
+                ["", "steps", "losses", "ended by"],
                 [
-                    LEARNERS[m][0],
-                    str(e["steps"]),
-                    " ".join(f"{v:.4f}" for v in e["losses"]),
-                    e["error"].partition("DefaultCPUAllocator: ")[2][:21] or e["error"] or "-",
-                ]
-                for m, e in ends.items()
-            ],
+                    [
+                        LEARNERS[m][0],
+                        str(e["steps"]),
+                        " ".join(f"{v:.4f}" for v in e["losses"]),
+                        e["error"].partition("DefaultCPUAllocator: ")[2][:21] or e["error"] or "-",
+                    ]
+                    for m, e in ends.items()
+                ],
+            )
         )
+    return found
 
 
-def flat(figures: Any, names: list[str], cases: Mapping[str, Case]) -> None:
+def peaks_table(case: Case, cells: Mapping[str, Any]) -> Table:
+    return Table(
+        f"{case.title}, {mb(cells['backprop']['parameters'])} MB of parameters: peak in MB above these",
+        ["", "peak", "- state", "- .grad", "kept", "time"],
+        [
+            [
+                LEARNERS[method][0],
+                mb(each["peaks"]["peak"]),
+                mb(above(each["peaks"])),
+                mb(above(each["peaks"], gradients=True)),
+                mb(prepared(each["peaks"])),
+                f"{each['time']['ratio']:.2f}",
+            ]
+            for method, each in cells.items()
+        ],
+        "- state: less the optimizer's state (AdamW). - .grad: less the gradients as well. kept: from step to step,\n"
+        "beside state and .grad (W-perp: its bases). time: a step over a backprop step.",
+    )
+
+
+def flat(figures: Any, names: list[str], cases: Mapping[str, Case]) -> str:
     """Replay's peak by depth."""
     found = [figures[f"{name} w_perp_replay"]["peaks"] for name in names]
     if len(found) < 2:
-        return
+        return ""
     whole = [above(each, gradients=True) for each in found]
-    passing = [total - prepared(each) for total, each in zip(whole, found, strict=True)]
-    print("Replay above parameters, .grad and state:", end=" ")
-    print(", ".join(f"{cases[n].title} {mb(v)} MB" for n, v in zip(names, whole, strict=True)), end=" ")
-    print(f"(largest / smallest {max(whole) / min(whole):.2f}; without the bases kept", end=" ")
-    print(f"{', '.join(map(mb, passing))}: {max(passing) / min(passing):.2f}).")
+    passing = [above(each, gradients=True) - prepared(each) for each in found]
+    said = ", ".join(f"{cases[n].title} {mb(v)} MB" for n, v in zip(names, whole, strict=True))
+    return (
+        f"Replay above parameters, .grad and state: {said} (largest / smallest {max(whole) / min(whole):.2f}; without "
+        f"the bases kept {', '.join(map(mb, passing))}: {max(passing) / min(passing):.2f})."
+    )
 
 
 def plot(figures: Any, cases: Mapping[str, Case], path: Path) -> None:
