@@ -331,10 +331,7 @@ def tables(figures: Any, cases: Mapping[str, Case], settings: Settings) -> list[
         Table(
             "Time over a checkpointed backprop step (quartiles), interleaved",
             ["", *(TIMED[settings.quick][name].title for name in races)],
-            [
-                [LEARNERS[m][0], *(str(Ratio(**each["over_checkpointed"][m])) for each in races.values())]
-                for m in RACERS
-            ],
+            [[LEARNERS[m][0], *ratios] for m, ratios in over.items()],
             "\n".join(note for note in notes if note),
         )
     )
