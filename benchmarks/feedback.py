@@ -1,4 +1,4 @@
-"""Learned feedback against backprop and feedback alignment on eight kinds of network; resumes where it stopped."""
+"""Learned feedback against backprop and feedback alignment on eleven networks; resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.data import Dataset, characters, cifar10, mnist1d
 from benchmarks.problems import MeanToken, causal_lm, cnn, relu_mlp, resnet, vit
-from benchmarks.report import COMMITTED, SCRATCH, plot_curves, print_table, spread, write_json
+from benchmarks.report import COMMITTED, SCRATCH, Table, plot_curves, print_table, spread, write_json
 from benchmarks.training import batches
 from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, LearnedFeedback, WPerp, WTranspose
 from guessopt.diagnostics import cosine
@@ -54,7 +54,7 @@ class Problem:
 
     ``judge``: the figure by which a learning rate is chosen: ``train`` or ``test`` accuracy, or the test ``loss``.
     ``target``: what learned feedback should reach of it, relative to backprop's (of a loss: of its drop below the
-    unigram's)."""
+    unigram's). ``looks``: moments at which a run is judged; ``seeds``: runs at the best learning rate."""
 
     title: str
     network: Callable[[], nn.Module]
@@ -63,12 +63,14 @@ class Problem:
     batch: int
     judge: str
     target: float
+    looks: int = 8
+    seeds: int = 2
 
     def settings(self, quick: bool) -> dict[str, Any]:
-        """What a figure depends on; ``looks``: moments at which a run is judged, ``judged``: on so many examples."""
+        """What a figure depends on; ``judged``: on so many examples."""
         if quick:
             return {"title": self.title, "steps": 2, "batch": 8, "looks": 1, "judged": 50}
-        return {"title": self.title, "steps": self.steps, "batch": self.batch, "looks": 8, "judged": 2000}
+        return {"title": self.title, "steps": self.steps, "batch": self.batch, "looks": self.looks, "judged": 2000}
 
 
 def _cifar(root: Path | None, quick: bool, images: int = 10_000, test_images: int = 2_000) -> Dataset:
@@ -90,7 +92,7 @@ def _text(root: Path | None, quick: bool) -> Dataset:
 
 def _mlp(width: int, depth: int, target: float) -> Problem:
     title = f"MNIST-1D, MLP {depth}x{width}"
-    return Problem(title, partial(relu_mlp, width, depth), _signals, 2400, 512, "train", target)
+    return Problem(title, partial(relu_mlp, width, depth), _signals, 2400, 512, "train", target, looks=60, seeds=5)
 
 
 PROBLEMS = {
@@ -101,10 +103,11 @@ PROBLEMS = {
         "CIFAR-10, MLP 6x512",
         lambda: nn.Sequential(nn.Flatten(), *relu_mlp(512, 6, inputs=3072)),
         _cifar_all,
-        1960,
+        3910,
         128,
         "test",
-        0.95,
+        0.97,
+        looks=20,
     ),
     "cnn": Problem("CIFAR-10 (10,000), CNN", cnn, _cifar, 800, 64, "test", 0.95),
     "resnet": Problem("CIFAR-10 (10,000), ResNet", partial(resnet, 16, 2), _cifar, 800, 64, "test", 0.95),
@@ -142,7 +145,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run. ``seconds``: of training alone; ``failed``: it came to a loss that is not finite."""
+    """One training run. ``seconds``: of training alone, on a CPU the thread's own; ``failed``: it came to a loss that
+    is not finite."""
 
     problem: str
     method: str
@@ -162,7 +166,24 @@ class Cell:
         if self.failed or not self.looks:
             return -math.inf
         last = self.looks[-1]
-        return -last.loss if judge == "loss" else getattr(last, judge)
+        return judged(last, judge)
+
+    def reaches(self, judge: str, figure: float) -> float | None:
+        """Seconds until a figure is reached, between two looks in proportion; None if it never is."""
+        steps, before = 0.0, None
+        for look in self.looks:
+            now = judged(look, judge)
+            if now >= figure:
+                share = 1.0 if before is None else (figure - before) / (now - before)
+                return (steps + share * (look.step - steps)) * self.seconds / self.settings["steps"]
+            steps, before = look.step, now
+        return None
+
+
+def judged(look: Look, judge: str) -> float:
+    """Larger is better."""
+    figure: float = -look.loss if judge == "loss" else getattr(look, judge)
+    return figure
 
 
 Key = tuple[str, str, float, int]
@@ -183,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     problems = args.problems or (QUICK if args.quick else list(PROBLEMS))
     methods = tuple(args.methods or METHODS)
-    seeds = args.seeds or (1 if args.quick else 5)
+    seeds = {name: args.seeds or (1 if args.quick else PROBLEMS[name].seeds) for name in problems}
     lrs = (1e-3,) if args.quick else LRS
     out = args.out or (SCRATCH if args.quick else COMMITTED)
     path = out / "feedback.json"
@@ -195,18 +216,18 @@ def run(args: argparse.Namespace) -> None:
         return
 
     def keep() -> None:
-        recorded = {"lrs": list(lrs), "device": args.device}
+        recorded = {"lrs": list(lrs), "device": args.device, "unigram_loss": bench.unigram}
         figures = [asdict(bench.cells[key]) for key in sorted(bench.cells)]
         write_json(path, args, seeds=sorted({key[3] for key in bench.cells}), settings=recorded, figures=figures)
 
     for problem in problems:
-        for key in bench.missing(problem, methods, seeds):
+        for key in bench.missing(problem, methods, seeds[problem]):
             print(f"{problem}, {LABELS[key[1]]}, lr {key[2]:g}, seed {key[3]}")
             bench.cells[key] = bench.train(key)
             keep()
-    for problem in problems:
-        show(bench, problem, methods, seeds)
-    plot(bench, problems, methods, seeds, out / "feedback.png")
+    for table in tables(bench, problems, methods):
+        print_table(*table)
+    plot(bench, problems, methods, out / "feedback.png")
     print(f"Figures in {path}, curves in {out / 'feedback.png'}")
 
 
@@ -214,21 +235,51 @@ def finished(path: Path) -> Cells:
     """The runs of an earlier call that had the settings of today."""
     if not path.is_file():
         return {}
-    found = {}
-    for figures in json.loads(path.read_text())["figures"]:
-        cell = Cell(**{**figures, "looks": [Look(**look) for look in figures["looks"]]})
-        if cell.problem in PROBLEMS and cell.settings == PROBLEMS[cell.problem].settings(quick=False):
-            found[cell.key] = cell
-    return found
+    cells = cells_of(json.loads(path.read_text()))
+    return {
+        key: cell
+        for key, cell in cells.items()
+        if cell.problem in PROBLEMS and cell.settings == PROBLEMS[cell.problem].settings(quick=False)
+    }
 
 
-class Bench:
+def cells_of(content: dict[str, Any]) -> Cells:
+    cells = (Cell(**{**each, "looks": [Look(**look) for look in each["looks"]]}) for each in content["figures"])
+    return {cell.key: cell for cell in cells}
+
+
+class Runs:
+    """The runs so far. ``unigram``: by problem judged by a loss, the loss of who knows but the letters' frequencies."""
+
+    def __init__(self, lrs: tuple[float, ...], cells: Cells, unigram: dict[str, float]) -> None:
+        self.lrs, self.cells, self.unigram = lrs, cells, unigram
+
+    def best(self, problem: str, method: str) -> float:
+        """The learning rate whose run with seed 0 ended best."""
+        judge = PROBLEMS[problem].judge
+        return max(self.lrs, key=lambda lr: self.cells[problem, method, lr, 0].figure(judge))
+
+    def chosen(self, problem: str, method: str) -> list[Cell]:
+        """All runs at the best rate, by seed; none where the grid is not complete."""
+        if any((problem, method, lr, 0) not in self.cells for lr in self.lrs):
+            return []
+        at = problem, method, self.best(problem, method)
+        return [self.cells[key] for key in sorted(self.cells) if key[:3] == at]
+
+
+class Bench(Runs):
     """The runs so far, and how to make more."""
 
     def __init__(self, args: argparse.Namespace, lrs: tuple[float, ...], cells: Cells) -> None:
+        super().__init__(lrs, cells, {})
         self.root, self.device, self.quick = args.data_root, args.device, args.quick
-        self.lrs, self.cells = lrs, cells
         self.data = cache(lambda problem: PROBLEMS[problem].data(self.root, self.quick).to(self.device))
+        for problem in {cell.problem for cell in cells.values()}:
+            self._weigh(problem)
+
+    def _weigh(self, problem: str) -> None:
+        if PROBLEMS[problem].judge == "loss" and problem not in self.unigram:
+            self.unigram[problem] = unigram_loss(self.data(problem))
 
     def missing(self, problem: str, methods: tuple[str, ...], seeds: int) -> Iterator[Key]:
         """Seed 0 on the whole grid; then, once that is there, the other seeds at the best rate."""
@@ -242,35 +293,26 @@ class Bench:
                 if key not in self.cells:
                     yield key
 
-    def best(self, problem: str, method: str) -> float:
-        """The learning rate whose run with seed 0 ended best."""
-        judge = PROBLEMS[problem].judge
-        return max(self.lrs, key=lambda lr: self.cells[problem, method, lr, 0].figure(judge))
-
-    def chosen(self, problem: str, method: str, seeds: int) -> list[Cell]:
-        if any((problem, method, lr, 0) not in self.cells for lr in self.lrs):
-            return []
-        lr = self.best(problem, method)
-        return [self.cells[key] for seed in range(seeds) if (key := (problem, method, lr, seed)) in self.cells]
-
     def train(self, key: Key) -> Cell:
         name, method, lr, seed = key
         problem, data = PROBLEMS[name], self.data(name)
+        self._weigh(name)
         settings = problem.settings(self.quick)
         torch.manual_seed(seed)
         learner = Learner(problem.network().to(self.device), method, lr)
         generator = torch.Generator().manual_seed(seed)
-        steps, looks, start, seconds = settings["steps"], list[Look](), time.perf_counter(), 0.0
+        clock = time.perf_counter if data.x.is_cuda else time.thread_time
+        steps, looks, start, seconds = settings["steps"], list[Look](), clock(), 0.0
         bar = tqdm(total=steps, desc=f"{name} {LABELS[method]}", unit="step", disable=None, leave=False)
         try:
             for number, (x, y) in enumerate(endless(data, settings["batch"], generator), 1):
                 learner.step(x, y)
                 bar.update()
                 if _due(number, steps, settings["looks"]):
-                    seconds += time.perf_counter() - start
+                    seconds += clock() - start
                     measured = _due(number, steps, min(2, settings["looks"]))
                     looks.append(learner.look(number, data, settings["judged"], settings["batch"] if measured else 0))
-                    start = time.perf_counter()
+                    start = clock()
                 if number == steps:
                     break
             failed = not math.isfinite(looks[-1].loss)
@@ -282,14 +324,14 @@ class Bench:
         looks = [look for look in looks if math.isfinite(look.loss)]
         return Cell(name, method, lr, seed, settings, looks, seconds, failed)
 
-    def estimate(self, problems: list[str], methods: tuple[str, ...], seeds: int) -> None:
+    def estimate(self, problems: list[str], methods: tuple[str, ...], seeds: dict[str, int]) -> None:
         """Time of the missing runs, from a few steps of each."""
         rows, total = [], 0.0
         for name in problems:
             problem = PROBLEMS[name]
             settings = problem.settings(self.quick)
             for method in methods:
-                wanted = len(self.lrs) + seeds - 1
+                wanted = len(self.lrs) + seeds[name] - 1
                 left = wanted - sum(key[:2] == (name, method) for key in self.cells)
                 if left <= 0:
                     continue
@@ -370,31 +412,41 @@ def unigram_loss(data: Dataset) -> float:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def show(bench: Bench, name: str, methods: tuple[str, ...], seeds: int) -> None:
+def tables_of(content: dict[str, Any]) -> list[Table]:
+    """The tables of a JSON that this experiment wrote, as far as it has runs for them."""
+    settings = content["settings"]
+    runs = Runs(tuple(settings["lrs"]), cells_of(content), settings["unigram_loss"])
+    return [table for table in tables(runs, list(PROBLEMS), tuple(LABELS)) if table.rows]
+
+
+def tables(runs: Runs, problems: list[str], methods: tuple[str, ...]) -> list[Table]:
+    return [table(runs, name, methods) for name in problems]
+
+
+def table(runs: Runs, name: str, methods: tuple[str, ...]) -> Table:
     problem = PROBLEMS[name]
-    parts = (
-        ("loss", "test") if problem.judge == "loss" else (problem.judge, "train" if problem.judge == "test" else "test")
-    )
-    rows = []
-    base = bench.chosen(name, "backprop", seeds)
+    judge = problem.judge
+    parts = (judge, "test") if judge == "loss" else (judge, "train" if judge == "test" else "test")
+    rows, steps = [], 0
+    base = runs.chosen(name, "backprop")
     for method in methods:
-        cells = [cell for cell in bench.chosen(name, method, seeds) if not cell.failed]
+        cells = [cell for cell in runs.chosen(name, method) if not cell.failed]
         if not cells:
             continue
-        ends = [cell.looks[-1] for cell in cells]
+        ends, steps = [cell.looks[-1] for cell in cells], cells[0].settings["steps"]
         values = [[getattr(end, part) for end in ends] for part in parts]
-        reached = relative(bench, name, cells, base)
-        row = [LABELS[method], f"{cells[0].lr:g}", spread(values[0]), f"{mean(values[1]):.3f}"]
-        rows.append([*row, "-" if reached is None else f"{reached:.3f}", *_cosines(ends)])
-    title = f"{problem.title}, {problem.settings(bench.quick)['steps']} steps"
-    print_table(title, ["method", "lr", *parts, "of backprop", "cosine", "worst"], rows)
-    print(
-        f"Learning rates by {problem.judge} of seed 0; learned feedback should reach {problem.target:g} of backprop's."
-    )
-    small = bench.cells.get((name, "learned_feedback", LRS[0], 0))
+        reached, slower = relative(runs, name, cells, base), slowness(runs, name, cells, base)
+        row = [LABELS[method], f"{cells[0].lr:g}", str(len(cells)), spread(values[0]), f"{mean(values[1]):.3f}"]
+        row += ["-" if reached is None else f"{reached:.3f}", "-" if slower is None else f"{slower:.2f}"]
+        rows.append([*row, *_cosines(ends)])
+    columns = ["method", "lr", "seeds", *parts, "of\nbackprop", "time\nto 95%", "cosine", "worst\nsite"]
+    wanted = f"Learned feedback should reach {problem.target:g} of backprop's {judge}"
+    note = f"Learning rates by {judge} of seed 0. {wanted}{' drop below the unigram' if judge == 'loss' else ''}."
+    small = runs.cells.get((name, "learned_feedback", LRS[0], 0))
     worst = [min(look.sites.values()) for look in small.looks if look.sites] if small is not None else []
     if worst:
-        print(f"At lr {LRS[0]:g} learned feedback's cosine is at least {min(worst):.3f} at every site.")
+        note += f" At lr {LRS[0]:g} its cosine was at least {min(worst):.3f} at every site."
+    return Table(f"{problem.title}, {steps} steps", columns, rows, note)
 
 
 def _cosines(ends: list[Look]) -> list[str]:
@@ -403,23 +455,39 @@ def _cosines(ends: list[Look]) -> list[str]:
     return [f"{mean(found):.3f}" if found else "-" for found in values]
 
 
-def relative(bench: Bench, name: str, cells: list[Cell], base: list[Cell]) -> float | None:
+def _pairs(cells: list[Cell], base: list[Cell]) -> list[tuple[Cell, Cell]]:
+    return [(c, b) for c in cells for b in base if c.seed == b.seed and not b.failed]
+
+
+def relative(runs: Runs, name: str, cells: list[Cell], base: list[Cell]) -> float | None:
     """The judged figure over backprop's, means over paired seeds; for a loss, the drops below the unigram's."""
-    judge = PROBLEMS[name].judge
-    pairs = [(c, b) for c in cells for b in base if c.seed == b.seed and not b.failed]
+    judge, pairs = PROBLEMS[name].judge, _pairs(cells, base)
     if not pairs:
         return None
-    zero = unigram_loss(bench.data(name)) if judge == "loss" else 0.0
+    zero = runs.unigram.get(name, 0.0)
     return mean(zero + c.figure(judge) for c, _ in pairs) / mean(zero + b.figure(judge) for _, b in pairs)
 
 
-def plot(bench: Bench, problems: list[str], methods: tuple[str, ...], seeds: int, path: Path) -> None:
+def slowness(runs: Runs, name: str, cells: list[Cell], base: list[Cell]) -> float | None:
+    """Time to 95% of backprop's last figure, over backprop's own; None where a run never reaches it."""
+    judge, zero = PROBLEMS[name].judge, runs.unigram.get(name, 0.0)
+    ratios = []
+    for c, b in _pairs(cells, base):
+        figure = 0.95 * (zero + b.figure(judge)) - zero
+        ours, theirs = c.reaches(judge, figure), b.reaches(judge, figure)
+        if ours is None or not theirs:
+            return None
+        ratios.append(ours / theirs)
+    return mean(ratios) if ratios else None
+
+
+def plot(runs: Runs, problems: list[str], methods: tuple[str, ...], path: Path) -> None:
     panels: dict[str, dict[str, Any]] = {}
     for name in problems:
         judge = PROBLEMS[name].judge
         lines = {}
         for method in methods:
-            cells = [cell for cell in bench.chosen(name, method, seeds) if not cell.failed]
+            cells = [cell for cell in runs.chosen(name, method) if not cell.failed]
             if cells:
                 steps = [look.step for look in cells[0].looks]
                 lines[LABELS[method]] = (steps, [[getattr(look, judge) for look in cell.looks] for cell in cells])

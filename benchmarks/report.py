@@ -109,8 +109,12 @@ def plot_curves(path: Path, panels: Mapping[str, Mapping[str, Curve]], *, xlabel
     import matplotlib.pyplot as plt
 
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+    wide = min(4, len(panels))
+    high = -(-len(panels) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 3.8 * high), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for label, (x, runs) in lines.items():
             columns = list(zip(*runs, strict=True))
             color = f"C{labels.index(label)}"

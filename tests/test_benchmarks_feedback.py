@@ -1,6 +1,7 @@
 """The learned-feedback benchmark in its quick version, and how it resumes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,18 @@ def test_estimates_without_running(data_root: Path, tmp_path: Path, capsys: pyte
     options = ["--data-root", str(data_root), "--out", str(tmp_path), "--problems", "mnist1d_64"]
     main(["feedback", "--estimate", "--methods", "backprop", *options])
     assert "h in all" in capsys.readouterr().out and not (tmp_path / "feedback.json").exists()
+
+
+def test_time_to_a_figure_and_tables_from_a_file(data_root: Path, tmp_path: Path) -> None:
+    looks = [feedback.Look(step, train, 0.5, 1.0) for step, train in ((10, 0.2), (20, 0.6), (40, 0.7))]
+    cell = feedback.Cell("mnist1d_64", "backprop", 1e-3, 0, {"steps": 40}, looks, seconds=8.0)
+    assert cell.reaches("train", 0.4) == pytest.approx(15 * 8 / 40)  # half way from step 10 to step 20
+    assert cell.reaches("train", 0.1) == pytest.approx(10 * 8 / 40)
+    assert cell.reaches("train", 0.8) is None
+    slow = replace(cell, method="w_perp", seconds=20.0)
+    assert feedback.slowness(feedback.Runs((1e-3,), {}, {}), "mnist1d_64", [slow], [cell]) == pytest.approx(20 / 8)
+
+    options = ["--quick", "--data-root", str(data_root), "--out", str(tmp_path)]
+    main(["feedback", *options, "--problems", "charlm", "--methods", "backprop", "learned_feedback"])
+    (table,) = feedback.tables_of(json.loads((tmp_path / "feedback.json").read_text()))
+    assert [row[0] for row in table.rows] == ["backprop", "learned feedback"] and table.rows[0][5] == "1.000"

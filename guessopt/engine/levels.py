@@ -206,8 +206,10 @@ class FastLevel(DualLevel):
             return super().call(fn, args, kwargs, writes=writes)
         rule, duals = entry
         pairs = [_unpack(t) if isinstance(t, Tensor) else (t, None) for t in args[:duals]]
-        if all(pair[1] is None for pair in pairs) or _carries_tangent(args[duals:], kwargs):
+        if _carries_tangent(args[duals:], kwargs):
             return super().call(fn, args, kwargs, writes=writes)
+        if all(pair[1] is None for pair in pairs):
+            return fn(*args, **kwargs) if _fuses(fn, args, kwargs) else super().call(fn, args, kwargs, writes=writes)
         if duals == 1:
             result = rule(*pairs[0], *args[1:], **kwargs)
         else:
@@ -229,8 +231,8 @@ class PlainLevel(Level):
         return body()
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
-        if fn is F.scaled_dot_product_attention and not kwargs.get("dropout_p", args[4] if len(args) > 4 else 0):
-            return fn(*args, **kwargs)  # the fused kernels serve; with dropout they might draw otherwise
+        if _fuses(fn, args, kwargs):
+            return fn(*args, **kwargs)
         return super().call(fn, args, kwargs, writes=writes)
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -296,6 +298,11 @@ def _same_dtype(out: Any) -> Any:
     if tangent is None or tangent.dtype is primal.dtype:
         return out
     return _pack(primal, tangent.to(primal.dtype))
+
+
+def _fuses(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Attention that a fused kernel may run where no tangent passes; with dropout it might draw otherwise."""
+    return fn is F.scaled_dot_product_attention and not kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)
 
 
 def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

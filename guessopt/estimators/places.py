@@ -130,11 +130,15 @@ class Place:
             e = e.sum(1, keepdim=True)
         u = self._mixed(e) @ b.T  # n g c, f c -> n g f
         n, p, f = e.shape[0], self.view.positions, self.view.features
-        if self.cells == 1:
-            u = u.expand(n, p, f)
-        else:
+        if self.cells > 1:
             u = u.reshape(n, self.cells, f)
-            u = u if self.cells == p else u[:, self._cells(u.device)]
+        if u.shape[1] != p:  # in the place's own order in memory, which what pulls it back runs fastest on
+            if self.view.maps:
+                u = u.mT[:, :, self._cells(u.device)].mT
+            else:
+                u = u.expand(n, p, f) if self.cells == 1 else u[:, self._cells(u.device)]
+        elif self.view.maps:
+            u = u.mT.contiguous().mT
         return self.view.fold(u)
 
     def see(self, t: Tensor) -> Tensor:

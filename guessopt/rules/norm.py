@@ -69,6 +69,10 @@ class NormRule(Rule):
         channel_first = fn in (F.batch_norm, F.group_norm)
         dims = [d for d in range(g.dim()) if d != 1] if channel_first else list(range(g.dim() - len(shape)))
         gradients: list[Tensor | None] = []
+        if fn is F.batch_norm and bound.get("training", False) and x.dtype is g.dtype:
+            both = _batch_norm_gradients(x, g, bound.get("eps", 1e-5))
+            if all(tensors[k] in both for k in wanted):
+                return [both[tensors[k]] for k in wanted]
         for k in wanted:
             if tensors[k] == "weight":
                 gradients.append((g * _normalised(fn, x, bound)).sum(dims))
@@ -77,6 +81,14 @@ class NormRule(Rule):
             else:
                 return super().gradients(without_side_effects(fn), args, kwargs, output, wanted, g)
         return gradients
+
+
+def _batch_norm_gradients(x: Tensor, g: Tensor, eps: float) -> dict[str, Tensor]:
+    """Of the scale and the shift, from one reading of ``x`` for its statistics and one of both."""
+    _, mean, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+    backward = torch.ops.aten.native_batch_norm_backward.default
+    _, weight, bias = backward(g, x, None, None, None, mean, inverse, True, eps, [False, True, True])
+    return {"weight": weight, "bias": bias}
 
 
 def _normalised(fn: Callable[..., Any], x: Tensor, bound: dict[str, Any]) -> Tensor:
