@@ -94,6 +94,8 @@ def test_time_to_a_figure_and_tables_from_a_file(data_root: Path, tmp_path: Path
     slow = replace(cell, method="w_perp", seconds=20.0)
     assert feedback.slowness(feedback.Runs((1e-3,), {}, {}), "mnist1d_64", [slow], [cell]) == pytest.approx(20 / 8)
 
+    text = "".join(chr(33 + k * k % 65) for k in range(20_000))
+    (data_root / "tinyshakespeare.txt").write_text(text)
     options = ["--quick", "--data-root", str(data_root), "--out", str(tmp_path)]
     main(["feedback", *options, "--problems", "charlm", "--methods", "backprop", "learned_feedback"])
     (table,) = feedback.tables_of(json.loads((tmp_path / "feedback.json").read_text()))
