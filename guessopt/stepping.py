@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -376,16 +376,18 @@ class Stepping:
         if site.by_parameter and estimator.per_example_parameters:
             noise = centred(estimator.noise)
             drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(count)]
-            return [_stacked(list(each)) for each in zip(*drawn, strict=True)]
+            return [_stacked(each, count) for each in zip(*drawn, strict=True)]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
-            ys = [estimator.sample(state, local) for _ in lanes(count)]
-            ys = ys if site.reach is None else [site.reach.restrict(y) for y in ys]
+            restrict = site.reach.restrict if site.reach is not None else None
+            made = (estimator.sample(state, local) for _ in lanes(count))
+            ys = _stacked(made if restrict is None else map(restrict, made), count)
             if not estimator.debias:
-                return _stacked(ys)
-            return _stacked(ys), _stacked([estimator.correct(state, local, y) for y in ys])
+                return ys
+            each = ys if count > 1 else [ys]
+            return ys, _stacked((estimator.correct(state, local, y) for y in each), count)
 
     def _formed(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
         """The cotangents that estimators form themselves; what they learn here serves from the next pass on."""
@@ -450,9 +452,9 @@ class Stepping:
         for position, p in self._by_position.items():
             estimator = self._estimators[position]
             if estimator.space == "parameters":
-                vs = [draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device) for _ in source.lanes(count)]
+                vs = (draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device) for _ in source.lanes(count))
                 amplitude = self._amplitudes[estimator]
-                found[position] = _stacked(vs) if amplitude == 1 else _stacked(vs).mul_(amplitude)
+                found[position] = _stacked(vs, count) if amplitude == 1 else _stacked(vs, count).mul_(amplitude)
         return found
 
     def _update(self) -> None:
@@ -573,9 +575,17 @@ def _users_frame() -> int:
     return level
 
 
-def _stacked(guesses: list[Tensor]) -> Tensor:
-    """One as it is, several with K in front."""
-    return torch.stack(guesses) if len(guesses) > 1 else guesses[0]
+def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:
+    """One as it is, several with K in front, each copied while it is at hand."""
+    if count == 1:
+        (only,) = guesses
+        return only
+    stack: Tensor | None = None
+    for k, guess in enumerate(guesses):
+        stack = guess.new_empty(count, *guess.shape) if stack is None else stack
+        stack[k].copy_(guess)
+    assert stack is not None
+    return stack
 
 
 def lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:
