@@ -54,7 +54,9 @@ class Problem:
 
     ``judge``: the figure by which a learning rate is chosen: ``train`` or ``test`` accuracy, or the test ``loss``.
     ``target``: what learned feedback should reach of it, relative to backprop's (of a loss: of its drop below the
-    unigram's). ``looks``: moments at which a run is judged; ``seeds``: runs at the best learning rate."""
+    unigram's). ``looks``: moments at which a run is judged; ``seeds``: runs at the best learning rate;
+    ``decays``: the rate falls linearly to zero. (At a constant one AdamW throws deep networks back now and then, by
+    whichever gradient, and the last step is a lottery.)"""
 
     title: str
     network: Callable[[], nn.Module]
@@ -65,12 +67,15 @@ class Problem:
     target: float
     looks: int = 8
     seeds: int = 2
+    decays: bool = True
 
     def settings(self, quick: bool) -> dict[str, Any]:
         """What a figure depends on; ``judged``: on so many examples."""
         if quick:
-            return {"title": self.title, "steps": 2, "batch": 8, "looks": 1, "judged": 50}
-        return {"title": self.title, "steps": self.steps, "batch": self.batch, "looks": self.looks, "judged": 2000}
+            budget = {"steps": 2, "batch": 8, "looks": 1, "judged": 50}
+        else:
+            budget = {"steps": self.steps, "batch": self.batch, "looks": self.looks, "judged": 2000}
+        return {"title": self.title, **budget, "decays": self.decays}
 
 
 def _cifar(root: Path | None, quick: bool, images: int = 10_000, test_images: int = 2_000) -> Dataset:
@@ -91,8 +96,18 @@ def _text(root: Path | None, quick: bool) -> Dataset:
 
 
 def _mlp(width: int, depth: int, target: float) -> Problem:
-    title = f"MNIST-1D, MLP {depth}x{width}"
-    return Problem(title, partial(relu_mlp, width, depth), _signals, 2400, 512, "train", target, looks=60, seeds=5)
+    return Problem(
+        f"MNIST-1D, MLP {depth}x{width}",
+        partial(relu_mlp, width, depth),
+        _signals,
+        2400,
+        512,
+        "train",
+        target,
+        looks=60,
+        seeds=5,
+        decays=depth > 3,  # three layers: as in Wang 4.1
+    )
 
 
 PROBLEMS = {
@@ -306,7 +321,7 @@ class Bench(Runs):
         bar = tqdm(total=steps, desc=f"{name} {LABELS[method]}", unit="step", disable=None, leave=False)
         try:
             for number, (x, y) in enumerate(endless(data, settings["batch"], generator), 1):
-                learner.step(x, y)
+                learner.step(x, y, lr * (1 - (number - 1) / steps) if settings["decays"] else lr)
                 bar.update()
                 if _due(number, steps, settings["looks"]):
                     seconds += clock() - start
@@ -376,7 +391,10 @@ class Learner:
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(self.model(x), y)
 
-    def step(self, x: Tensor, y: Tensor) -> None:
+    def step(self, x: Tensor, y: Tensor, lr: float | None = None) -> None:
+        if lr is not None:
+            for group in (self.optimizer or self.plain).param_groups:
+                group["lr"] = lr
         if self.optimizer is not None:
             self.optimizer.step(lambda: self.loss(x, y))
             return
@@ -441,7 +459,8 @@ def table(runs: Runs, name: str, methods: tuple[str, ...]) -> Table:
         rows.append([*row, *_cosines(ends)])
     columns = ["method", "lr", "seeds", *parts, "of\nbackprop", "time\nto 95%", "cosine", "worst\nsite"]
     wanted = f"Learned feedback should reach {problem.target:g} of backprop's {judge}"
-    note = f"Learning rates by {judge} of seed 0. {wanted}{' drop below the unigram' if judge == 'loss' else ''}."
+    fall = ", falling linearly to zero," if problem.decays else ""
+    note = f"Learning rates{fall} by {judge} of seed 0. {wanted}{' drop below the unigram' if judge == 'loss' else ''}."
     small = runs.cells.get((name, "learned_feedback", LRS[0], 0))
     worst = [min(look.sites.values()) for look in small.looks if look.sites] if small is not None else []
     if worst:
