@@ -357,3 +357,37 @@ def test_autocast() -> None:
     assert opt._plans[0].graph.stream is not None
     assert found.per_parameter["2.one.weight"] > 0.99
     opt.step(closure)
+
+
+class Queries(nn.Module):
+    """Attention of learned queries to given keys and learned values, grouped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = nn.Linear(4, 8), nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, 2)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in (x, self.v(x)))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_attention_on_a_skip(every: int) -> None:
+    """Where keys are constant the queries are a state, and attention, whose fused kernels have no second derivative, is
+    the way to the next one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(Queries(), *(Residual(8) for _ in range(3)), nn.Linear(8, 3))
+    x, y = torch.randn(6, 5, 4), labels(6, 3)
+    opt = optimizer(net.named_parameters(), gamma=0, every=every)
+
+    def closure() -> Tensor:
+        return F.cross_entropy(net(x).mean(1), y)
+
+    stream = stream_of(opt, closure)
+    assert stream is not None and any(
+        F.scaled_dot_product_attention in [c.fn for c in b.skip or ()] for b in stream.blocks
+    )
+    opt.zero_grad()
+    losses = [float(opt.step(closure)) for _ in range(60)]
+    assert losses[-1] < losses[0] and cosine(opt, closure).total > 0.9

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from guessopt.estimators.moments import TINY, State, crowd, moments, recent, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart
+from guessopt.rules.base import push
 from guessopt.sites import Block, Call, ForwardRecord, Layout, SiteGraph
-from guessopt.tracing.local import Stretch
+from guessopt.tracing.local import Stretch, evaluate
 
 
 class Course:
@@ -105,12 +106,17 @@ class Course:
         return run.pull_back(block.goals, [c], [block.origin])[0]
 
     def _forth(self, block: Block, t: Tensor) -> Tensor:
-        """``S t``, by reverse mode twice."""
+        """``S t``."""
         if not block.skip:
             return t
-        assert block.origin is not None
-        run = self._again(block.skip, [block.origin])
-        return run.push_forward(block.goals[0], block.origin, t)
+        origin, calls, values = block.origin, block.skip, self.record.values
+        assert origin is not None
+
+        def run(h: Tensor) -> tuple[Tensor, ...]:
+            return (evaluate(calls, {**values, origin: h})[block.goals[0]],)
+
+        with torch.autocast(*self.autocast) if self.autocast else nullcontext():
+            return push(run, [values[origin]], [t])[0]
 
     def learn(self, *, beta: float, leak: float, clip: float) -> dict[int, State]:
         """A step of every deviation on what the output's tangent has beyond the foreseen: ``t_L - S t_l - B^T t_l``."""

@@ -222,15 +222,6 @@ class Stretch:
         found = torch.autograd.grad(outs, leaves, us, allow_unused=True, retain_graph=True)
         return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
 
-    def push_forward(self, goal: int, variable: int, t: Tensor) -> Tensor:
-        """``J t``: from a variable to a goal, by reverse mode twice (``J^T u`` is linear in u)."""
-        out, leaf = self.values[goal], self.values[variable]
-        with torch.enable_grad():
-            u = torch.zeros_like(out, requires_grad=True)
-            pulled = torch.autograd.grad(out, leaf, u, create_graph=True)[0]
-            found: Tensor = torch.autograd.grad(pulled, u, t.to(pulled.dtype))[0]
-        return found
-
 
 def _run(calls: tuple[Call, ...], values: dict[int, Tensor], variables: frozenset[int] = frozenset()) -> None:
     for call in calls:
