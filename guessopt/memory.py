@@ -170,11 +170,15 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
     peak_of = cuda_peak if opt._devices else cpu_peak
     steps, noise = opt._steps, opt._noise.snapshot()
     traced: list[Any] = []
+    opt.memory = "store"  # which refuses nothing
 
     def look() -> None:
         traced.append(
-            trace(closure, opt._by_position, opt._ids, opt._names, opt._level, transaction, finite=opt.check_finite)
-        )
+            trace(
+                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction,
+                finite=opt.check_finite, stream=opt._streams,
+            )
+        )  # fmt: skip
         opt._check_plan(traced[0])
 
     _, floor = peak_of(look)
@@ -199,7 +203,7 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         return limit is None or peak <= limit
 
     modes = []
-    for mode in opt._modes():
+    for mode in ("store",) if opt._stores(traced[0].graph) else ("store", "replay", "stream"):
         opt._cache.restore({})
         try:
             peak = max(floor, peak_of(lambda: step(mode))[1])  # noqa: B023 (called here)

@@ -8,15 +8,50 @@ from the loss passes more than one block before the block that it serves.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from guessopt.estimators.base import Lesson
+from guessopt.estimators.correction import Correction, less
 from guessopt.estimators.moments import TINY, State, crowd, moments, recent, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart
-from guessopt.sites import Block, Call, ForwardRecord, Layout, SiteGraph
-from guessopt.tracing.local import Stretch
+from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
+from guessopt.tracing.local import Local, Stretch
+
+if TYPE_CHECKING:
+    from guessopt.estimators.feedback import LearnedFeedback
+
+
+class Streamwise(Lesson):
+    """One step along the stream: after the pass, from its end back to its beginning."""
+
+    def __init__(
+        self, options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any]
+    ) -> None:
+        self.options, self.sites, self.graph, self.states = options, sites, graph, states
+        self.correction = Correction(options.gamma, graph, states, ())
+        self.steps: dict[int, State] = {}
+
+    def estimate(self, locals: dict[int, Local], record: ForwardRecord) -> dict[int, Tensor]:
+        options, form = self.options, Form(self.options.structure, self.options.entries)
+        course = Course(set(locals), record, self.graph, self.states, form, options.ahead)
+        found, exact = course.predicted()
+        guesses = {index: record.guesses[index] for index in locals if index in record.guesses}
+        if guesses and options.beta:
+            self.steps = course.learn(beta=options.beta, leak=options.leak, clip=options.clip)
+        if guesses and options.gamma != 0:
+            rest = record.d
+            for index, c in found.items():
+                if index in guesses:
+                    rest = less(rest, c, guesses[index], self.graph.sites[index], self.graph.batch)
+            for index in guesses.keys() - exact:
+                found[index] = self.correction.of(index, found.get(index), guesses[index], rest)
+        return found
+
+    def learned(self) -> dict[int, Any]:
+        return self.correction.together(self.steps)
 
 
 class Course:
@@ -138,7 +173,7 @@ class Course:
             else:
                 new["share"] = torch.zeros_like(new["width"])
             gradient = place.outer(r, missed) / samples(r)
-            new |= stepped(old, new, gradient, crowd([(new, r)]), beta=beta, leak=leak, clip=clip)
+            new |= stepped(old, new, gradient, crowd([(new, samples(r))]), beta=beta, leak=leak, clip=clip)
             found[keeper] = new
         return found
 
