@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
 from guessopt.engine.forward import Departure, Guess, Pass
-from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
+from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import Level, PlainLevel
 from guessopt.engine.planning import (
     Plan,
@@ -150,14 +150,16 @@ class Stepping:
             record = self._in_turn(plan, record, closure, transaction)
         if self.check_finite:
             check_finite(record.loss, record.d)
-        guesses = len(record.d) if record.d.dim() == 2 else 1
+        guesses, gradients = len(record.d) if record.d.dim() == 2 else 1, None
         if guesses > 1:
             weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
             record, formed = combined(record, plan.graph, weights)
         else:
-            formed = self._formed(plan, record)
+            gradients = Gradients(plan.graph, self._by_position, self._ids, directed=record.params)
+            formed = self._formed(plan, record, partial(gradients.spend, record))
         cotangents = estimated_cotangents(plan.graph, record, formed)
-        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids), guesses
+        found = parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids, gradients)
+        return record.loss, found, guesses
 
     def _derivatives(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
         """The first pass of replay, or where guesses go in turn one for each: what it leaves is ``D_n``, the loss and
@@ -409,8 +411,11 @@ class Stepping:
         guess: Guess = partial(self._guess, guesses, locals, count, self._noise)
         if lessons and not keeps:
             guess = self._shown(plan, lessons, "see", self._noise)
+        elif not all(lesson.keeps[0] for lesson in lessons.values()):
+            guess = _forgetting(guess, locals)
         directions = self._directions(count, self._noise)
         run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps)
+        run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
         record.noise, record.lessons = before, lessons
         if keeps:
@@ -470,14 +475,17 @@ class Stepping:
                 return _stacked(ys)
             return _stacked(ys), _stacked([estimator.correct(state, local, y) for y in ys])
 
-    def _formed(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
-        """The cotangents that estimators form themselves; what they learn here serves from the next pass on."""
+    def _formed(
+        self, plan: Plan, record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None] | None = None
+    ) -> dict[int, Tensor]:
+        """The cotangents that estimators form themselves, but for those handed to ``spend``; what they learn here
+        serves from the next pass on."""
         formed: dict[int, Tensor] = {}
         guesses = self._guesses_of(plan)
         for estimator, lesson in record.lessons.items():
             locals = {index: local for index, local in record.locals.items() if guesses[index][0] == estimator}
             with torch.no_grad():
-                formed |= lesson.estimate(locals, record)
+                formed |= lesson.estimate(locals, record, spend or formed.update)
         self._learn(plan, record)
         return formed
 
@@ -653,6 +661,17 @@ def _users_frame() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
+    """The guess, without what it leaves in ``locals``."""
+
+    def forgetting(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
+        y = guess(site, s, values)
+        locals.clear()
+        return y
+
+    return forgetting
 
 
 def _stacked(guesses: list[Tensor]) -> Tensor:

@@ -45,16 +45,18 @@ def parameter_gradients(
     cotangents: Mapping[int, Tensor],
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
+    gradients: Gradients | None = None,
 ) -> dict[int, Tensor]:
     """Each site's own transposed rule, then any expression of parameters back to the parameters themselves.
 
     Args:
         params: trainable parameters by position; ids: ``id`` to position.
+        gradients: what other calls have contributed.
 
     Returns:
         Gradients by position; parameters that nothing consumed are absent.
     """
-    gradients = Gradients(graph, params, ids, directed=record.params)
+    gradients = gradients or Gradients(graph, params, ids, directed=record.params)
     for visit in record.visits:
         if visit.directions is not None:
             gradients.direct(visit, record.d)
@@ -113,6 +115,19 @@ class Gradients:
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)
+
+    def spend(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
+        """What those calls of the record contribute whose cotangents are here; the record forgets them."""
+        known, left = dict(cotangents), list[Visit]()
+        for site in reversed(self.graph.sites):
+            if site.shares in known:
+                known.setdefault(site.index, known[site.shares])
+        for visit in record.visits:
+            if all(site.index in known for site in self.graph.sites_at[visit.call.index]):
+                self.visit(visit, known)
+            else:
+                left.append(visit)
+        record.visits = left
 
     def direct(self, visit: Visit, d: Tensor) -> None:
         """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""

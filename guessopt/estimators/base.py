@@ -172,14 +172,25 @@ Noise = Callable[[Site, Shape], Tensor]
 class Lesson(ABC):
     """One step of an estimator that learns: the cotangents of its sites, and what their guesses teach.
 
-    ``memory="store"`` asks for all at once (``estimate``). Where nothing is kept between passes, each site is shown as
-    a pass reaches it: to ``see`` in the first, which ``close`` ends; if ``looks``, to ``look`` in one more; and to
-    ``serve`` in the last, which ``open`` begins (again, if it fails half-way). What was learned is then ``learned``.
+    ``memory="store"`` asks for all at once (``estimate``), and keeps for it what ``keeps`` says. Where nothing is kept
+    between passes, each site is shown as a pass reaches it: to ``see`` in the first, which ``close`` ends; if it
+    ``looks``, to ``look`` in one more; and to ``serve`` in the last, which ``open`` begins (again, if it fails
+    half-way). What was learned is then ``learned``.
     """
 
+    #: Whether ``estimate`` needs the surroundings of every site, and the guesses.
+    keeps: tuple[bool, bool] = True, True
+
     @abstractmethod
-    def estimate(self, locals: dict[int, Local], record: ForwardRecord) -> dict[int, Tensor]:
-        """Cotangents by site index, where there are any; ``locals``: every site."""
+    def estimate(
+        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+    ) -> dict[int, Tensor]:
+        """Cotangents by site index, where there are any, but for those handed to ``spend``.
+
+        Args:
+            locals: every site's.
+            spend: turns some cotangents into gradients there and then.
+        """
 
     @abstractmethod
     def learned(self) -> dict[int, Any]:

@@ -5,6 +5,7 @@ A site is served when it is reached or, where its prediction is made one matrix 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,9 @@ class Sitewise(Lesson):
 
     # --- all at once ---
 
-    def estimate(self, locals: dict[int, Local], record: ForwardRecord) -> dict[int, Tensor]:
+    def estimate(
+        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+    ) -> dict[int, Tensor]:
         if self.options.start == "weights":
             self._start(locals)
         guesses = {index: record.guesses[index] for index in locals if index in record.guesses}
