@@ -61,6 +61,9 @@ class Estimator(ABC):
     #: Whether a ``Lesson`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
+    #: A forward-mode pass on one step in so many (others than 1 only where ``learns``).
+    every: int = 1
+
     #: Whether it works along a residual stream where there is one (``SiteGraph.stream``).
     streams: bool = False
 
