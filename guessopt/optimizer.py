@@ -67,7 +67,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
     Raises:
         ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
-            guesses cannot share a pass, and for ``orthogonal`` with estimators that learn or undo their bias.
+            guesses cannot share a pass, for ``orthogonal`` with estimators that learn or undo their bias, and for
+            learned feedback along a residual stream in two passes.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
 

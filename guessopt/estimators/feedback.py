@@ -53,9 +53,10 @@ class LearnedFeedback(Estimator):
         clip: largest update, in units of the usual one.
         ahead: how far a prediction is from the site that it serves. 0: none but the site's own activation lies between,
             ``c_i = M_i B_i e``. 1: the next matrix site, as above; in a stream, a block.
-        residual: whether to look for a residual stream.
+        residual: whether to look for a residual stream; one that is found takes ``memory="store"``.
         start: ``"zero"``; ``"random"``: ``N(0, 1 / rows)``; ``"weights"``: the product of the weights as they
-            stand, every activation's derivative at its mean. Deviations along a stream begin at zero.
+            stand, every activation's derivative at its mean, for which ``memory="store"`` is needed. Deviations along a
+            stream begin at zero.
         entries: most entries of a ``B``; a larger one tells fewer positions apart, then reads fixed random mixtures of
             the output's features. None: no bound.
 
