@@ -100,7 +100,7 @@ class Stepping:
                 loss, gradients = records[0].loss, self._replay(plan, records, closure, transaction)
                 self._learn(plan, records[0])
             self._steps += 1
-            return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
+            return loss, {k: _laid_out(g, self._params[k]) for k, g in gradients.items()}
 
     def _settle(self, closure: Callable[[], Any]) -> None:
         """Replace ``memory="auto"`` by the mode that serves."""
@@ -295,7 +295,7 @@ class Stepping:
 
         def deliver(gradients: dict[int, Tensor]) -> None:
             for position, g in gradients.items():
-                self._update_one(position, g.to(self._params[position].dtype))
+                self._update_one(position, _laid_out(g, self._params[position]))
                 journal.done.add(position)
 
         self._fire(self.base._optimizer_step_pre_hooks)
@@ -661,6 +661,14 @@ def _users_frame() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _laid_out(g: Tensor, p: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype, and in its memory layout, which torch's fused updates take for granted."""
+    g = g.to(p.dtype)
+    if g.layout is not torch.strided or g.stride() == p.stride():
+        return g
+    return torch.empty_like(p, requires_grad=False).copy_(g)
 
 
 def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:

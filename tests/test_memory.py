@@ -163,6 +163,20 @@ def test_stream_serves_elementwise_bases(base: Any) -> None:
             torch.testing.assert_close(value, b[key][name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("base", FUSED)
+def test_fused_updates_of_a_transposed_weight(base: Any) -> None:
+    """Its gradient comes transposed as well, and fused kernels go by memory."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        w, x = nn.Parameter(torch.randn(6, 4).double()), torch.randn(8, 6).double()
+        opt = GuessGradOptimizer([w], base, ActivationPerturbation(), lr=1e-2, seed=0, fused=fused)
+        for _ in range(3):
+            opt.step(lambda w=w, x=x: F.linear(x, w.t()).square().mean())
+        found.append(w.detach())
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
 def test_first_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the passes no input, output or guess of any layer is alive."""
     torch.manual_seed(0)
