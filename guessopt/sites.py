@@ -345,6 +345,13 @@ class SiteGraph:
         for number, cut in enumerate(self.cuts):
             cuts.setdefault(cut.call, []).append((number, cut))
         object.__setattr__(self, "cuts_at", cuts)
+        shared: dict[int, tuple[int, ...]] = {}
+        for site in reversed(self.sites):
+            end = site
+            while end.shares is not None:
+                end = self.sites[end.shares]
+                shared[end.index] = (site.index, *shared.get(end.index, ()))
+        object.__setattr__(self, "shared_by", shared)
         states = self.stream.shapes if self.stream is not None else {}
         noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
@@ -355,6 +362,7 @@ class SiteGraph:
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
     cuts_at: dict[int, list[tuple[int, Cut]]] = field(init=False, repr=False, compare=False)
+    shared_by: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     noted: dict[int, tuple[tuple[str, int, int], ...]] = field(init=False, repr=False, compare=False)
 
 

@@ -483,7 +483,8 @@ class Stepping:
         formed: dict[int, Tensor] = {}
         guesses = self._guesses_of(plan)
         for estimator, lesson in record.lessons.items():
-            locals = {index: local for index, local in record.locals.items() if guesses[index][0] == estimator}
+            own = [index for index in record.locals if guesses[index][0] == estimator]
+            locals = {index: record.locals.pop(index) for index in own}
             with torch.no_grad():
                 formed |= lesson.estimate(locals, record, spend or formed.update)
         self._learn(plan, record)

@@ -57,7 +57,8 @@ def parameter_gradients(
         Gradients by position; parameters that nothing consumed are absent.
     """
     gradients = gradients or Gradients(graph, params, ids, directed=record.params)
-    for visit in record.visits:
+    cotangents = {**cotangents, **gradients.known}
+    for visit in (*gradients.visits.values(), *record.visits):
         if visit.directions is not None:
             gradients.direct(visit, record.d)
         else:
@@ -73,6 +74,9 @@ class Gradients:
         params: trainable parameters by position; ids: ``id`` to position.
         directed: positions of parameters that have guesses of their own.
         origin: which parameters an expression is computed from; needed to ``take`` some before the others.
+
+    Attributes:
+        visits: by call, those that ``spend`` has left; ``known``: the cotangents that it has for them.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class Gradients:
         self.graph, self.params, self.ids, self.directed, self.origin = graph, params, ids, directed, origin
         self.found: dict[int, Tensor] = {}
         self._expressions: list[tuple[Tensor, Tensor]] = []
+        self.visits: dict[int, Visit] = {}
+        self.known: dict[int, Tensor] = {}
 
     def add(self, position: int, gradient: Tensor) -> None:
         if position in self.found:  # a sum in bfloat16 would lose what is a hundred times smaller
@@ -117,17 +123,20 @@ class Gradients:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)
 
     def spend(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
-        """What those calls of the record contribute whose cotangents are here; the record forgets them."""
-        known, left = dict(cotangents), list[Visit]()
-        for site in reversed(self.graph.sites):
-            if site.shares in known:
-                known.setdefault(site.index, known[site.shares])
-        for visit in record.visits:
-            if all(site.index in known for site in self.graph.sites_at[visit.call.index]):
-                self.visit(visit, known)
-            else:
-                left.append(visit)
-        record.visits = left
+        """What those calls of the record contribute whose cotangents are here; they are taken out of the record."""
+        if record.visits:
+            self.visits, record.visits = {visit.call.index: visit for visit in record.visits}, []
+        calls = dict.fromkeys(
+            self.graph.sites[k].call.index
+            for index in cotangents
+            for k in (*self.graph.shared_by.get(index, ()), index)
+        )
+        for index, g in cotangents.items():
+            self.known |= dict.fromkeys((index, *self.graph.shared_by.get(index, ())), g)
+        for call in calls:
+            sites = self.graph.sites_at[call]
+            if call in self.visits and all(site.index in self.known for site in sites):
+                self.visit(self.visits.pop(call), {site.index: self.known.pop(site.index) for site in sites})
 
     def direct(self, visit: Visit, d: Tensor) -> None:
         """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""

@@ -191,7 +191,7 @@ class Lesson(ABC):
         """Cotangents by site index, where there are any, but for those handed to ``spend``.
 
         Args:
-            locals: every site's.
+            locals: every site's; they may be taken out.
             spend: turns some cotangents into gradients there and then.
         """
 

@@ -5,6 +5,7 @@ A site is served when it is reached or, where its prediction is made one matrix 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -102,14 +103,31 @@ class Sitewise(Lesson):
         for index, y in guesses.items():
             self._see(locals[index], y, keep=True)
         self.close(record)
+        if not self.looks:
+            for index in guesses:
+                del record.guesses[index]
+            self._spend(locals, guesses, spend)
+            return {}
         known = [each for index, local in locals.items() for each in self._predicted(local, guesses.get(index))]
-        if self.looks:
-            for each in known:
-                self._less(*each)
+        for each in known:
+            self._less(*each)
         for index in guesses:
             self._learn(locals[index], guesses[index])
         found = ((index, self._corrected(index, c, y)) for index, c, y in known)
         return {index: c for index, c in found if c is not None}
+
+    def _spend(
+        self, locals: dict[int, Local], guesses: dict[int, Tensor], spend: Callable[[dict[int, Tensor]], None]
+    ) -> None:
+        """Serve each site and forget it; gradients add up in the order of the calls."""
+        order, known = deque(locals), dict[int, Tensor | None]()
+        for index in tuple(locals):
+            known |= self.serve(locals.pop(index), guesses.pop(index, None))
+            while order and order[0] in known:
+                c = known.pop(order[0])
+                if c is not None:
+                    spend({order[0]: c})
+                order.popleft()
 
     # --- site by site ---
 
