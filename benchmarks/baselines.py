@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.speed import layers
 from benchmarks.training import ESTIMATORS, Backprop, Guess, Learner
-from guessopt import GuessGradOptimizer
+from guessopt import GuessGradOptimizer, LearnedFeedback
 from guessopt.rng import RandomState
 
 
@@ -117,13 +118,16 @@ class ZerothOrder(Learner):
 
 
 class Guessed(Guess):
-    """A guess optimizer in one of its memory modes, on the same fused AdamW."""
+    """A guess optimizer in one of its memory modes, on the same fused AdamW. Learned feedback leaves residual streams
+    alone in two passes, which do not go along them."""
 
     def __init__(self, model: nn.Module, lr: float, method: str, memory: str = "store") -> None:
         super().__init__(model, lr, method)
-        self.optimizer = GuessGradOptimizer(
-            model.parameters(), AdamW, ESTIMATORS[method](), memory=memory, lr=lr, fused=True
-        )
+        estimator = ESTIMATORS[method]()
+        if isinstance(estimator, LearnedFeedback) and memory != "store":
+            estimator = replace(estimator, residual=False)
+        self.every = getattr(estimator, "every", 1)  # steps between forward-mode passes
+        self.optimizer = GuessGradOptimizer(model.parameters(), AdamW, estimator, memory=memory, lr=lr, fused=True)
 
 
 LEARNERS: dict[str, tuple[str, Callable[[nn.Module, float], Learner]]] = {
@@ -135,7 +139,15 @@ LEARNERS: dict[str, tuple[str, Callable[[nn.Module, float], Learner]]] = {
     "w_perp_store": ("W-perp, store", lambda model, lr: Guessed(model, lr, "w_perp")),
     "w_perp_replay": ("W-perp, replay", lambda model, lr: Guessed(model, lr, "w_perp", "replay")),
     "w_perp_stream": ("W-perp, stream", lambda model, lr: Guessed(model, lr, "w_perp", "stream")),
-    "learned_feedback": ("learned feedback", lambda model, lr: Guessed(model, lr, "learned_feedback")),
+    "learned_feedback": ("learned feedback, store", lambda model, lr: Guessed(model, lr, "learned_feedback")),
+    "learned_feedback_replay": (
+        "learned feedback, replay",
+        lambda model, lr: Guessed(model, lr, "learned_feedback", "replay"),
+    ),
+    "learned_feedback_stream": (
+        "learned feedback, stream",
+        lambda model, lr: Guessed(model, lr, "learned_feedback", "stream"),
+    ),
 }
 """By name, a label and what makes the learner from a model and a learning rate."""
 

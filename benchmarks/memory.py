@@ -53,7 +53,11 @@ TIMED = {
     False: {"mlp": Case("MLP 6x1024", lambda: mlp(1024, 6, 512)), "vit": FULL["vit6"]},
     True: {"mlp": QUICK["mlp12"], "vit": QUICK["vit12"]},
 }
-RACERS = ("backprop", "checkpointed", "in_backward", "w_perp_store", "w_perp_replay", "w_perp_stream")
+RACERS = (
+    "backprop", "checkpointed", "in_backward", "w_perp_store", "w_perp_replay", "w_perp_stream",
+    "learned_feedback", "learned_feedback_replay", "learned_feedback_stream",
+)  # fmt: skip
+WITH_JVP = " on a step with a forward-mode pass"
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,8 @@ def between(settings: Settings) -> Between:
 
 @dataclass(frozen=True)
 class Race:
-    """Times of a step over a checkpointed backprop step, interleaved."""
+    """Times of a step over a checkpointed backprop step, interleaved. Of methods that make a forward-mode pass on one
+    step in several, the steps without; those with it go by the name ``... WITH_JVP``."""
 
     over_checkpointed: dict[str, Ratio]
     seconds: dict[str, float]
@@ -193,12 +198,27 @@ class Race:
 def modes_race(name: str, settings: Settings) -> Race:
     problem = placed(TIMED[settings.quick][name].make(), settings.device)
     learners = {method: learner(method, problem.copy().model) for method in RACERS}
+    warm = 2 if settings.quick else 4
     for own in learners.values():
-        for _ in range(2 if settings.quick else 4):
+        for _ in range(warm):
             own.step(problem.x, problem.y)
     times = race(learners, problem.x, problem.y, settings.race)
-    over = {method: ratio(each, times["checkpointed"]) for method, each in times.items()}
-    return Race(over, {method: median(each) for method, each in times.items()})
+    over, seconds = {}, {}
+    for method, own in learners.items():
+        for name, rounds in kinds_of_steps(method, own, range(warm, warm + len(times[method]))).items():
+            each = [times[method][k - warm] for k in rounds]
+            over[name] = ratio(each, [times["checkpointed"][k - warm] for k in rounds])
+            seconds[name] = median(each)
+    return Race(over, seconds)
+
+
+def kinds_of_steps(method: str, own: Learner, steps: range) -> dict[str, list[int]]:
+    """A learner's steps by what they are called in a ``Race``, where there are at least two of a kind."""
+    every = getattr(own, "every", 1)
+    found: dict[str, list[int]] = {}
+    for step in steps:
+        found.setdefault(method + WITH_JVP if every > 1 and step % every == 0 else method, []).append(step)
+    return {name: each for name, each in found.items() if len(each) > 1}
 
 
 # --- under a limit ----------------------------------------------------------------------------------------------------
@@ -303,13 +323,14 @@ def prepared(peaks: Mapping[str, int]) -> int:
 def tables_of(content: Mapping[str, Any]) -> list[Table]:
     """The tables of a JSON that this experiment wrote."""
     settings, figures = Settings(**content["settings"]), content["figures"]
-    cases = {name: case for name, case in FULL.items() if all(f"{name} {method}" in figures for method in LEARNERS)}
+    cases = {name: case for name, case in FULL.items() if f"{name} backprop" in figures}
     return tables(figures, cases, settings)
 
 
 def tables(figures: Any, cases: Mapping[str, Case], settings: Settings) -> list[Table]:
     found = [
-        peaks_table(case, {method: figures[f"{name} {method}"] for method in LEARNERS}) for name, case in cases.items()
+        peaks_table(case, {m: figures[f"{name} {m}"] for m in LEARNERS if f"{name} {m}" in figures})
+        for name, case in cases.items()
     ]
     notes = [flat(figures, [name for name in cases if name.startswith(family)], cases) for family in ("mlp", "vit")]
     long = figures["stream"]["peaks"]
@@ -326,12 +347,13 @@ def tables(figures: Any, cases: Mapping[str, Case], settings: Settings) -> list[
         f"random states {alive['random']}, other {rest}."
     )
     races = {name: figures[f"race {name}"] for name in TIMED[settings.quick]}
-    over = {m: [str(Ratio(**each["over_checkpointed"][m])) for each in races.values()] for m in RACERS}
+    over = [each["over_checkpointed"] for each in races.values()]
+    names = list(dict.fromkeys(m for each in over for m in each))
     found.append(
         Table(
             "Time over a checkpointed backprop step (quartiles), interleaved",
             ["", *(TIMED[settings.quick][name].title for name in races)],
-            [[LEARNERS[m][0], *ratios] for m, ratios in over.items()],
+            [[racer(m), *(str(Ratio(**own[m])) if m in own else "" for own in over)] for m in names],
             "\n".join(note for note in notes if note),
         )
     )
@@ -354,6 +376,11 @@ def tables(figures: Any, cases: Mapping[str, Case], settings: Settings) -> list[
             )
         )
     return found
+
+
+def racer(name: str) -> str:
+    method = name.removesuffix(WITH_JVP)
+    return LEARNERS[method][0] + name[len(method) :]
 
 
 def peaks_table(case: Case, cells: Mapping[str, Any]) -> Table:

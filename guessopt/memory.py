@@ -85,8 +85,9 @@ def plan(opt: Stepping, closure: Closure, budget: int | str | None = None) -> Me
     """Try each memory mode on the closure, and recommend the fastest that fits.
 
     Nothing is changed: gradients are estimated and discarded, buffers, random states, ``.grad`` and the optimizer are
-    as before. Each mode runs twice, from scratch for its peak (decompositions included) and again for its time. The
-    peak comes from the CPU allocator's events, or on a GPU from CUDA's counters, whose peak statistics are reset.
+    as before. Each mode runs twice, from scratch for its peak (decompositions included) and again for its time; where
+    only some steps make a forward-mode pass, the peak is that of such a step, the time a step's mean. The peak comes
+    from the CPU allocator's events, or on a GPU from CUDA's counters, whose peak statistics are reset.
 
     Args:
         opt: in any mode.
@@ -169,12 +170,18 @@ def bytes_of(budget: int | str) -> int:
 def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
     peak_of = cuda_peak if opt._devices else cpu_peak
     steps, noise = opt._steps, opt._noise.snapshot()
+    period = max(e.every for e in opt._estimators)
+    learns, moving = any(e.learns for e in opt._estimators), -(-steps // period) * period  # with a forward-mode pass
     traced: list[Any] = []
+    opt.memory = "store"  # which refuses nothing
 
     def look() -> None:
         traced.append(
-            trace(closure, opt._by_position, opt._ids, opt._names, opt._level, transaction, finite=opt.check_finite)
-        )
+            trace(
+                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction,
+                finite=opt.check_finite, stream=opt._streams,
+            )
+        )  # fmt: skip
         opt._check_plan(traced[0])
 
     _, floor = peak_of(look)
@@ -186,12 +193,13 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         opt._noise.restore(noise)
         opt._steps = steps
 
-    def step(mode: str) -> None:
+    def step(mode: str, number: int = moving) -> None:
         restart()
-        opt.memory = mode
+        opt.memory, opt._steps = mode, number
         if mode == "stream":
             found, records = opt._derivatives(closure, transaction)
             opt._replay(found, records, closure, transaction, deliver=lambda gradients: None)
+            opt._learn(found, records[0])
         else:
             opt._estimate(closure, transaction)
 
@@ -199,11 +207,17 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         return limit is None or peak <= limit
 
     modes = []
-    for mode in opt._modes():
+    for mode in ("store",) if opt._stores(traced[0].graph) else ("store", "replay", "stream"):
         opt._cache.restore({})
         try:
             peak = max(floor, peak_of(lambda: step(mode))[1])  # noqa: B023 (called here)
-            modes.append(ModeCost(mode, peak, _seconds(lambda: step(mode), opt._devices), fits(peak)))  # noqa: B023
+            if learns:  # by what the first step has taught
+                peak = max(peak, peak_of(lambda: step(mode))[1])  # noqa: B023
+            seconds = _seconds(lambda: step(mode), opt._devices)  # noqa: B023
+            if period > 1:
+                others = _seconds(lambda: step(mode, moving + 1), opt._devices)  # noqa: B023
+                seconds = (seconds + (period - 1) * others) / period
+            modes.append(ModeCost(mode, peak, seconds, fits(peak)))
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise

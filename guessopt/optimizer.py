@@ -67,7 +67,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
     Raises:
         ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
-            guesses cannot share a pass, and for ``orthogonal`` with estimators that learn or undo their bias.
+            guesses cannot share a pass, for ``orthogonal`` with estimators that learn or undo their bias, and for
+            learned feedback along a residual stream in two passes.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
 
@@ -316,9 +317,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
             start, count = len(self._estimators), len(group["params"])
             names = self._names[start : start + count]
             self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
-        if self.memory not in (*self._modes(), "auto"):
-            learner = min(e.name for e in self._estimators if e.learns)
-            raise ValueError(f"memory: {learner} needs what every site saw; use memory='store'")
+        if self.memory in ("replay", "stream") and (why := self._stores()):
+            raise ValueError(f"memory: {why}")
         entries: dict[Estimator, int] = {}
         for position, p in self._by_position.items():
             entries[self._estimators[position]] = entries.get(self._estimators[position], 0) + p.numel()

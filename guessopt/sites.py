@@ -9,6 +9,7 @@ import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,6 +165,14 @@ class Segment:
     weight_program: tuple[Call, ...] = ()
     fused: Callable[[Tensor, Tensor, bool], Tensor] | None = None
     onward: tuple[Onward, ...] = ()
+
+    @cached_property
+    def needs(self) -> frozenset[int]:
+        """Values that the programs and the matrices read and do not make."""
+        calls = (*self.program, *self.weight_program)
+        made = {self.source, *(v for call in calls for v in call.outputs)}
+        read = {v for call in calls for v in call.inputs} | {w for matrix in self.matrices for w in matrix.weights}
+        return frozenset(read - made)
 
     @property
     def key(self) -> str:
@@ -336,14 +345,24 @@ class SiteGraph:
         for number, cut in enumerate(self.cuts):
             cuts.setdefault(cut.call, []).append((number, cut))
         object.__setattr__(self, "cuts_at", cuts)
+        shared: dict[int, tuple[int, ...]] = {}
+        for site in reversed(self.sites):
+            end = site
+            while end.shares is not None:
+                end = self.sites[end.shares]
+                shared[end.index] = (site.index, *shared.get(end.index, ()))
+        object.__setattr__(self, "shared_by", shared)
         states = self.stream.shapes if self.stream is not None else {}
         noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
 
     #: Identities of the parameters that a call read, once checked against ``reads``.
     verified: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
+    #: What others have worked out from this graph, to be kept as long as it is.
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
     cuts_at: dict[int, list[tuple[int, Cut]]] = field(init=False, repr=False, compare=False)
+    shared_by: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     noted: dict[int, tuple[tuple[str, int, int], ...]] = field(init=False, repr=False, compare=False)
 
 
@@ -376,6 +395,7 @@ class ForwardRecord:
     reads itself, by position. ``params``: the guesses made for parameters, by position. ``locals``: by site index, the
     surroundings of sites whose estimator forms the cotangent itself. ``noise``: where the guesses' stream stood before.
     ``values``: what the graph has kept aside; ``states``: tangents of the residual stream's states, by value.
+    ``lessons``: of the estimators that learn.
     A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the visits'
     ``directions``.
     """
@@ -392,6 +412,7 @@ class ForwardRecord:
     values: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
     noise: Any = None
+    lessons: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:

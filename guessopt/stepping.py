@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
-from guessopt.engine.forward import Departure, Pass
-from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import Level
+from guessopt.engine.forward import Departure, Guess, Pass
+from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
+from guessopt.engine.levels import Level, PlainLevel
 from guessopt.engine.planning import (
     Plan,
     Transaction,
@@ -31,10 +31,11 @@ from guessopt.engine.planning import (
 from guessopt.engine.replay import Deliver, Journal, Replay
 from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import GuessWarning, PartialUpdateError
-from guessopt.estimators.base import Estimator, describe
+from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource
-from guessopt.sites import ForwardRecord, Site, SiteGraph, numel
+from guessopt.sites import ForwardRecord, Shape, Site, SiteGraph, numel
+from guessopt.tracing.interceptor import without_autocast
 from guessopt.tracing.local import Local, centred, draw
 
 #: What a step keeps: see ``GuessGradOptimizer``.
@@ -97,17 +98,22 @@ class Stepping:
             else:
                 plan, records = self._derivatives(closure, transaction)
                 loss, gradients = records[0].loss, self._replay(plan, records, closure, transaction)
+                self._learn(plan, records[0])
             self._steps += 1
-            return loss, {k: g.to(self._params[k].dtype) for k, g in gradients.items()}
+            return loss, {k: _laid_out(g, self._params[k]) for k, g in gradients.items()}
 
     def _settle(self, closure: Callable[[], Any]) -> None:
         """Replace ``memory="auto"`` by the mode that serves."""
         if self.memory == "auto":
             self.memory = choose(self, closure, self._budget)
 
-    def _modes(self) -> tuple[str, ...]:
-        """The memory modes that all estimators allow."""
-        return ("store",) if any(e.learns for e in self._estimators) else MODES
+    def _stores(self, graph: SiteGraph | None = None) -> str | None:
+        """Why ``memory="store"`` alone serves, as far as is known without a graph; None if every mode does."""
+        for e in dict.fromkeys(e for e in self._estimators if e.learns):
+            several = f"guesses={self.guesses}: what one teaches serves the next, so that each needs passes of its own"
+            if why := several if self.guesses > 1 else e.stores(graph):
+                return f"{e.name} does not go with memory={self.memory!r} here: {why}; or use memory='store'"
+        return None
 
     @contextmanager
     def _atomic(self, closure: Callable[[], Any], transaction: Transaction | None = None) -> Iterator[Transaction]:
@@ -144,14 +150,16 @@ class Stepping:
             record = self._in_turn(plan, record, closure, transaction)
         if self.check_finite:
             check_finite(record.loss, record.d)
-        guesses = len(record.d) if record.d.dim() == 2 else 1
+        guesses, gradients = len(record.d) if record.d.dim() == 2 else 1, None
         if guesses > 1:
             weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
             record, formed = combined(record, plan.graph, weights)
         else:
-            formed = self._formed(plan, record)
+            gradients = Gradients(plan.graph, self._by_position, self._ids, directed=record.params)
+            formed = self._formed(plan, record, partial(gradients.spend, record))
         cotangents = estimated_cotangents(plan.graph, record, formed)
-        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids), guesses
+        found = parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids, gradients)
+        return record.loss, found, guesses
 
     def _derivatives(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
         """The first pass of replay, or where guesses go in turn one for each: what it leaves is ``D_n``, the loss and
@@ -169,6 +177,8 @@ class Stepping:
                 check_finite(record.loss, record.d)
             plan = found
             records.append(record)
+            if any(lesson.looks for lesson in record.lessons.values()):
+                self._look(plan, record, closure, transaction)
         assert plan is not None
         return plan, records
 
@@ -185,11 +195,11 @@ class Stepping:
         transaction.rewind()
         guesses = []
         for lane, record in enumerate(records):
-            source = NoiseSource(self._noise.seed)
-            source.restore(record.noise)
-            source.lane = lane
-            record.params = self._directions(record.count, source)
-            guesses.append(partial(self._guess, self._guesses_of(plan), {}, record.count, source))
+            source = self._again(record, lane)
+            if record.lessons:
+                guesses.append(self._shown(plan, record.lessons, "serve", source))
+            else:
+                guesses.append(partial(self._guess, self._guesses_of(plan), {}, record.count, source))
         frozen = self.batch_norm == "frozen_statistics"
         run = Replay(
             self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
@@ -199,6 +209,74 @@ class Stepping:
             return run.replay(closure)
         except Departure:
             raise unstable() from None
+
+    def _look(self, plan: Plan, record: ForwardRecord, closure: Callable[[], Any], transaction: Transaction) -> None:
+        """A pass between the two, for estimators that must look at every site before they can serve one."""
+        transaction.rewind()
+        level = PlainLevel()
+        level.frozen_statistics = self.batch_norm == "frozen_statistics"
+        guess = self._shown(plan, record.lessons, "look", self._again(record))
+        run = Pass(self._ids, plan.graph, level, guess, record.params, transaction.saved, keeps=False)
+        try:
+            run.run(closure)
+        except Departure:
+            raise unstable() from None
+
+    def _again(self, record: ForwardRecord, lane: int = 0) -> NoiseSource:
+        """The guesses' stream as it stood before the pass, past the guesses for parameters."""
+        source = NoiseSource(self._noise.seed)
+        source.restore(record.noise)
+        source.lane = lane
+        record.params = self._directions(record.count, source)
+        return source
+
+    def _shown(self, plan: Plan, lessons: Mapping[Estimator, Lesson], how: str, source: NoiseSource) -> Guess:
+        """``_guess``, from a source; what it makes of a site whose estimator learns is shown to the lesson (its method
+        ``how``) and forgotten."""
+        guesses, locals = self._guesses_of(plan), dict[int, Local]()
+        guess = partial(self._guess, guesses, locals, 1, source)
+        idle = {e for e in lessons if how == "see" and not e.injects(self._steps)}
+        show = {e: getattr(lesson, how) for e, lesson in lessons.items()}
+        for lesson in lessons.values():
+            lesson.open()
+
+        def shown(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
+            estimator = guesses[site.index][0] if site.index in guesses else None
+            if estimator in idle:
+                return None
+            y = guess(site, s, values)
+            if estimator not in show:
+                return y
+            with torch.no_grad(), without_autocast(s):
+                told = show[estimator](locals.pop(site.index), y)
+            return y if how == "see" else told
+
+        return shown
+
+    def _lessons(self, plan: Plan) -> dict[Estimator, Lesson]:
+        """A step begins, for the estimators that learn."""
+        guesses = self._guesses_of(plan)
+        sites: dict[Estimator, list[Site]] = {}
+        for index, (estimator, _, _) in guesses.items():
+            if estimator.learns:
+                sites.setdefault(estimator, []).append(plan.graph.sites[index])
+
+        def noise(site: Site, shape: Shape) -> Tensor:
+            return draw(self._noise, "normal", shape, site.dtype, self._params[site.params[0]].device)
+
+        return {
+            estimator: estimator.begin(
+                tuple(own), plan.graph, {site.index: self._cache.peek(guesses[site.index][2]) for site in own}, noise
+            )
+            for estimator, own in sites.items()
+        }
+
+    def _learn(self, plan: Plan, record: ForwardRecord) -> None:
+        """What was learned in this step serves from the next pass on."""
+        guesses = self._guesses_of(plan)
+        for lesson in record.lessons.values():
+            for index, state in lesson.learned().items():
+                self._cache.put(guesses[index][2], self._steps, state)
 
     def _stream(self, closure: Callable[[], Any]) -> Tensor:
         """Replay, each gradient applied and freed as soon as it is whole."""
@@ -217,7 +295,7 @@ class Stepping:
 
         def deliver(gradients: dict[int, Tensor]) -> None:
             for position, g in gradients.items():
-                self._update_one(position, g.to(self._params[position].dtype))
+                self._update_one(position, _laid_out(g, self._params[position]))
                 journal.done.add(position)
 
         self._fire(self.base._optimizer_step_pre_hooks)
@@ -231,6 +309,7 @@ class Stepping:
                 f"({type(error).__name__}: {error}); opt.finish(error.journal, closure) updates the rest",
                 journal,
             ) from error
+        self._learn(plan, journal.records[0])
         self._fire(self.base._optimizer_step_post_hooks)
         self._pending = False
 
@@ -324,20 +403,29 @@ class Stepping:
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
     ) -> ForwardRecord:
         locals: dict[int, Local] = {}
-        guesses, before = self._guesses_of(plan), None if keeps else self._noise.snapshot()
+        guesses, lessons = self._guesses_of(plan), self._lessons(plan)
+        before = None if keeps else self._noise.snapshot()
         level = self._level()
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
-        guess = partial(self._guess, guesses, locals, count, self._noise)
+        guess: Guess = partial(self._guess, guesses, locals, count, self._noise)
+        if lessons and not keeps:
+            guess = self._shown(plan, lessons, "see", self._noise)
+        elif not all(lesson.keeps[0] for lesson in lessons.values()):
+            guess = _forgetting(guess, locals)
         directions = self._directions(count, self._noise)
         run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps)
+        run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
-        record.noise = before
+        record.noise, record.lessons = before, lessons
         if keeps:
             record.locals = locals
         else:
+            with torch.no_grad():
+                for lesson in lessons.values():
+                    lesson.close(record)
             record.tangents, record.params = [], {}
-            if not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
+            if not lessons and not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
                 record.errors = []
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss, plan.tolerance)
@@ -389,18 +477,19 @@ class Stepping:
             each = ys if count > 1 else [ys]
             return ys, _stacked((estimator.correct(state, local, y) for y in each), count)
 
-    def _formed(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
-        """The cotangents that estimators form themselves; what they learn here serves from the next pass on."""
+    def _formed(
+        self, plan: Plan, record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None] | None = None
+    ) -> dict[int, Tensor]:
+        """The cotangents that estimators form themselves, but for those handed to ``spend``; what they learn here
+        serves from the next pass on."""
         formed: dict[int, Tensor] = {}
         guesses = self._guesses_of(plan)
-        for estimator in dict.fromkeys(guesses[index][0] for index in record.locals):
-            locals = {index: local for index, local in record.locals.items() if guesses[index][0] == estimator}
-            states = {index: self._cache.peek(guesses[index][2]) for index in locals}
+        for estimator, lesson in record.lessons.items():
+            own = [index for index in record.locals if guesses[index][0] == estimator]
+            locals = {index: record.locals.pop(index) for index in own}
             with torch.no_grad():
-                found, learned = estimator.estimate(locals, record, plan.graph, states)
-            formed.update(found)
-            for index, state in learned.items():
-                self._cache.put(guesses[index][2], self._steps, state)
+                formed |= lesson.estimate(locals, record, spend or formed.update)
+        self._learn(plan, record)
         return formed
 
     def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str, str]]:
@@ -511,6 +600,8 @@ class Stepping:
     def _check_plan(self, plan: Plan) -> None:
         """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""
         own = [site for site in plan.graph.sites if site.shares is None]
+        if self.memory in ("replay", "stream") and (why := self._stores(plan.graph)):
+            raise ValueError(f"memory: {why}")
         by_estimator: dict[Estimator, list[Site]] = {}
         for site in own:
             by_estimator.setdefault(self._estimator_of(site), []).append(site)
@@ -573,6 +664,25 @@ def _users_frame() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("guessopt", "torch"):
         level, frame = level + 1, frame.f_back
     return level
+
+
+def _laid_out(g: Tensor, p: Tensor) -> Tensor:
+    """The gradient in the parameter's dtype, and in its memory layout, which torch's fused updates take for granted."""
+    g = g.to(p.dtype)
+    if g.layout is not torch.strided or g.stride() == p.stride():
+        return g
+    return torch.empty_like(p, requires_grad=False).copy_(g)
+
+
+def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
+    """The guess, without what it leaves in ``locals``."""
+
+    def forgetting(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
+        y = guess(site, s, values)
+        locals.clear()
+        return y
+
+    return forgetting
 
 
 def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -11,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from guessopt import (
     ActivationPerturbation,
     DirectionalDescent,
     GuessGradOptimizer,
+    LearnedFeedback,
     PartialUpdateError,
     WPerp,
     WTranspose,
@@ -57,13 +60,24 @@ def _cnn() -> nn.Module:
     )
 
 
+def _convolutions() -> nn.Module:
+    """Feature maps: what lies between two matrix sites is a batch norm, an activation in place and pooling."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)),
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.2)),
+        *(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d((1, 2))),
+        *(nn.Flatten(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)),
+    )
+
+
 def _transformer() -> nn.Module:
     layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.1)
     return nn.Sequential(nn.Unflatten(1, (1, 6)), layer, nn.Flatten(), nn.Linear(6, 3))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": _mlp, "residual": Residual, "tied": Tied, "cnn": _cnn, "transformer": _transformer,
+    "mlp": _mlp, "residual": Residual, "tied": Tied, "cnn": _cnn, "convolutions": _convolutions,
+    "transformer": _transformer,
 }  # fmt: skip
 ESTIMATORS: dict[str, Any] = {
     "w_perp": WPerp(k=2, refresh=3),
@@ -147,6 +161,20 @@ def test_stream_serves_elementwise_bases(base: Any) -> None:
     for key in a:
         for name, value in a[key].items():
             torch.testing.assert_close(value, b[key][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("base", FUSED)
+def test_fused_updates_of_a_transposed_weight(base: Any) -> None:
+    """Its gradient comes transposed as well, and fused kernels go by memory."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        w, x = nn.Parameter(torch.randn(6, 4).double()), torch.randn(8, 6).double()
+        opt = GuessGradOptimizer([w], base, ActivationPerturbation(), lr=1e-2, seed=0, fused=fused)
+        for _ in range(3):
+            opt.step(lambda w=w, x=x: F.linear(x, w.t()).square().mean())
+        found.append(w.detach())
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
 def test_first_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,3 +305,263 @@ def test_closure_that_does_not_repeat_is_refused() -> None:
     with pytest.raises(RuntimeError, match="does not repeat"):
         for _ in range(4):
             opt.step(closure)
+
+
+# --- learned feedback -------------------------------------------------------------------------------------------------
+
+#: Ways to use it; with those that leave streams alone every model is served site by site.
+FEEDBACK: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "prediction alone": {"gamma": 0, "every": 2},
+    "near": {"gamma": 0, "ahead": 0},
+    "unbiased": {"gamma": 1},
+    "positions": {"structure": "position", "gamma": 0.5},
+    "random": {"start": "random", "beta": 0, "gamma": 0},
+    "random, learning": {"start": "random", "leak": 0.01},
+    "bases": {"guess": WPerp(k=2, refresh=3)},
+    "mixtures": {"entries": 8},
+}
+
+
+def _learned(opt: GuessGradOptimizer) -> dict[str, Any]:
+    """What it has learned, by site."""
+    cache = opt.state_dict()["guessopt"]["cache"]
+    return {key: entry["state"] for key, entry in cache.items() if key.startswith("learned: ")}
+
+
+def _assert_same_lessons(a: GuessGradOptimizer, b: GuessGradOptimizer) -> None:
+    one, other = _learned(a), _learned(b)
+    assert one.keys() == other.keys() and one
+    for key, state in one.items():
+        assert state.keys() == other[key].keys()
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key][name])), f"{key}: {name}"
+
+
+@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+@pytest.mark.parametrize("memory", ["replay", "stream"])
+@pytest.mark.parametrize(
+    ("model", "form"),
+    [(model, form) for model in ("mlp", "convolutions") for form in FEEDBACK]
+    + [(model, form) for model in ("residual", "tied", "transformer") for form in ("as it comes", "prediction alone")],
+)
+def test_learned_feedback_equals_store(model: str, form: str, memory: str) -> None:
+    """Updates, and what was learned, to the bit; without a stream ``residual`` may stay as it is."""
+    estimator = LearnedFeedback(residual=model in ("mlp", "convolutions"), **FEEDBACK[form])
+    stored, found = (_train(model, estimator=estimator, memory=m) for m in ("store", memory))
+    _assert_equal(stored, found)
+    _assert_same_lessons(stored[3], found[3])
+
+
+@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+@pytest.mark.parametrize("memory", ["replay", "stream"])
+def test_learned_feedback_beside_another_estimator(memory: str) -> None:
+    """The first layer's guesses are W^T's, the second's cotangent is predicted."""
+    estimators = {"0.*": WTranspose(), "*": LearnedFeedback()}
+    stored = _train("mlp", estimator=estimators)
+    _assert_equal(stored, _train("mlp", estimator=estimators, memory=memory))
+
+
+@pytest.mark.parametrize("memory", ["replay", "stream"])
+@pytest.mark.parametrize(("gamma", "passes"), [(0, (2, 2, 2)), (1, (3, 2, 3)), ("auto", (3, 2, 3))])
+def test_passes_of_learned_feedback(gamma: Any, passes: tuple[int, ...], memory: str) -> None:
+    """Two; a third on steps whose guesses correct predictions, which must all be known first."""
+    torch.manual_seed(0)
+    net, x, runs = _mlp(), torch.randn(5, 6), list[int]()
+    estimator = LearnedFeedback(gamma=gamma, every=2)
+    opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, estimator, lr=1e-2, memory=memory)
+
+    def closure() -> Tensor:
+        runs[-1] += 1
+        return net(x).square().mean()
+
+    for _ in range(9):
+        runs.append(0)
+        opt.step(closure)
+    assert tuple(runs[-3:]) == passes  # tracing and probes are over
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("every", [1, 10**6])
+def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the passes no memory of any layer's output is alive; in the second, that of a call's input and, one
+    matrix site ahead, of what the layer that waits has read."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(16, 16), nn.Tanh())), nn.Linear(16, 2))
+    x = torch.randn(32, 16)
+    seen: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def look(module: nn.Module, args: Any, out: Tensor) -> None:
+        alive.append(sum(not ref.expired() for ref in seen))
+        seen.append(StorageWeakRef(out.untyped_storage()))
+
+    for layer in net:
+        layer.register_forward_hook(look)
+    estimator = LearnedFeedback(gamma=0, every=every, ahead=ahead)
+    opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, estimator, lr=1e-2, memory="replay")
+    for _ in range(4):
+        opt.step(lambda: net(x).square().mean())
+    between: list[int] = []
+    second = opt._replay
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        between.append(sum(not ref.expired() for ref in seen))
+        alive.clear()
+        return second(*args, **kwargs)
+
+    monkeypatch.setattr(opt, "_replay", spy)
+    seen.clear()
+    opt.step(lambda: net(x).square().mean())
+    assert between == [0] and len(alive) == len(net)
+    assert max(alive) == (2 if ahead else 1)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_learned_feedback_updates_as_the_pass_goes(ahead: int) -> None:
+    """When a layer is reached in the second pass, the ones before the one that waits have their update."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(8, 8), nn.Tanh())), nn.Linear(8, 2))
+    layers = [layer for layer in net if isinstance(layer, nn.Linear)]
+    x = torch.randn(16, 8)
+    estimator = LearnedFeedback(gamma=0, ahead=ahead)
+    opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, estimator, lr=1e-2, memory="stream")
+    for _ in range(8):  # past the probes
+        opt.step(lambda: net(x).square().mean())
+    before = [layer.weight.detach().clone() for layer in layers]
+    moved: list[int] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        with torch._C.DisableTorchFunction():  # not a part of the closure
+            moved.append(sum(not torch.equal(layer.weight, w) for layer, w in zip(layers, before, strict=True)))
+
+    for layer in layers:
+        layer.register_forward_pre_hook(look)
+    opt.step(lambda: net(x).square().mean())
+    assert moved[:6] == [0] * 6  # the first pass
+    assert moved[6:] == ([0, 0, 1, 2, 3, 5] if ahead else [0, 1, 2, 3, 4, 5])
+
+
+@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+@pytest.mark.parametrize("memory", ["replay", "stream"])
+@pytest.mark.parametrize("model", ["mlp", "convolutions"])
+def test_learned_feedback_resumes(model: str, memory: str) -> None:
+    """From ``state_dict``, in the middle of a period, bit for bit."""
+
+    def fresh() -> tuple[nn.Module, GuessGradOptimizer]:
+        net = MODELS[model]().double()
+        estimator = LearnedFeedback(gamma=1, every=2)
+        return net, GuessGradOptimizer(net.named_parameters(), torch.optim.AdamW, estimator, lr=1e-2, memory=memory)
+
+    def train(net: nn.Module, opt: GuessGradOptimizer, steps: int) -> None:
+        for _ in range(steps):
+            opt.step(lambda: F.cross_entropy(net(x), y))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 6).double(), torch.randint(3, (5,))
+    net, opt = fresh()
+    train(net, opt, 5)
+    again, resumed = fresh()
+    again.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    state = torch.get_rng_state()
+    train(net, opt, 4)
+    torch.set_rng_state(state)
+    train(again, resumed, 4)
+    for p, q in zip(net.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    _assert_same_lessons(opt, resumed)
+
+
+@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+@pytest.mark.parametrize("memory", ["replay", "stream"])
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_learned_feedback_after_a_failed_step(failing: int, memory: str) -> None:
+    """Whichever pass fails (before the first update): parameters, ``B`` and random states are as before."""
+    net, _, _, opt = _train("convolutions", memory=memory, estimator=LearnedFeedback())
+    before, lessons = copy.deepcopy(net.state_dict()), _learned(opt)
+    x, runs = torch.randn(5, 6).double(), 0
+
+    def closure() -> Tensor:
+        nonlocal runs
+        runs += 1
+        if runs == failing:
+            raise KeyError("failing")
+        return net(x).square().mean()
+
+    state, noise = torch.get_rng_state(), opt._noise.state()
+    with pytest.raises(KeyError, match="failing"):
+        opt.step(closure)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, noise["generators"][k]) for k, v in opt._noise.state()["generators"].items())
+    after = _learned(opt)
+    assert lessons.keys() == after.keys() and all(after[k] is state for k, state in lessons.items())
+
+
+def test_learned_feedback_finishes_a_partial_update() -> None:
+    """Parameters that were done stay, the others follow, each once; every ``B`` learns once, and those of sites that
+    the failed pass had reached just as if it had not failed."""
+    updates: list[int] = []
+
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            updates.append(1)
+            super().step(closure)
+
+    def trained() -> tuple[nn.Module, GuessGradOptimizer]:
+        net, _, _, opt = _train("mlp", memory="stream", estimator=LearnedFeedback(gamma=0), base=Counting)
+        return net, opt
+
+    whole, unbroken = trained()
+    net, opt = trained()
+    x, failing = torch.randn(5, 6).double(), True
+    state = torch.get_rng_state()
+    unbroken.step(lambda: whole(x).square().mean())
+    torch.set_rng_state(state)
+    updates.clear()
+
+    def fail(module: nn.Module, args: Any) -> None:
+        if failing and updates:
+            raise RuntimeError("out of memory")
+
+    net[5].register_forward_pre_hook(fail)
+
+    def closure() -> Tensor:
+        return net(x).square().mean()
+
+    lessons = _learned(opt)
+    with pytest.raises(PartialUpdateError, match=r"4 of 6 parameters.*out of memory") as caught:
+        opt.step(closure)
+    assert all(_learned(opt)[k] is state for k, state in lessons.items())
+    after = copy.deepcopy(net.state_dict())
+    failing = False
+    opt.finish(caught.value.journal, closure)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, after[name]) != name.startswith("5."), name
+        assert torch.equal(value, whole.state_dict()[name]) == (name != "5.weight"), name  # what it reads has moved
+    assert len(updates) == 6
+    _assert_same_lessons(opt, unbroken)
+
+
+@pytest.mark.parametrize("memory", ["replay", "stream"])
+def test_what_learned_feedback_cannot_do_in_two_passes(memory: str) -> None:
+    """Along a stream: told in the first step, which changes nothing; ``residual=False`` is the remedy."""
+    torch.manual_seed(0)
+    net, x = Residual(), torch.randn(5, 6)
+
+    def optimizer(**options: Any) -> GuessGradOptimizer:
+        feedback = LearnedFeedback(**{k: options.pop(k) for k in ("residual", "start") if k in options})
+        return GuessGradOptimizer(net.parameters(), torch.optim.SGD, feedback, lr=1e-2, memory=memory, **options)
+
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"memory: learned_feedback.*residual=False.*memory='store'"):
+        optimizer().step(lambda: net(x).square().mean())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    optimizer(residual=False).step(lambda: net(x).square().mean())
+    assert not torch.equal(net.inp.weight, before["inp.weight"])
+    with pytest.raises(ValueError, match=r"memory: learned_feedback.*start='weights'.*memory='store'"):
+        optimizer(start="weights")
+    with pytest.raises(ValueError, match=r"memory: learned_feedback.*guesses=2.*memory='store'"):
+        optimizer(guesses=2)

@@ -171,14 +171,24 @@ def test_auto_keeps_to_its_budget() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
-def test_learned_feedback_stores() -> None:
-    net, closure = _problem(depth=3)
-    opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, LearnedFeedback(), lr=1e-2, memory="auto", budget="1GB")
-    assert [each.mode for each in guessopt.plan(opt, closure).modes] == ["store"]
-    opt.step(closure)
-    assert opt.memory == "store"
-    with pytest.raises(ValueError, match="learned_feedback needs what every site saw"):
-        GuessGradOptimizer(net.parameters(), torch.optim.SGD, LearnedFeedback(), lr=1e-2, memory="stream")
+def test_learned_feedback_in_every_mode_but_along_a_stream() -> None:
+    net, closure = _problem(depth=10, batch=1024)
+    opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, LearnedFeedback(gamma=0), lr=1e-2, memory="stream")
+    peaks = {each.mode: each.peak for each in guessopt.plan(opt, closure).modes}
+    assert peaks["stream"] <= peaks["replay"] < 0.5 * peaks["store"]
+    inner, x = nn.Linear(8, 8), torch.randn(16, 8)
+    ends = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def residual() -> Tensor:
+        h = ends[0](x)
+        return ends[1](h + inner(h.relu())).square().mean()
+
+    params = [*inner.parameters(), *(p for end in ends for p in end.parameters())]
+    for keep, modes in ((True, ["store"]), (False, ["store", "replay", "stream"])):
+        opt = GuessGradOptimizer(params, torch.optim.SGD, LearnedFeedback(residual=keep), lr=1e-2, memory="auto")
+        assert [each.mode for each in guessopt.plan(opt, residual).modes] == modes
+        opt.step(residual)
+        assert opt.memory == "store"
 
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")

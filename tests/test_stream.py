@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from guessopt import GuessGradOptimizer, LearnedFeedback
 from guessopt.diagnostics import cosine, estimated_gradient, true_gradient
+from guessopt.memory import cpu_peak
 from guessopt.sites import Stream
 
 from .problems import build, labels
@@ -340,6 +341,21 @@ def test_no_tangents_where_nothing_is_learned_or_corrected(monkeypatch: pytest.M
     for _ in range(3):
         opt.step(closure)
     assert guesses == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("every", "most"), [(1, 4.0), (10**6, 3.0)])
+def test_memory_grows_by_inputs_and_states_alone(every: int, most: float) -> None:
+    """Of each block the inputs of its two layers are kept (2.4 times the state) and, with guesses, the state's tangent;
+    no output, guess or cotangent (2.4 times each)."""
+    peaks, n = [], 4096
+    for blocks in (4, 12):
+        net, closure = stack(blocks, n=n)
+        opt = optimizer(net.named_parameters(), gamma=0, every=every)
+        for _ in range(9):  # past the probes
+            opt.step(closure)
+        peaks.append(cpu_peak(lambda opt=opt, closure=closure: opt.step(closure))[1])
+    state = n * 5 * 8
+    assert 2 * state < (peaks[1] - peaks[0]) / 8 < most * state
 
 
 def test_autocast() -> None:

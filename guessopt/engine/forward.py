@@ -53,7 +53,7 @@ class Pass(Interceptor):
     ) -> None:
         super().__init__(params)
         self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
-        self.keeps = keeps
+        self.keeps = self.keeps_guesses = keeps
         self.keeps_graph = False
         self.values: dict[int, Tensor] = dict(graph.constants)
         self.guesses: dict[int, Tensor] = {}
@@ -243,7 +243,7 @@ class Pass(Interceptor):
         if y is None:
             return s
         y, kept = y if isinstance(y, tuple) else (y, y)
-        if self.keeps and (self.visit is None or self.visit.directions is None):
+        if self.keeps_guesses and (self.visit is None or self.visit.directions is None):
             self.guesses[site.index] = kept
         return self.level.inject(s, y.clone() if site.overwritten else y, in_place)
 

@@ -45,17 +45,20 @@ def parameter_gradients(
     cotangents: Mapping[int, Tensor],
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
+    gradients: Gradients | None = None,
 ) -> dict[int, Tensor]:
     """Each site's own transposed rule, then any expression of parameters back to the parameters themselves.
 
     Args:
         params: trainable parameters by position; ids: ``id`` to position.
+        gradients: what other calls have contributed.
 
     Returns:
         Gradients by position; parameters that nothing consumed are absent.
     """
-    gradients = Gradients(graph, params, ids, directed=record.params)
-    for visit in record.visits:
+    gradients = gradients or Gradients(graph, params, ids, directed=record.params)
+    cotangents = {**cotangents, **gradients.known}
+    for visit in (*gradients.visits.values(), *record.visits):
         if visit.directions is not None:
             gradients.direct(visit, record.d)
         else:
@@ -71,6 +74,9 @@ class Gradients:
         params: trainable parameters by position; ids: ``id`` to position.
         directed: positions of parameters that have guesses of their own.
         origin: which parameters an expression is computed from; needed to ``take`` some before the others.
+
+    Attributes:
+        visits: by call, those that ``spend`` has left; ``known``: the cotangents that it has for them.
     """
 
     def __init__(
@@ -84,6 +90,8 @@ class Gradients:
         self.graph, self.params, self.ids, self.directed, self.origin = graph, params, ids, directed, origin
         self.found: dict[int, Tensor] = {}
         self._expressions: list[tuple[Tensor, Tensor]] = []
+        self.visits: dict[int, Visit] = {}
+        self.known: dict[int, Tensor] = {}
 
     def add(self, position: int, gradient: Tensor) -> None:
         if position in self.found:  # a sum in bfloat16 would lose what is a hundred times smaller
@@ -113,6 +121,22 @@ class Gradients:
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)
+
+    def spend(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
+        """What those calls of the record contribute whose cotangents are here; they are taken out of the record."""
+        if record.visits:
+            self.visits, record.visits = {visit.call.index: visit for visit in record.visits}, []
+        calls = dict.fromkeys(
+            self.graph.sites[k].call.index
+            for index in cotangents
+            for k in (*self.graph.shared_by.get(index, ()), index)
+        )
+        for index, g in cotangents.items():
+            self.known |= dict.fromkeys((index, *self.graph.shared_by.get(index, ())), g)
+        for call in calls:
+            sites = self.graph.sites_at[call]
+            if call in self.visits and all(site.index in self.known for site in sites):
+                self.visit(self.visits.pop(call), {site.index: self.known.pop(site.index) for site in sites})
 
     def direct(self, visit: Visit, d: Tensor) -> None:
         """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""

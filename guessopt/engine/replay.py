@@ -71,7 +71,7 @@ class Replay(Pass):
         self.cotangents: dict[int, Tensor | None] = {}
         self.waiting: deque[Visit] = deque()
         self.due = due(graph, params) if deliver else {}
-        self.whole: list[int] = []
+        self.whole: list[tuple[int, ...]] = []
 
     def replay(self, closure: Callable[[], object]) -> dict[int, Tensor]:
         """The gradients by position that have not been delivered. Raises ``Departure`` where the closure differs."""
@@ -86,12 +86,19 @@ class Replay(Pass):
     def call(self, index: int, *rest: Any) -> Any:
         out = super().call(index, *rest)
         self.whole += self.due.get(index, ())
-        if self.whole and not self.waiting:
-            positions, self.whole = [p for p in self.whole if p not in self.done], []
-            if found := self.gradients.take(positions):
-                assert self.deliver is not None
-                self.deliver(found)
+        if self.whole:
+            self._deliver()
         return out
+
+    def _deliver(self) -> None:
+        """Hand over the gradients that no call which waits will add to."""
+        assert self.deliver is not None
+        open_ = {p for visit in self.waiting for site in self.graph.sites_at[visit.call.index] for p in site.params}
+        ready = [group for group in self.whole if open_.isdisjoint(group)]
+        self.whole = [group for group in self.whole if not open_.isdisjoint(group)]
+        positions = [p for group in ready for p in group if p not in self.done]
+        if positions and (found := self.gradients.take(positions)):
+            self.deliver(found)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """Nothing is injected: the site's cotangent is formed."""
@@ -101,6 +108,9 @@ class Replay(Pass):
             y = guess(site, primal, self.values)
             if y is None:
                 continue
+            if isinstance(y, dict):  # of an estimator that learns: cotangents of this site or of earlier ones
+                self.cotangents |= y
+                return s
             if isinstance(y, list):
                 self._add_directed(y, rates)
                 continue
@@ -131,22 +141,26 @@ class Replay(Pass):
         if visit.directions is not None:
             return
         self.waiting.append(visit)
-        while self.waiting and all(self._is_known(site) for site in self.graph.sites_at[self.waiting[0].call.index]):
-            self.gradients.visit(self.waiting.popleft(), {k: g for k, g in self.cotangents.items() if g is not None})
-        if not self.waiting:
-            self.cotangents.clear()
+        while self.waiting:
+            sites = self.graph.sites_at[self.waiting[0].call.index]
+            if not all(self._is_known(site) for site in sites):
+                return
+            known = {site.index: self.cotangents.pop(site.index) for site in sites}
+            self.gradients.visit(self.waiting.popleft(), {k: g for k, g in known.items() if g is not None})
+        self.cotangents.clear()
 
     def _is_known(self, site: Site) -> bool:
         if site.index not in self.cotangents:
-            if site.shares not in self.cotangents:
+            if site.shares is None or not self._is_known(self.graph.sites[site.shares]):
                 return False
             found = self.cotangents[site.shares]
             self.cotangents[site.index] = found if found is not None or site.cut is None else self._exact(site)
         return True
 
 
-def due(graph: SiteGraph, params: Collection[int]) -> dict[int, list[int]]:
-    """After which call each parameter's gradient is whole and its value read no more; by call, positions.
+def due(graph: SiteGraph, params: Collection[int]) -> dict[int, list[tuple[int, ...]]]:
+    """After which call each parameter's gradient is whole and its value read no more, but by calls that wait; by call,
+    groups of positions.
 
     Parameters of one expression (a weight norm's two factors) fall due together: its own reverse pass reads them all.
     Those that the closure reads without derivative, or in its loss, stay to the end."""
@@ -157,8 +171,10 @@ def due(graph: SiteGraph, params: Collection[int]) -> dict[int, list[int]]:
             for p in union:
                 group[p] = union
     last = {p: index for index, reads in enumerate(graph.reads) for p in reads}
-    found: dict[int, list[int]] = {}
+    found: dict[int, list[tuple[int, ...]]] = {}
     for p in params:
-        if p in last and group[p].isdisjoint(graph.loss_params | graph.stopped_params):
-            found.setdefault(max(last[q] for q in group[p] if q in last), []).append(p)
+        if p == min(group[p]) and group[p].isdisjoint(graph.loss_params | graph.stopped_params):
+            read = [q for q in sorted(group[p]) if q in last]
+            if read:
+                found.setdefault(max(last[q] for q in read), []).append(tuple(read))
     return found

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from guessopt.linalg import conjugate_gradients
-from guessopt.sites import ForwardRecord, Matrix, Site, SiteGraph
+from guessopt.sites import ForwardRecord, Matrix, Shape, Site, SiteGraph
 from guessopt.tracing.local import NOISES, Local
 
 _ESTIMATORS: dict[str, type[Estimator]] = {}
@@ -58,10 +58,13 @@ class Estimator(ABC):
     #: guessed in place of the output: unbiased (uniform noise is centred there), and in far fewer dimensions.
     per_example_parameters: ClassVar[bool] = True
 
-    #: Whether ``estimate`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
+    #: Whether a ``Lesson`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
-    #: Whether ``estimate`` works along a residual stream where there is one (``SiteGraph.stream``).
+    #: A forward-mode pass on one step in so many (others than 1 only where ``learns``).
+    every: int = 1
+
+    #: Whether it works along a residual stream where there is one (``SiteGraph.stream``).
     streams: bool = False
 
     def for_site(self, site: Site) -> Estimator:
@@ -126,17 +129,21 @@ class Estimator(ABC):
         """Whether this step needs guesses; a step without runs without tangents (only where ``learns``)."""
         return True
 
-    def estimate(
-        self, locals: dict[int, Local], record: ForwardRecord, graph: SiteGraph, states: dict[int, Any]
-    ) -> tuple[dict[int, Tensor], dict[int, Any]]:
-        """Cotangents of the sites, and the states that take the place of those given; only where ``learns``.
+    def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:
+        """A step; only where ``learns``.
 
         Args:
-            locals: by site index, every site of this estimator.
-            states: what the last call gave, by site index; None on the first. Not to be changed in place: a step that
-                fails goes back to them.
+            sites: every site of this estimator.
+            states: what the last step has learned, by site index; None on the first. Not to be changed in place: a step
+                that fails goes back to them.
+            noise: draws numbers.
         """
         raise NotImplementedError
+
+    def stores(self, graph: SiteGraph | None) -> str | None:
+        """Why this estimator can serve with ``memory="store"`` alone, and what to do; None if it can in every mode.
+        ``graph`` None: as far as the options tell."""
+        return None
 
     def forms(self, sites: tuple[Site, ...], graph: SiteGraph) -> dict[int, tuple[str, int]]:
         """By site index, in which form the estimate is made, in a few words, and the bytes learned for it; for
@@ -159,6 +166,64 @@ class Estimator(ABC):
     def options(self) -> dict[str, Any]:
         """Plain data from which ``make_estimator`` builds an equal one."""
         return dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+
+
+#: Draws normal numbers from the guesses' stream, of a site's dtype and on its device, in a given shape.
+Noise = Callable[[Site, Shape], Tensor]
+
+
+class Lesson(ABC):
+    """One step of an estimator that learns: the cotangents of its sites, and what their guesses teach.
+
+    ``memory="store"`` asks for all at once (``estimate``), and keeps for it what ``keeps`` says. Where nothing is kept
+    between passes, each site is shown as a pass reaches it: to ``see`` in the first, which ``close`` ends; if it
+    ``looks``, to ``look`` in one more; and to ``serve`` in the last, which ``open`` begins (again, if it fails
+    half-way). What was learned is then ``learned``.
+    """
+
+    #: Whether ``estimate`` needs the surroundings of every site, and the guesses.
+    keeps: tuple[bool, bool] = True, True
+
+    @abstractmethod
+    def estimate(
+        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+    ) -> dict[int, Tensor]:
+        """Cotangents by site index, where there are any, but for those handed to ``spend``.
+
+        Args:
+            locals: every site's; they may be taken out.
+            spend: turns some cotangents into gradients there and then.
+        """
+
+    @abstractmethod
+    def learned(self) -> dict[int, Any]:
+        """The states that take the place of those given, by site index."""
+
+    def see(self, local: Local, y: Tensor) -> None:
+        """A site and its guess, under way to the output."""
+        raise NotImplementedError
+
+    def close(self, record: ForwardRecord) -> None:
+        """The pass is over: errors, tangents and ``D_n`` are known."""
+        raise NotImplementedError
+
+    @property
+    def looks(self) -> bool:
+        """Whether a pass must look at every site before the first can be served."""
+        return False
+
+    def look(self, local: Local, y: Tensor | None) -> None:
+        """A site and its guess, once more."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """A pass begins that looks or serves."""
+        raise NotImplementedError
+
+    def serve(self, local: Local, y: Tensor | None) -> dict[int, Tensor | None]:
+        """A site and its guess, for the last time: the cotangents now known, of this site or of earlier ones (None:
+        there is none)."""
+        raise NotImplementedError
 
 
 E = TypeVar("E", bound=type[Estimator])

@@ -193,15 +193,14 @@ def _mixtures(features: int, rank: int, dtype: torch.dtype, device: torch.device
 
 class Way(Place):
     """A site's way to the place where ``B`` predicts: the next matrix site's input, or its own output where none
-    follows. ``local``: the site in the middle of a run, to pull back and push forward.
+    follows.
 
     Attributes:
         is_open: whether examples can be told apart at all.
     """
 
-    def __init__(self, site: Site, output: Output, form: Form, local: Local | None = None) -> None:
-        self._local, n = local, output.n
-        segment = site.segment
+    def __init__(self, site: Site, output: Output, form: Form) -> None:
+        segment, n = site.segment, output.n
         shape = site.shape if segment is None else segment.matrices[0].x_shape
         own = apart(site.layout, site.shape, n)
         layout = own if own.fits(shape, n) else Layout.candidates(shape, n)[0]
@@ -210,19 +209,15 @@ class Way(Place):
             maps = _maps(segment.matrices[0]) if segment is not None else len(shape) > 3
             super().__init__(layout, shape, maps, output, form)
 
-    @property
-    def local(self) -> Local:
-        assert self._local is not None
-        return self._local
+    def pull_back(self, local: Local, e: Tensor, b: Tensor) -> Tensor:
+        """``M B e``: the predicted cotangent of the site that ``local`` is about."""
+        u = self.predict(e, b).to(local.s.dtype)
+        alone = self.view.positions == 1  # elsewhere it may be one row for all positions
+        return u if local.site.segment is None else local.pull_back(u, spent=alone)
 
-    def pull_back(self, e: Tensor, b: Tensor) -> Tensor:
-        """``M B e``: the site's predicted cotangent."""
-        u = self.predict(e, b).to(self.local.s.dtype)
-        return u if self.local.site.segment is None else self.local.pull_back(u)
-
-    def push_forward(self, y: Tensor) -> Tensor:
+    def push_forward(self, local: Local, y: Tensor) -> Tensor:
         """``M y`` as ``[n, g, f]``: what ``B`` sees of the guess."""
-        return self.see(y if self.local.site.segment is None else self.local.push_forward(y))
+        return self.see(y if local.site.segment is None else local.push_forward(y))
 
 
 def apart(layout: Layout, shape: Shape, n: int) -> Layout:

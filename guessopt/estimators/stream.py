@@ -7,17 +7,63 @@ from the loss passes more than one block before the block that it serves.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from guessopt.estimators.base import Lesson
+from guessopt.estimators.correction import Correction, less
 from guessopt.estimators.moments import TINY, State, crowd, moments, recent, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart
 from guessopt.rules.base import push
-from guessopt.sites import Block, Call, ForwardRecord, Layout, SiteGraph
-from guessopt.tracing.local import Stretch, evaluate
+from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
+from guessopt.tracing.local import Local, Stretch, evaluate
+
+if TYPE_CHECKING:
+    from guessopt.estimators.feedback import LearnedFeedback
+
+
+class Streamwise(Lesson):
+    """One step along the stream: after the pass, from its end back to its beginning."""
+
+    def __init__(
+        self, options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any]
+    ) -> None:
+        self.options, self.graph, self.states = options, graph, states
+        self.served = {site.index for site in sites}
+        self.correction = Correction(options.gamma, graph, states, ())
+        self.steps: dict[int, State] = {}
+
+    @property
+    def keeps(self) -> tuple[bool, bool]:  # type: ignore[override]
+        return False, self.options.gamma != 0
+
+    def estimate(
+        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+    ) -> dict[int, Tensor]:
+        options, form, found = self.options, Form(self.options.structure, self.options.entries), dict[int, Tensor]()
+        course = Course(self.served, record, self.graph, self.states, form, options.ahead)
+        guesses = record.guesses
+        for piece in course.predicted():
+            if guesses:
+                found |= piece
+            else:
+                spend(piece)
+        if options.beta:
+            self.steps = course.learn(beta=options.beta, leak=options.leak, clip=options.clip)
+        rest = record.d
+        for index, c in found.items():
+            if index in guesses:
+                rest = less(rest, c, guesses[index], self.graph.sites[index], self.graph.batch)
+        for index in guesses.keys() - course.exact:
+            found[index] = self.correction.of(index, found.get(index), guesses[index], rest)
+        return found
+
+    def learned(self) -> dict[int, Any]:
+        return self.correction.together(self.steps)
 
 
 class Course:
@@ -43,20 +89,21 @@ class Course:
         self.autocast = next((visit.autocast for visit in record.visits if visit.autocast), None)
         self.output = _output(graph)
         self.places = stream_places(served, graph, form)
+        self.exact = set(self._inside(self.head))
         self.learned: dict[int, State | None] = {}
         for keeper, place in self.places.values():
             state = states[keeper]
             fits = state is not None and "B" in state and tuple(state["B"].shape) == place.b_shape
             self.learned[keeper] = state if fits else None
 
-    def predicted(self) -> tuple[dict[int, Tensor], set[int]]:
-        """Cotangents by site index; and the sites of the head, whose cotangents are exact."""
+    def predicted(self) -> Iterator[dict[int, Tensor]]:
+        """Cotangents by site index, block by block, from the head on."""
         values = self.record.values
         inside = self._inside(self.head)
         run: Stretch | None = self._again(self.head.program, [self.last, *inside.values()])
         assert run is not None
         c, *exact = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values()])
-        found = dict(zip(inside, exact, strict=True))
+        yield dict(zip(inside, exact, strict=True))
         e, p = self.output.join({self.last: c}), c
         assert e is not None
         for block in reversed(self.blocks):
@@ -67,7 +114,7 @@ class Course:
                 own = [block.source] if through and block.source is not None else []
                 run = self._again(block.program, [*own, *inside.values()])
                 if inside:
-                    found |= zip(inside, run.pull_back(block.goals, [c], list(inside.values())), strict=True)
+                    yield dict(zip(inside, run.pull_back(block.goals, [c], list(inside.values())), strict=True))
             if block.source is None:
                 break
             if self.ahead:
@@ -78,7 +125,6 @@ class Course:
             p = p + self._deviation(block.source, e, p)
             c = c if self.ahead else p
             del run
-        return found, set(self._inside(self.head))
 
     def _again(self, calls: tuple[Call, ...], variables: list[int]) -> Stretch:
         """The calls run once more, under the autocast that they ran under."""
@@ -144,7 +190,7 @@ class Course:
             else:
                 new["share"] = torch.zeros_like(new["width"])
             gradient = place.outer(r, missed) / samples(r)
-            new |= stepped(old, new, gradient, crowd([(new, r)]), beta=beta, leak=leak, clip=clip)
+            new |= stepped(old, new, gradient, crowd([(new, samples(r))]), beta=beta, leak=leak, clip=clip)
             found[keeper] = new
         return found
 

@@ -225,6 +225,11 @@ def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
     return (kind, torch.get_autocast_dtype(kind)) if enabled else None
 
 
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on the tensor's device."""
+    return torch.autocast(t.device.type, enabled=False) if autocast_of(t) else nullcontext()
+
+
 #: Of their second tensor these read the dtype or the shape alone (``x.type_as(self.weight)``).
 _AFTER_ANOTHER: set[Callable[..., Any]] = {
     Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as,

@@ -1,0 +1,63 @@
+"""What the guess adds to a predicted cotangent: ``gamma (e . d)_n y_i / a_i^2``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.estimators.moments import State, shrunken
+from guessopt.estimators.places import apart, by_example, wide
+from guessopt.sites import Site, SiteGraph
+
+
+class Correction:
+    """Of one step.
+
+    Args:
+        gamma: as ``LearnedFeedback`` has it.
+        states: what was learned, by site index.
+        closed: sites that can have no prediction, and take the correction in full.
+
+    Attributes:
+        learned: by site index, the moments from which ``gamma="auto"`` finds its weight.
+    """
+
+    def __init__(self, gamma: float | str, graph: SiteGraph, states: dict[int, Any], closed: Collection[int]) -> None:
+        self.gamma, self.graph, self.states, self.closed = gamma, graph, states, closed
+        self.learned: dict[int, State] = {}
+
+    def of(self, index: int, c: Tensor | None, y: Tensor, rest: Tensor) -> Tensor:
+        """The prediction ``c`` (None: there is none), corrected; into ``y``'s memory. ``rest``: ``(e . d)_n``."""
+        state, layout = self.states[index], self.graph.sites[index].layout
+        gamma: Any = 1.0 if index in self.closed else self.gamma
+        if gamma == "auto":
+            gamma = 1.0 if state is None or "gamma" not in state else state["gamma"]
+        elif gamma == 0:
+            return torch.zeros_like(y) if c is None else c
+        correction = y.mul_(layout.spread(rest / amplitude(state) ** 2, tuple(y.shape)).to(y.dtype))
+        if self.gamma == "auto" and index not in self.closed and index not in self.learned:
+            looks = 1 if state is None else state.get("looks", 0) + 1
+            new = shrunken(state, by_example(correction, layout, self.graph.batch), looks)
+            self.learned[index] = {"looks": looks} | new
+        correction = correction if isinstance(gamma, float) and gamma == 1 else correction.mul_(gamma)
+        return correction if c is None else c + correction
+
+    def together(self, learned: dict[int, State]) -> dict[int, State]:
+        """The states that the sites have learned, with these moments."""
+        return learned | {
+            index: (learned.get(index) or self.states[index] or {}) | new for index, new in self.learned.items()
+        }
+
+
+def amplitude(state: State | None) -> Any:
+    """Of the guess at a site."""
+    return 1.0 if state is None else state.get("amplitude", 1.0)
+
+
+def less(rest: Tensor, c: Tensor, y: Tensor, site: Site, n: int) -> Tensor:
+    """``D_n - sum_i <c_i[n], y_i[n]>`` (``[N]``, or the sum of all ``[1]``) after one more site."""
+    part = apart(site.layout, site.shape, n).sum_examples(wide(c) * wide(y), n)
+    return rest - part if part.shape == rest.shape else rest.sum().reshape(1) - part.sum()

@@ -1,0 +1,296 @@
+"""Learned feedback where every site has a ``B`` of its own: without a residual stream.
+
+A site is served when it is reached or, where its prediction is made one matrix site ahead, when that one is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from guessopt.estimators.base import Lesson, Noise
+from guessopt.estimators.correction import Correction, amplitude, less
+from guessopt.estimators.moments import TINY, State, crowd, moments, samples, stepped
+from guessopt.estimators.places import Form, Output, Way, wide
+from guessopt.sites import ForwardRecord, Site, SiteGraph
+from guessopt.tracing.local import Local
+
+if TYPE_CHECKING:
+    from guessopt.estimators.feedback import LearnedFeedback
+
+#: Largest amplitude of a guess, in units of the smallest.
+LOUDEST = 1e4
+
+#: A site's number, its predicted cotangent (None: there is nothing to predict by) and its guess, if it has one.
+Known = tuple[int, "Tensor | None", "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What does not change from step to step.
+
+    ``ways``: of the sites whose examples can be told apart; ``closed``: the others. ``ahead``: by site, the one that
+    has the cotangent of the next matrix site's output; ``exact``: the cut that has it."""
+
+    output: Output
+    ways: dict[int, Way]
+    closed: frozenset[int]
+    ahead: dict[int, int]
+    exact: dict[int, int]
+
+    @staticmethod
+    def of(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
+        key = options, tuple(site.index for site in sites)
+        if key not in graph.derived:
+            graph.derived[key] = Chart._made(options, sites, graph)
+        found: Chart = graph.derived[key]
+        return found
+
+    @staticmethod
+    def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
+        output, form = Output.of_cuts(graph), Form(options.structure, options.entries)
+        every = {site.index: Way(site, output, form) for site in sites}
+        ways = {index: way for index, way in every.items() if way.is_open}
+        chart = Chart(output, ways, frozenset(every.keys() - ways.keys()), {}, {})
+        for index in ways:
+            site = following(graph, graph.sites[index])
+            if site is not None and site.index in ways:
+                chart.ahead[index] = site.index
+            elif site is not None and site.index not in every and site.cut is not None:
+                chart.exact[index] = site.cut
+        return chart
+
+
+class Sitewise(Lesson):
+    """One step."""
+
+    def __init__(
+        self,
+        options: LearnedFeedback,
+        sites: tuple[Site, ...],
+        graph: SiteGraph,
+        states: dict[int, Any],
+        noise: Noise,
+    ) -> None:
+        self.options, self.graph, self.noise = options, graph, noise
+        self.chart = Chart.of(options, sites, graph)
+        self.before = {index: _fitting(states[index], way) for index, way in self.chart.ways.items()}
+        self.correction = Correction(options.gamma, graph, states, self.chart.closed)
+        self.fresh: dict[int, State] = {}
+        if options.start == "random":
+            self._start({})
+        self.moments: dict[int, State] = {}
+        self.samples: dict[int, int] = {}
+        self.moved: dict[int, Tensor] = {}
+        self.steps: dict[int, State] = {}
+        self.q: Any = 0
+        self.guessed = False
+        self.open()
+
+    # --- all at once ---
+
+    def estimate(
+        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+    ) -> dict[int, Tensor]:
+        if self.options.start == "weights":
+            self._start(locals)
+        guesses = {index: record.guesses[index] for index in locals if index in record.guesses}
+        for index, y in guesses.items():
+            self._see(locals[index], y, keep=True)
+        self.close(record)
+        if not self.looks:
+            for index in guesses:
+                del record.guesses[index]
+            self._spend(locals, guesses, spend)
+            return {}
+        known = [each for index, local in locals.items() for each in self._predicted(local, guesses.get(index))]
+        for each in known:
+            self._less(*each)
+        for index in guesses:
+            self._learn(locals[index], guesses[index])
+        found = ((index, self._corrected(index, c, y)) for index, c, y in known)
+        return {index: c for index, c in found if c is not None}
+
+    def _spend(
+        self, locals: dict[int, Local], guesses: dict[int, Tensor], spend: Callable[[dict[int, Tensor]], None]
+    ) -> None:
+        """Serve each site and forget it; gradients add up in the order of the calls."""
+        order, known = deque(locals), dict[int, Tensor | None]()
+        for index in tuple(locals):
+            known |= self.serve(locals.pop(index), guesses.pop(index, None))
+            while order and order[0] in known:
+                c = known.pop(order[0])
+                if c is not None:
+                    spend({order[0]: c})
+                order.popleft()
+
+    # --- site by site ---
+
+    def see(self, local: Local, y: Tensor) -> None:
+        self._see(local, y, keep=False)
+
+    def _see(self, local: Local, y: Tensor, keep: bool) -> None:
+        """Add what the site's ``B`` foresees of its guess; look at the guess as its ``B`` does."""
+        self.guessed, index = True, local.site.index
+        way = self.chart.ways.get(index)
+        if way is None or not self.options.beta:
+            return
+        state, r = self.before[index], way.push_forward(local, y)
+        if state is not None:
+            self.q = self.q + way.foreseen(r, state["B"])
+        self.moments[index] = moments(state, r, amplitude(state))
+        self.samples[index] = samples(r)
+        if keep:
+            self.moved[index] = r
+
+    def close(self, record: ForwardRecord) -> None:
+        self.errors, self.rest = record.errors, record.d
+        self.e = self.chart.output.join(dict(enumerate(record.errors)))
+        tangent = self.chart.output.join(dict(enumerate(record.tangents))) if self.moments else None
+        if tangent is None:
+            self.moments = {}
+        else:
+            self.d = tangent - self.q
+            self.crowded = crowd([(new, self.samples[index]) for index, new in self.moments.items()])
+
+    @property
+    def looks(self) -> bool:
+        return self.guessed and (self.options.gamma != 0 or bool(self.chart.closed))
+
+    def open(self) -> None:
+        self.waiting: dict[int, list[tuple[Local, Tensor | None]]] = {}
+
+    def look(self, local: Local, y: Tensor | None) -> None:
+        for each in self._predicted(local, y):
+            self._less(*each)
+
+    def serve(self, local: Local, y: Tensor | None) -> dict[int, Tensor | None]:
+        if y is not None:
+            self._learn(local, y)
+        return {index: self._corrected(index, c, y) for index, c, y in self._predicted(local, y)}
+
+    def _predicted(self, local: Local, y: Tensor | None) -> list[Known]:
+        """The sites whose ``c_i`` are known now: those that have waited for this one, and itself, unless it waits."""
+        index, chart = local.site.index, self.chart
+        ahead, cut = (chart.ahead.get(index), chart.exact.get(index)) if self.options.ahead else (None, None)
+        ahead = None if ahead is None or self.before[ahead] is None else ahead
+        served, state, c = self.waiting.pop(index, ()), self.before.get(index), None
+        found: list[Known] = []
+        if state is not None and (served or (ahead is None and cut is None)):
+            assert self.e is not None
+            c = chart.ways[index].pull_back(local, self.e, state["B"])  # M_i B_i e
+            found += [(each.site.index, _through_next(each, c), guess) for each, guess in served]
+        if ahead is not None:
+            self.waiting.setdefault(ahead, []).append((local.held(), y))
+        elif cut is not None:
+            found.append((index, _through_next(local, self.errors[cut]), y))
+        else:
+            found.append((index, c, y))
+        return found
+
+    def _less(self, index: int, c: Tensor | None, y: Tensor | None) -> None:
+        if c is not None and y is not None:
+            self.rest = less(self.rest, c, y, self.graph.sites[index], self.graph.batch)
+
+    def _corrected(self, index: int, c: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return c if y is None else self.correction.of(index, c, y, self.rest)
+
+    def _learn(self, local: Local, y: Tensor) -> None:
+        """A normalised least-mean-squares step of the site's ``B`` on ``d = v' - sum_i B_i^T M_i y_i``."""
+        index, options = local.site.index, self.options
+        if index not in self.moments or index in self.steps:
+            return
+        way, state, new = self.chart.ways[index], self.before[index], self.moments[index]
+        r = self.moved.pop(index) if index in self.moved else way.push_forward(local, y)
+        gradient = way.outer(r, self.d) / (self.samples[index] * amplitude(state) ** 2)
+        self.steps[index] = new | stepped(
+            state, new, gradient, self.crowded, beta=options.beta, leak=options.leak, clip=options.clip
+        )
+
+    def learned(self) -> dict[int, Any]:
+        reach = {index: new["B"].norm() * new["width"].sqrt() for index, new in self.steps.items()}
+        furthest = torch.stack(list(reach.values())).max() if reach else None
+        steps = {
+            index: new | {"amplitude": (furthest / reach[index].clamp_min(TINY)).clamp(1, LOUDEST)}
+            for index, new in self.steps.items()
+        }
+        return self.correction.together(self.fresh | steps)
+
+    # --- how B begins ---
+
+    def _new(self) -> list[tuple[int, Way]]:
+        """Sites without a ``B``, from the last to the first."""
+        return [
+            (index, self.chart.ways[index]) for index in sorted(self.before, reverse=True) if self.before[index] is None
+        ]
+
+    def _begin(self, index: int, b: Tensor) -> None:
+        steps = round(1 / self.options.beta) if self.options.beta else 0
+        self.before[index] = self.fresh[index] = {
+            "B": b, "steps": steps, "power": b.new_zeros(()), "pairs": b.new_zeros(())
+        }  # fmt: skip
+
+    def _start(self, locals: dict[int, Local]) -> None:
+        """Products of the weights; random where no product leads on."""
+        for index, way in self._new():
+            whole = self.options.start == "weights" and way.rank is None and len(self.chart.output.views) == 1
+            b = self._product(index, locals) if whole else None
+            if b is None:
+                b = wide(self.noise(self.graph.sites[index], way.b_shape)) / way.b_shape[0] ** 0.5
+            self._begin(index, b)
+        self.fresh = dict(sorted(self.fresh.items()))
+
+    def _product(self, index: int, locals: dict[int, Local]) -> Tensor | None:
+        """``mean_n W_{i+1}^T M_{i+1} B_{i+1}``, column by column; None where the next matrix site has no ``B``."""
+        way, chart = self.chart.ways[index], self.chart
+        ((cut, view),) = chart.output.views.items()
+        ahead = chart.ahead.get(index)
+        if ahead is None and chart.exact.get(index) != cut:
+            return None
+        columns = []
+        for k in range(chart.output.features):
+            e = locals[index].s.new_zeros(chart.output.n, view.positions, view.features)
+            e[..., k] = 1
+            state = None if ahead is None else self.before[ahead]
+            if ahead is None:
+                c = view.fold(e)
+            elif state is not None:
+                c = chart.ways[ahead].pull_back(locals[ahead], e, state["B"])
+            else:
+                return None
+            column = way.see(_before_next(locals[index], c)).mean((0, 1))
+            columns.append(column if way.matched else column * (way.cells / way.view.positions))
+        return torch.stack(columns, 1)
+
+
+def following(graph: SiteGraph, site: Site) -> Site | None:
+    """The site that has the cotangent of the next matrix site's output; None where several read its input, or where
+    nothing trains there."""
+    segment = site.segment
+    if segment is None or len(segment.matrices) > 1 or len(segment.matrices[0].weights) > 1:
+        return None
+    found = next(iter(graph.sites_at.get(segment.matrices[0].call.index, ())), None)
+    while found is not None and found.shares is not None:
+        found = graph.sites[found.shares]
+    return found
+
+
+def _before_next(local: Local, c: Tensor) -> Tensor:
+    """``W_{i+1}^T c_{i+1}``: the cotangent of the next matrix site's input from that of its output."""
+    m, w = local.weights()[0]
+    return m.rule.transpose(m, w, c.to(w.dtype), m.x_shape)
+
+
+def _through_next(local: Local, c: Tensor) -> Tensor:
+    """``M_i W_{i+1}^T c_{i+1}``."""
+    return local.pull_back(_before_next(local, c), spent=True)
+
+
+def _fitting(state: State | None, way: Way) -> State | None:
+    """The state, unless it was learned at another size."""
+    return state if state is not None and "B" in state and tuple(state["B"].shape) == way.b_shape else None
