@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,14 +35,27 @@ from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, describe
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource
-from guessopt.sites import ForwardRecord, Site, SiteGraph, numel
-from guessopt.tracing.local import Local, centred, draw
+from guessopt.rules.base import Known
+from guessopt.sites import ForwardRecord, Joint, Site, SiteGraph, numel
+from guessopt.tracing.local import JointLocal, Local, centred, draw
 
 #: What a step keeps: see ``GuessGradOptimizer``.
 MODES = ("store", "replay", "stream")
 
 #: Plans kept: one per branch taken and shape met.
 MAX_PLANS = 16
+
+
+@dataclass
+class Round:
+    """What the guesses of one pass have in common: how many at each site, their stream, what they have found of calls
+    to come (None: of no use), those made ahead for parallel sites, and what estimators that learn will need."""
+
+    count: int
+    source: NoiseSource
+    known: dict[int, Known] | None
+    joined: dict[int, Tensor] = field(default_factory=dict)
+    locals: dict[int, Local] = field(default_factory=dict)
 
 
 class Stepping:
@@ -183,18 +197,19 @@ class Stepping:
     ) -> dict[int, Tensor]:
         """The second pass: gradients by position, but for those handed to ``deliver``."""
         transaction.rewind()
-        guesses = []
+        guesses, known = [], dict[int, Known]()
         for lane, record in enumerate(records):
             source = NoiseSource(self._noise.seed)
             source.restore(record.noise)
             source.lane = lane
             record.params = self._directions(record.count, source)
-            guesses.append(partial(self._guess, self._guesses_of(plan), {}, record.count, source))
+            guesses.append(partial(self._guess, plan, Round(record.count, source, known)))
         frozen = self.batch_norm == "frozen_statistics"
         run = Replay(
             self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
             frozen_statistics=frozen, deliver=deliver, done=done,
         )  # fmt: skip
+        run.known = known
         try:
             return run.replay(closure)
         except Departure:
@@ -323,18 +338,19 @@ class Stepping:
     def _pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
     ) -> ForwardRecord:
-        locals: dict[int, Local] = {}
         guesses, before = self._guesses_of(plan), None if keeps else self._noise.snapshot()
         level = self._level()
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
-        guess = partial(self._guess, guesses, locals, count, self._noise)
+        round = Round(count, self._noise, {} if level.resumes else None)
+        guess = partial(self._guess, plan, round)
         directions = self._directions(count, self._noise)
         run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps)
+        run.known = {} if round.known is None else round.known
         record = run.execute(closure, self._by_position)
         record.noise = before
         if keeps:
-            record.locals = locals
+            record.locals = round.locals
         else:
             record.tangents, record.params = [], {}
             if not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
@@ -350,38 +366,37 @@ class Stepping:
         return record
 
     def _guess(
-        self,
-        guesses: dict[int, tuple[Estimator, str, str]],
-        locals: dict[int, Local],
-        count: int,
-        source: NoiseSource,
-        site: Site,
-        s: Tensor,
-        values: dict[int, Tensor],
+        self, plan: Plan, round: Round, site: Site, s: Tensor, values: dict[int, Tensor]
     ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
-        """The guess ``y`` for a site; None where it needs none; directions for its parameters where
-        these are few; with the
-        correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that learns
-        will need. ``count``: guesses; more than one are stacked in front."""
-        found = guesses.get(site.index)
+        """The guess ``y`` for a site, several stacked; None where it needs none; directions for its parameters where
+        these are few; with the correction that undoes the bias, where it is asked for."""
+        found = self._guesses_of(plan).get(site.index)
         if found is None:
             return None
+        if site.index in round.joined:
+            return round.joined.pop(site.index)
         estimator, key, learned = found
-        local = Local(site, s, values, source, several=count > 1)
+        source, several = round.source, round.count > 1
+        joint, local = plan.joints.get(site.index), Local(site, s, values, source, several=several, known=round.known)
+        if joint is not None:
+            local = JointLocal(joint, site, s, values, source, several=several, known=round.known)
         if estimator.learns:
-            locals[site.index] = local = lasting(local, values, source)
+            round.locals[site.index] = local = lasting(local, values, source)
             if not estimator.injects(self._steps):
                 return None
         lanes = source.lanes
         if site.by_parameter and estimator.per_example_parameters:
             noise = centred(estimator.noise)
-            drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(count)]
+            drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(round.count)]
             return [_stacked(list(each)) for each in zip(*drawn, strict=True)]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
-            ys = [estimator.sample(state, local) for _ in lanes(count)]
+            ys: list[Any] = [estimator.sample(state, local) for _ in lanes(round.count)]
+            if joint is not None:
+                round.joined |= {index: _stacked(list(y)) for index, *y in zip(joint.sites, *ys, strict=True)}
+                return round.joined.pop(site.index)
             ys = ys if site.reach is None else [site.reach.restrict(y) for y in ys]
             if not estimator.debias:
                 return _stacked(ys)
@@ -410,7 +425,14 @@ class Stepping:
                 e = self._estimator_of(site)
                 if not (self._is_served(plan.graph, site) or self._is_exact(site, e) or e.space == "parameters"):
                     plan.guesses[site.index] = (e, self._key(site, e), self._learned_key(plan.graph, site, e))
+            plan.joints = {joint.sites[0]: joint for joint in plan.graph.joints if self._joins(plan.guesses, joint)}
         return plan.guesses
+
+    @staticmethod
+    def _joins(guesses: Mapping[int, tuple[Estimator, str, str]], joint: Joint) -> bool:
+        """Whether one estimator guesses at all of its sites, and does so for all at once."""
+        estimators = {guesses[index][0] if index in guesses else None for index in joint.sites}
+        return len(estimators) == 1 and all(e is not None and e.joint for e in estimators)
 
     @staticmethod
     def _key(site: Site, estimator: Estimator) -> str:
