@@ -377,9 +377,10 @@ class Stepping:
             return round.joined.pop(site.index)
         estimator, key, learned = found
         source, several = round.source, round.count > 1
-        joint, local = plan.joints.get(site.index), Local(site, s, values, source, several=several, known=round.known)
+        joint, known = plan.joints.get(site.index), None if estimator.learns else round.known
+        local = Local(site, s, values, source, several=several, known=known)
         if joint is not None:
-            local = JointLocal(joint, site, s, values, source, several=several, known=round.known)
+            local = JointLocal(joint, site, s, values, source, several=several, known=known)
         if estimator.learns:
             round.locals[site.index] = local = lasting(local, values, source)
             if not estimator.injects(self._steps):

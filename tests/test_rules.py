@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from guessopt.rules import attention, conv, elementwise, linear, norm
 from guessopt.rules.base import _TANGENTS, PULLED_BACK, RESUMED, Known, MatrixRule, Rule, rule_for, tangent_for
@@ -284,8 +284,8 @@ def test_bfloat16_stays_bfloat16(case: Case) -> None:
     assert torch.isfinite(dout).all()
     if "dropout" not in case.name:
         assert_close(out, expected, 3e-2)
-        doubles = {id(t): t.double() if t.is_floating_point() else t for t in (*wide.args, *wide.kwargs.values())
-                   if isinstance(t, Tensor)}  # fmt: skip
+        leaves = [t for t in tree_flatten((wide.args, wide.kwargs))[0] if isinstance(t, Tensor)]
+        doubles = {id(t): t.double() if t.is_floating_point() else t for t in leaves}
         args, kwargs = tree_map_only(Tensor, lambda t: doubles[id(t)], (wide.args, wide.kwargs))
         exact = Built(wide.fn, args, kwargs, {id(doubles[k]): t.double() for k, t in wide.tangents.items()})
         assert_close(dout, exact.stock()[1], 5e-2)
@@ -350,6 +350,9 @@ def test_what_is_known_serves_the_same_numbers_in_the_same_memory_alone() -> Non
         assert not known.serves(args, kwargs)
     w.add_(1)
     assert not known.serves(([x, w], 2.0), {"dim": 1})
+    with torch.inference_mode():  # writes into these do not show
+        y = torch.randn(3)
+    assert not Known.of((y,), {}, None).serves((y,), {})
 
 
 def test_every_tangent_rule_has_a_case() -> None:

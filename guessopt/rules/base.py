@@ -171,13 +171,16 @@ def rule_for(fn: Callable[..., Any]) -> Rule:
         return _GENERIC
 
 
+_NUMBERS = (bool, int, float, complex, str)
+
+
 @dataclass
 class Known:
     """What a pull-back has found of a call that the closure has yet to make.
 
-    ``args`` and ``kwargs`` are the call's, ``versions`` those of their tensors: the closure's own call must read the
-    same memory, unwritten since. ``out``: its result (None: not known yet); ``more``: what the tangent rule can use
-    besides.
+    ``args`` and ``kwargs`` are the call's, ``versions`` those of their tensors (-1: writes into it do not show): the
+    closure's own call must read the same memory, unwritten since. ``out``: its result (None: not known yet); ``more``:
+    what the tangent rule can use besides.
     """
 
     args: tuple[Any, ...]
@@ -192,7 +195,8 @@ class Known:
 
         def plain(node: Any) -> Any:
             if isinstance(node, Tensor):
-                versions.append(node._version)
+                plain_memory = type(node) in (Tensor, torch.nn.Parameter) and node.layout is torch.strided
+                versions.append(node._version if plain_memory and not node.is_inference() else -1)
                 return node.detach()
             return [plain(item) for item in node] if isinstance(node, (tuple, list)) else node
 
@@ -206,13 +210,15 @@ class Known:
         def same(known: Any, given: Any) -> bool:
             if isinstance(known, Tensor):
                 version = next(versions)
-                if not isinstance(given, Tensor) or not known.numel():
-                    return isinstance(given, Tensor) and known.shape == given.shape and known.dtype is given.dtype
+                if not isinstance(given, Tensor) or version < 0 or given.is_inference():
+                    return False
+                if not known.numel():
+                    return known.shape == given.shape and known.dtype is given.dtype
                 return given._version == version and known.is_set_to(given)
             if isinstance(known, list):
                 listed = isinstance(given, (tuple, list)) and len(given) == len(known)
                 return listed and all(map(same, known, given))
-            return type(known) is type(given) and bool(known == given)
+            return known is given or (type(known) is type(given) and type(known) in _NUMBERS and known == given)
 
         return (
             len(args) == len(self.args)

@@ -181,7 +181,7 @@ def negative(x: Tensor, dx: Tensor, *, known: Known | None = None) -> tuple[Tens
 def reciprocal_root(x: Tensor, dx: Tensor, *, known: Known | None = None) -> tuple[Tensor, Tensor]:
     """``d(x^-1/2) = -1/2 x^-3/2 dx``."""
     out = torch.rsqrt(x) if known is None else known.out
-    return out, out.pow(3).mul_(dx).mul_(-0.5)
+    return out, dx * out.pow(3).mul_(-0.5)
 
 
 @register_tangent(torch.mean, Tensor.mean, known=no_more)
@@ -203,10 +203,10 @@ def concatenate(xs: Any, dxs: Any, *dim: Any, known: Known | None = None, **othe
 
 @register_tangent(F.gelu, known=no_more)
 def gelu(x: Tensor, dx: Tensor, *, known: Known | None = None, **kind: Any) -> tuple[Tensor, Tensor]:
-    """``ds = gelu'(x) dx``; ``known.more``: the derivative, where a pull-back has computed it."""
+    """``ds = gelu'(x) dx``; ``known.more``: the derivative, where a pull-back has computed it, to end up in its memory."""
     out = F.gelu(x, **kind) if known is None or known.out is None else known.out
     if known is not None and known.more is not None:
-        return out, dx * known.more
+        return out, known.more.mul_(dx)
     return out, torch.ops.aten.gelu_backward(dx, x, **kind)
 
 
@@ -238,7 +238,7 @@ def power(x: Tensor, dx: Tensor, exponent: Any, *, known: Known | None = None, *
     out = x**exponent if known is None else known.out
     if exponent == 2:
         return out, (x * dx).mul_(2)
-    return out, x.pow(exponent - 1).mul_(dx).mul_(exponent)
+    return out, dx * x.pow(exponent - 1).mul_(exponent)
 
 
 @register_tangent(torch.square, Tensor.square)
