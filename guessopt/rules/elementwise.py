@@ -203,7 +203,7 @@ def concatenate(xs: Any, dxs: Any, *dim: Any, known: Known | None = None, **othe
 
 @register_tangent(F.gelu, known=no_more)
 def gelu(x: Tensor, dx: Tensor, *, known: Known | None = None, **kind: Any) -> tuple[Tensor, Tensor]:
-    """``ds = gelu'(x) dx``; ``known.more``: the derivative, where a pull-back has computed it, to end up in its memory."""
+    """``ds = gelu'(x) dx``; in the memory of ``known.more``, the derivative, where a pull-back has computed it."""
     out = F.gelu(x, **kind) if known is None or known.out is None else known.out
     if known is not None and known.more is not None:
         return out, known.more.mul_(dx)
