@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,7 +74,11 @@ def draws(fn: Callable[..., Any]) -> bool:
     >>> draws(torch.rand_like), draws(torch.relu)
     (True, False)
     """
-    name = getattr(fn, "__name__", "")
+    return _named_for_drawing(getattr(fn, "__name__", ""))
+
+
+@cache
+def _named_for_drawing(name: str) -> bool:
     return any(word in name for word in _DRAWING)
 
 

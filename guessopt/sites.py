@@ -246,6 +246,20 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """Parallel linear layers that read one input and whose outputs meet before the same next matrix site(s): queries,
+    keys and values, a gate and what it gates.
+
+    ``sites``: their indices, in the order of the calls; ``values``: their outputs. ``others``: the calls that compute
+    the outputs after the first; ``program``: those that lead from all of them to the next matrix site's input."""
+
+    sites: tuple[int, ...]
+    values: tuple[int, ...]
+    others: tuple[Call, ...]
+    program: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
 class Block:
     """A stretch of the network between two states of its residual stream.
 
@@ -315,7 +329,7 @@ class SiteGraph:
     ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built; ``answers``, in
     order, whether the activations that the closure asked require grad. ``shared_writes``: operations of the network
     that write into memory which other tensors share. ``stream``: the residual stream, where it was asked
-    for and found."""
+    for and found. ``joints``: sites that may be guessed as one."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -335,6 +349,7 @@ class SiteGraph:
     cost: float = 0.0
     shared_writes: tuple[str, ...] = ()
     stream: Stream | None = None
+    joints: tuple[Joint, ...] = ()
 
     def __post_init__(self) -> None:
         at: dict[int, list[Site]] = {}

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,15 +35,28 @@ from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource
-from guessopt.sites import ForwardRecord, Shape, Site, SiteGraph, numel
+from guessopt.rules.base import Known
+from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, numel
 from guessopt.tracing.interceptor import without_autocast
-from guessopt.tracing.local import Local, centred, draw
+from guessopt.tracing.local import JointLocal, Local, centred, draw
 
 #: What a step keeps: see ``GuessGradOptimizer``.
 MODES = ("store", "replay", "stream")
 
 #: Plans kept: one per branch taken and shape met.
 MAX_PLANS = 16
+
+
+@dataclass
+class Round:
+    """What the guesses of one pass have in common: how many at each site, their stream, what they have found of calls
+    to come (None: of no use), those made ahead for parallel sites, and what estimators that learn will need."""
+
+    count: int
+    source: NoiseSource
+    known: dict[int, Known] | None
+    joined: dict[int, Tensor] = field(default_factory=dict)
+    locals: dict[int, Local] = field(default_factory=dict)
 
 
 class Stepping:
@@ -193,18 +207,19 @@ class Stepping:
     ) -> dict[int, Tensor]:
         """The second pass: gradients by position, but for those handed to ``deliver``."""
         transaction.rewind()
-        guesses = []
+        guesses, known = [], dict[int, Known]()
         for lane, record in enumerate(records):
-            source = self._again(record, lane)
+            round = Round(record.count, self._again(record, lane), known)
             if record.lessons:
-                guesses.append(self._shown(plan, record.lessons, "serve", source))
+                guesses.append(self._shown(plan, record.lessons, "serve", round))
             else:
-                guesses.append(partial(self._guess, self._guesses_of(plan), {}, record.count, source))
+                guesses.append(partial(self._guess, plan, round))
         frozen = self.batch_norm == "frozen_statistics"
         run = Replay(
             self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
             frozen_statistics=frozen, deliver=deliver, done=done,
         )  # fmt: skip
+        run.known = known
         try:
             return run.replay(closure)
         except Departure:
@@ -215,7 +230,7 @@ class Stepping:
         transaction.rewind()
         level = PlainLevel()
         level.frozen_statistics = self.batch_norm == "frozen_statistics"
-        guess = self._shown(plan, record.lessons, "look", self._again(record))
+        guess = self._shown(plan, record.lessons, "look", Round(1, self._again(record), None))
         run = Pass(self._ids, plan.graph, level, guess, record.params, transaction.saved, keeps=False)
         try:
             run.run(closure)
@@ -230,11 +245,10 @@ class Stepping:
         record.params = self._directions(record.count, source)
         return source
 
-    def _shown(self, plan: Plan, lessons: Mapping[Estimator, Lesson], how: str, source: NoiseSource) -> Guess:
-        """``_guess``, from a source; what it makes of a site whose estimator learns is shown to the lesson (its method
+    def _shown(self, plan: Plan, lessons: Mapping[Estimator, Lesson], how: str, round: Round) -> Guess:
+        """``_guess``, in a round; what it makes of a site whose estimator learns is shown to the lesson (its method
         ``how``) and forgotten."""
-        guesses, locals = self._guesses_of(plan), dict[int, Local]()
-        guess = partial(self._guess, guesses, locals, 1, source)
+        guesses, guess = self._guesses_of(plan), partial(self._guess, plan, round)
         idle = {e for e in lessons if how == "see" and not e.injects(self._steps)}
         show = {e: getattr(lesson, how) for e, lesson in lessons.items()}
         for lesson in lessons.values():
@@ -248,7 +262,7 @@ class Stepping:
             if estimator not in show:
                 return y
             with torch.no_grad(), without_autocast(s):
-                told = show[estimator](locals.pop(site.index), y)
+                told = show[estimator](round.locals.pop(site.index), y)
             return y if how == "see" else told
 
         return shown
@@ -402,24 +416,25 @@ class Stepping:
     def _pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
     ) -> ForwardRecord:
-        locals: dict[int, Local] = {}
         guesses, lessons = self._guesses_of(plan), self._lessons(plan)
         before = None if keeps else self._noise.snapshot()
         level = self._level()
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
-        guess: Guess = partial(self._guess, guesses, locals, count, self._noise)
+        round = Round(count, self._noise, {} if level.resumes else None)
+        guess: Guess = partial(self._guess, plan, round)
         if lessons and not keeps:
-            guess = self._shown(plan, lessons, "see", self._noise)
+            guess = self._shown(plan, lessons, "see", round)
         elif not all(lesson.keeps[0] for lesson in lessons.values()):
-            guess = _forgetting(guess, locals)
+            guess = _forgetting(guess, round.locals)
         directions = self._directions(count, self._noise)
         run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps)
+        run.known = {} if round.known is None else round.known
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
         record.noise, record.lessons = before, lessons
         if keeps:
-            record.locals = locals
+            record.locals = round.locals
         else:
             with torch.no_grad():
                 for lesson in lessons.values():
@@ -438,44 +453,45 @@ class Stepping:
         return record
 
     def _guess(
-        self,
-        guesses: dict[int, tuple[Estimator, str, str]],
-        locals: dict[int, Local],
-        count: int,
-        source: NoiseSource,
-        site: Site,
-        s: Tensor,
-        values: dict[int, Tensor],
+        self, plan: Plan, round: Round, site: Site, s: Tensor, values: dict[int, Tensor]
     ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
-        """The guess ``y`` for a site; None where it needs none; directions for its parameters where
-        these are few; with the
-        correction that undoes the bias, where it is asked for. ``locals``: where to keep what an estimator that learns
-        will need. ``count``: guesses; more than one are stacked in front."""
-        found = guesses.get(site.index)
+        """The guess ``y`` for a site, several stacked; None where it needs none; directions for its parameters where
+        these are few; with the correction that undoes the bias, where it is asked for."""
+        found = self._guesses_of(plan).get(site.index)
         if found is None:
             return None
+        if site.index in round.joined:
+            return round.joined.pop(site.index)
         estimator, key, learned = found
-        local = Local(site, s, values, source, several=count > 1)
+        source, several = round.source, round.count > 1
+        joint, known = plan.joints.get(site.index), None if estimator.learns else round.known
+        local = Local(site, s, values, source, several=several, known=known)
+        if joint is not None:
+            local = JointLocal(joint, site, s, values, source, several=several, known=known)
         if estimator.learns:
-            locals[site.index] = local = lasting(local, values, source)
+            round.locals[site.index] = local = lasting(local, values, source)
             if not estimator.injects(self._steps):
                 return None
         lanes = source.lanes
         if site.by_parameter and estimator.per_example_parameters:
             noise = centred(estimator.noise)
-            drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(count)]
-            return [_stacked(each, count) for each in zip(*drawn, strict=True)]
+            drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(round.count)]
+            return [_stacked(each, round.count) for each in zip(*drawn, strict=True)]
         with torch.no_grad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
+            made = (estimator.sample(state, local) for _ in lanes(round.count))
+            if joint is not None:
+                each_site = zip(joint.sites, *made, strict=True)
+                round.joined |= {index: _stacked(ys, round.count) for index, *ys in each_site}
+                return round.joined.pop(site.index)
             restrict = site.reach.restrict if site.reach is not None else None
-            made = (estimator.sample(state, local) for _ in lanes(count))
-            ys = _stacked(made if restrict is None else map(restrict, made), count)
+            ys = _stacked(made if restrict is None else map(restrict, made), round.count)
             if not estimator.debias:
                 return ys
-            each = ys if count > 1 else [ys]
-            return ys, _stacked((estimator.correct(state, local, y) for y in each), count)
+            each = ys if several else [ys]
+            return ys, _stacked((estimator.correct(state, local, y) for y in each), round.count)
 
     def _formed(
         self, plan: Plan, record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None] | None = None
@@ -501,7 +517,14 @@ class Stepping:
                 e = self._estimator_of(site)
                 if not (self._is_served(plan.graph, site) or self._is_exact(site, e) or e.space == "parameters"):
                     plan.guesses[site.index] = (e, self._key(site, e), self._learned_key(plan.graph, site, e))
+            plan.joints = {joint.sites[0]: joint for joint in plan.graph.joints if self._joins(plan.guesses, joint)}
         return plan.guesses
+
+    @staticmethod
+    def _joins(guesses: Mapping[int, tuple[Estimator, str, str]], joint: Joint) -> bool:
+        """Whether one estimator guesses at all of its sites, and does so for all at once."""
+        estimators = {guesses[index][0] if index in guesses else None for index in joint.sites}
+        return len(estimators) == 1 and all(e is not None and e.joint for e in estimators)
 
     @staticmethod
     def _key(site: Site, estimator: Estimator) -> str:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from guessopt.rules import attention, conv, elementwise, linear, norm
-from guessopt.rules.base import _TANGENTS, MatrixRule, Rule, rule_for, tangent_for
+from guessopt.rules.base import _TANGENTS, PULLED_BACK, RESUMED, Known, MatrixRule, Rule, rule_for, tangent_for
 from guessopt.sites import Call, Matrix, Value
 
 FAMILIES = {module.__name__ for module in (attention, conv, elementwise, linear, norm)}
@@ -115,6 +115,22 @@ TANGENTS = [
     Case("Tensor.multiply", Tensor.multiply, (M(2, 3), C(3))),
     Case("__mul__", Tensor.__mul__, (M(2, 3), 0.3)),
     Case("__rmul__", Tensor.__rmul__, (M(2, 3), 0.3)),
+    Case("mul-both", Tensor.mul, (M(2, 3), M(2, 3))),
+    Case("mul-both-broadcast", torch.mul, (M(2, 1), M(2, 2, 3))),
+    Case("neg", torch.neg, (M(2, 3),)),
+    Case("Tensor.neg", Tensor.neg, (M(2, 3),)),
+    Case("__neg__", Tensor.__neg__, (M(2, 3),)),
+    Case("rsqrt", torch.rsqrt, (T((2, 3), True, True),)),
+    Case("Tensor.rsqrt", Tensor.rsqrt, (T((2, 3), True, True),)),
+    Case("mean", torch.mean, (M(2, 3, 4), -1, True)),
+    Case("Tensor.mean", Tensor.mean, (M(2, 3, 4),), {"dim": (0, 2)}),
+    Case("mean-all", Tensor.mean, (M(2, 3),)),
+    Case("cat", torch.cat, ([M(2, 3), M(1, 3)],)),
+    Case("concat", torch.concat, ([M(2, 3), C(2, 1), C(2, 0)], -1)),
+    Case("concatenate", torch.concatenate, ([C(2, 3), M(1, 3)],), {"dim": 0}),
+    Case("silu", F.silu, (M(2, 3),)),
+    Case("gelu", F.gelu, (M(2, 3),)),
+    Case("gelu-tanh", F.gelu, (M(2, 3),), {"approximate": "tanh"}),
     Case("div", torch.div, (M(2, 3), P(3))),
     Case("divide", torch.divide, (M(2, 3), P(3))),
     Case("true_divide", torch.true_divide, (M(3), P(2, 3))),
@@ -153,7 +169,10 @@ UNCOVERED = [
     Case("addmm-bias", torch.addmm, (M(5), M(3, 4), C(4, 5))),
     Case("add-both", Tensor.add, (M(3), M(3))),
     Case("add-alpha", torch.add, (M(3), C(3)), {"alpha": 2}),
-    Case("mul-both", Tensor.mul, (M(3), M(3))),
+    Case("mul-out", torch.mul, (M(3), M(3)), {"out": C(3)}),
+    Case("mean-out", torch.mean, (M(2, 3), 0), {"out": C(3)}),
+    Case("cat-out", torch.cat, ([M(2), C(1)],), {"out": C(3)}),
+    Case("silu-in-place", F.silu, (M(3), True)),
     Case("div-rounded", torch.div, (M(3), C(3)), {"rounding_mode": "floor"}),
     Case("div-denominator", torch.div, (C(3), M(3))),
     Case("pow-tensor", torch.pow, (M(3), C(3))),
@@ -179,21 +198,26 @@ class Built:
     kwargs: dict[str, Any]
     tangents: dict[int, Tensor]
 
-    def own(self) -> Any:
+    def own(self, **known: Any) -> Any:
         """What the rule gives, as an engine would call it."""
         entry = tangent_for(self.fn)
         assert entry is not None
         rule, duals = entry
         with torch.no_grad():
-            moving = tuple(self.tangents.get(id(a)) for a in self.args[:duals])
+            moving = tuple(
+                [self.tangents.get(id(t)) for t in a] if isinstance(a, list) else self.tangents.get(id(a))
+                for a in self.args[:duals]
+            )
             if duals == 1:
-                return rule(self.args[0], moving[0], *self.args[1:], **self.kwargs)
-            return rule(self.args[:duals], moving, *self.args[duals:], **self.kwargs)
+                return rule(self.args[0], moving[0], *self.args[1:], **self.kwargs, **known)
+            return rule(self.args[:duals], moving, *self.args[duals:], **self.kwargs, **known)
 
     def stock(self) -> tuple[Tensor, Tensor]:
         """Torch's own forward AD."""
         with torch.no_grad(), fw.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            args = tuple(fw.make_dual(a, self.tangents[id(a)]) if id(a) in self.tangents else a for a in self.args)
+            args = tree_map_only(
+                Tensor, lambda a: fw.make_dual(a, self.tangents[id(a)]) if id(a) in self.tangents else a, self.args
+            )
             out, dout = fw.unpack_dual(self.fn(*args, **self.kwargs))
         return out, dout
 
@@ -218,7 +242,7 @@ def build(case: Case, dtype: torch.dtype) -> Built:
             if a.moves:
                 tangents[id(t)] = torch.randn(a.shape, dtype=torch.float64).to(dtype)
             return t
-        return a
+        return [make(item) for item in a] if isinstance(a, list) else a
 
     args, kwargs = tuple(make(a) for a in case.args), {k: make(a) for k, a in case.kwargs.items()}
     return Built(case.fn, args, kwargs, tangents)
@@ -260,8 +284,8 @@ def test_bfloat16_stays_bfloat16(case: Case) -> None:
     assert torch.isfinite(dout).all()
     if "dropout" not in case.name:
         assert_close(out, expected, 3e-2)
-        doubles = {id(t): t.double() if t.is_floating_point() else t for t in (*wide.args, *wide.kwargs.values())
-                   if isinstance(t, Tensor)}  # fmt: skip
+        leaves = [t for t in tree_flatten((wide.args, wide.kwargs))[0] if isinstance(t, Tensor)]
+        doubles = {id(t): t.double() if t.is_floating_point() else t for t in leaves}
         args, kwargs = tree_map_only(Tensor, lambda t: doubles[id(t)], (wide.args, wide.kwargs))
         exact = Built(wide.fn, args, kwargs, {id(doubles[k]): t.double() for k, t in wide.tangents.items()})
         assert_close(dout, exact.stock()[1], 5e-2)
@@ -283,6 +307,52 @@ def test_tangent_has_memory_of_its_own(case: Case) -> None:
 @pytest.mark.parametrize("case", UNCOVERED, ids=by_name)
 def test_what_a_rule_does_not_cover_is_left_to_torch(case: Case) -> None:
     assert build(case, torch.float64).own() is NotImplemented
+
+
+LARGE = Case("sdpa-large", SDPA, (M(8, 2, 64, 4), M(8, 2, 64, 4), M(8, 2, 64, 4)), {"is_causal": True})
+
+
+@pytest.mark.parametrize("case", [*(case for case in TANGENTS if case.fn in RESUMED), LARGE], ids=by_name)
+def test_a_known_result_is_taken_over(case: Case) -> None:
+    built = build(case, torch.float64)
+    args = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), built.args)
+    out = PULLED_BACK.get(case.fn, case.fn)(*args, **built.kwargs)
+    known = Known.of(built.args, built.kwargs, out, RESUMED[case.fn](out))
+    assert known.serves(built.args, built.kwargs)
+    taken, dout = built.own(known=known)
+    assert taken is known.out or (case.fn is SDPA and case is not LARGE)
+    own, expected = built.own()
+    assert_close(taken, own, 1e-12)
+    assert_close(dout, expected, 1e-12)
+
+
+def test_a_known_derivative_is_taken_over() -> None:
+    built = build(Case("gelu", F.gelu, (M(2, 3),)), torch.float64)
+    slope = torch.full((2, 3), 3.0, dtype=torch.float64)
+    out, dout = built.own(known=Known.of(built.args, {}, None, slope))
+    assert_close(out, F.gelu(built.args[0]), 1e-15)
+    assert_close(dout, 3 * built.tangents[id(built.args[0])], 1e-15)
+
+
+def test_what_is_known_serves_the_same_numbers_in_the_same_memory_alone() -> None:
+    x, w = torch.randn(3, 4), torch.randn(4)
+    known = Known.of(([x, w], 2.0), {"dim": 1}, torch.zeros(3))
+    assert known.serves((([x, w]), 2.0), {"dim": 1}) and known.serves(((x[:], w.detach()), 2.0), {"dim": 1})
+    for args, kwargs in (
+        (([x, w], 2), {"dim": 1}),
+        (([x, w], 2.0), {"dim": 0}),
+        (([x, w], 2.0), {}),
+        (([x, w.clone()], 2.0), {"dim": 1}),
+        (([x[:2], w], 2.0), {"dim": 1}),
+        (([x], 2.0), {"dim": 1}),
+        (([x, 1.0], 2.0), {"dim": 1}),
+    ):
+        assert not known.serves(args, kwargs)
+    w.add_(1)
+    assert not known.serves(([x, w], 2.0), {"dim": 1})
+    with torch.inference_mode():  # writes into these do not show
+        y = torch.randn(3)
+    assert not Known.of((y,), {}, None).serves((y,), {})
 
 
 def test_every_tangent_rule_has_a_case() -> None:

@@ -124,8 +124,10 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
     """``E g^_i = E[y_i y_i^T] g_i`` (Singhal eq. 14) by site index, with what ``debias`` makes of it and what the mean
     of the guess adds; None where the estimator declares no second moment."""
     opt, graph = truth.opt, truth.graph
-    found: dict[int, Tensor | None] = {}
+    found = _joint_cotangents(truth)
     for site in reversed(graph.sites):
+        if site.index in found:
+            continue
         estimator = opt._estimator_of(site)
         g = truth.g[site.index]
         if opt._is_served(graph, site):
@@ -150,6 +152,22 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
             if moment is not None and estimator.noise == "uniform":
                 moment = moment * NOISES["uniform"][1] + truth.means[0][site.index]
         found[site.index] = moment
+    return found
+
+
+def _joint_cotangents(truth: Truth) -> dict[int, Tensor | None]:
+    """Those of sites that are guessed as one: the second moment is that of all their guesses side by side."""
+    opt, found = truth.opt, dict[int, Tensor | None]()
+    for joint in truth.joints:
+        first = truth.graph.sites[joint.sites[0]]
+        estimator, local = opt._estimator_of(first), truth.joint_local(joint)
+        with torch.no_grad(), unfused():
+            state = opt._prepared(first, estimator, opt._key(first, estimator), local)
+            moments: Any = estimator.second_moment(state, local, tuple(truth.g[k] for k in joint.sites))  # type: ignore[arg-type]
+        if moments is not None and estimator.noise == "uniform":
+            means = (truth.means[0][k] for k in joint.sites)
+            moments = [m * NOISES["uniform"][1] + mean for m, mean in zip(moments, means, strict=True)]
+        found |= dict(zip(joint.sites, moments or [None] * len(joint.sites), strict=True))
     return found
 
 

@@ -21,9 +21,9 @@ from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import Level
 from guessopt.engine.planning import Transaction
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
+from guessopt.sites import ForwardRecord, Joint, Layout, Site, SiteGraph
 from guessopt.stepping import lasting
-from guessopt.tracing.local import Local
+from guessopt.tracing.local import JointLocal, Local
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -117,6 +117,7 @@ class Truth:
         gradient: of the parameters, by position.
         names: of the sites with a cotangent of their own, by site index.
         record: inputs of the sites' calls among other things.
+        joints: sites that are guessed as one.
     """
 
     def __init__(self, opt: GuessGradOptimizer, closure: Closure) -> None:
@@ -134,6 +135,7 @@ class Truth:
         self.g: dict[int, Tensor] = dict(zip(sites, filled, strict=False))
         self.gradient: dict[int, Tensor] = dict(zip(params, filled[len(sites) :], strict=True))
         self.names = site_names(opt, self.graph)
+        self.joints = tuple(opt._plans[0].joints.values())
 
     @property
     def loss(self) -> Tensor:
@@ -152,6 +154,11 @@ class Truth:
                 opt._noise.means = False
             total = record.d.sum()
             return estimated_cotangents(plan.graph, record), {k: total * v for k, v in record.params.items()}
+
+    def joint_local(self, joint: Joint) -> JointLocal:
+        """The surroundings of sites that are guessed as one."""
+        first = self.locals[joint.sites[0]]
+        return JointLocal(joint, first.site, first.s, first._values, self.opt._noise)
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
         """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``."""

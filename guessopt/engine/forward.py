@@ -13,7 +13,7 @@ from torch import Tensor
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws
-from guessopt.rules.base import is_in_place
+from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
 
@@ -38,6 +38,9 @@ class Pass(Interceptor):
         directions: tangents for parameters, by position.
         saved: tensors of the user's that the closure writes, with their values before; added to.
         keeps: whether what parameter gradients will need (the sites' inputs, the guesses) is kept.
+
+    Attributes:
+        known: by call, what guesses have found of calls to come.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Pass(Interceptor):
         self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
         self.keeps = self.keeps_guesses = keeps
         self.keeps_graph = False
+        self.known: dict[int, Known] = {}
         self.values: dict[int, Tensor] = dict(graph.constants)
         self.guesses: dict[int, Tensor] = {}
         self.visits: list[Visit] = []
@@ -160,6 +164,11 @@ class Pass(Interceptor):
         return fn(*args, **kwargs)
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        known = self.known.pop(index, None)
+        if known is not None and known.serves(args, kwargs):
+            out = self.level.resume(fn, args, kwargs, known)
+            if out is not NotImplemented:
+                return out
         try:
             if fn in WITHOUT_FORWARD or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")

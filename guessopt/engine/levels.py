@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from guessopt.rules.base import tangent_for
+from guessopt.rules.base import Known, tangent_for
 
 T = TypeVar("T")
 
@@ -31,6 +31,8 @@ class Level(ABC):
 
     name: ClassVar[str]
 
+    #: Whether ``resume`` is there.
+    resumes: ClassVar[bool] = False
     #: Take batch normalisation's statistics for constants (biased, but examples stay apart).
     frozen_statistics = False
 
@@ -81,6 +83,10 @@ class Level(ABC):
         if self.frozen_statistics and fn is F.batch_norm:
             return F.batch_norm(*self.with_frozen_statistics(*args, **kwargs))
         return fn(*args, **kwargs)
+
+    def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
+        """``call`` of an operation whose result is known; ``NotImplemented`` where it has to be made again."""
+        return NotImplemented
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation that has no forward derivative but a backward: ``J^T u`` is linear in ``u``, so its own
@@ -198,25 +204,37 @@ class FastLevel(DualLevel):
     """``DualLevel`` with closed-form tangent rules in place of torch's, where there is one."""
 
     name = "fast"
+    resumes = True
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         self._fresh = None
+        if not (self.frozen_statistics and fn is F.batch_norm):
+            out = self._by_rule(fn, args, kwargs)
+            if out is not NotImplemented:
+                return out
+        return super().call(fn, args, kwargs, writes=writes)
+
+    def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
+        self._fresh = None
+        return self._by_rule(fn, args, kwargs, known=known)
+
+    def _by_rule(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **known: Known) -> Any:
         entry = tangent_for(fn)
-        if entry is None or len(args) < entry[1] or (self.frozen_statistics and fn is F.batch_norm):
-            return super().call(fn, args, kwargs, writes=writes)
+        if entry is None or len(args) < entry[1]:
+            return NotImplemented
         rule, duals = entry
-        pairs = [_unpack(t) if isinstance(t, Tensor) else (t, None) for t in args[:duals]]
+        pairs = [_unpack_any(t) for t in args[:duals]]
         if _carries_tangent(args[duals:], kwargs):
-            return super().call(fn, args, kwargs, writes=writes)
+            return NotImplemented
         if all(pair[1] is None for pair in pairs):
-            return fn(*args, **kwargs) if _fuses(fn, args, kwargs) else super().call(fn, args, kwargs, writes=writes)
+            return fn(*args, **kwargs) if _fuses(fn, args, kwargs) else NotImplemented
         if duals == 1:
-            result = rule(*pairs[0], *args[1:], **kwargs)
+            result = rule(*pairs[0], *args[1:], **kwargs, **known)
         else:
             primals, tangents = zip(*pairs, strict=True)
-            result = rule(primals, tangents, *args[duals:], **kwargs)
+            result = rule(primals, tangents, *args[duals:], **kwargs, **known)
         if result is NotImplemented:
-            return super().call(fn, args, kwargs, writes=writes)
+            return result
         out, tangent = result
         self._fresh = _pack(out, tangent if tangent.dtype is out.dtype else tangent.to(out.dtype))
         return self._fresh
@@ -226,6 +244,7 @@ class PlainLevel(Level):
     """No tangents: for a pass that only has to see the same values again."""
 
     name = "plain"
+    resumes = True
 
     def run(self, body: Callable[[], T]) -> T:
         return body()
@@ -234,6 +253,10 @@ class PlainLevel(Level):
         if _fuses(fn, args, kwargs):
             return fn(*args, **kwargs)
         return super().call(fn, args, kwargs, writes=writes)
+
+    def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
+        drops = fn is F.scaled_dot_product_attention and _drops(args, kwargs)
+        return NotImplemented if drops or known.out is None else known.out
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.call(fn, args, kwargs, writes=False)
@@ -252,6 +275,11 @@ class PlainLevel(Level):
 
     def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
         return v, v
+
+
+def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention drops out."""
+    return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
 
 
 _FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
@@ -302,7 +330,7 @@ def _same_dtype(out: Any) -> Any:
 
 def _fuses(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Attention that a fused kernel may run where no tangent passes; with dropout it might draw otherwise."""
-    return fn is F.scaled_dot_product_attention and not kwargs.get("dropout_p", args[4] if len(args) > 4 else 0)
+    return fn is F.scaled_dot_product_attention and not _drops(args, kwargs)
 
 
 def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -316,6 +344,17 @@ def _unpack(t: Tensor) -> tuple[Tensor, Tensor | None]:
     """``fw.unpack_dual`` without its checks: a level is known to be open, and levels do not nest."""
     pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0) if t.is_floating_point() else (t, None)
     return pair
+
+
+def _unpack_any(node: Any) -> tuple[Any, Any]:
+    """Of a list of tensors the lists; None in place of tangents where there is none."""
+    if isinstance(node, Tensor):
+        return _unpack(node)
+    if not isinstance(node, (tuple, list)) or not all(isinstance(t, Tensor) for t in node):
+        return node, None
+    pairs = [_unpack(t) for t in node]
+    moving = any(tangent is not None for _, tangent in pairs)
+    return [primal for primal, _ in pairs], [tangent for _, tangent in pairs] if moving else None
 
 
 def _pack(primal: Tensor, tangent: Tensor) -> Tensor:

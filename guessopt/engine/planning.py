@@ -14,7 +14,7 @@ from guessopt.engine.levels import Level
 from guessopt.engine.probe import Found, find_layouts
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState
-from guessopt.sites import Layout, Site, SiteGraph
+from guessopt.sites import Joint, Layout, Site, SiteGraph
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.tape import Tape
 
@@ -22,7 +22,8 @@ from guessopt.tracing.tape import Tape
 @dataclass
 class Plan:
     """A graph in use. ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so
-    far; ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``."""
+    far; ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``; ``joints``:
+    sites that are guessed as one, by the first one's index."""
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -40,6 +41,7 @@ class Plan:
     stacks: bool | None = None
     ways: dict[int, bool] = field(default_factory=dict)
     stream: bool = False
+    joints: dict[int, Joint] = field(default_factory=dict)
 
 
 class Transaction:

@@ -59,6 +59,8 @@ class StackedLevel(FastLevel):
         ways: by number of the operation, whether it has to go K times; kept from one pass to the next.
     """
 
+    resumes = False
+
     def __init__(self, count: int, ways: dict[int, bool], *, frozen_statistics: bool = False) -> None:
         super().__init__()
         self.frozen_statistics = frozen_statistics

@@ -58,6 +58,9 @@ class Estimator(ABC):
     #: guessed in place of the output: unbiased (uniform noise is centred there), and in far fewer dimensions.
     per_example_parameters: ClassVar[bool] = True
 
+    #: Whether ``joint`` may be true.
+    joins: ClassVar[bool] = False
+
     #: Whether a ``Lesson`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
@@ -66,6 +69,12 @@ class Estimator(ABC):
 
     #: Whether it works along a residual stream where there is one (``SiteGraph.stream``).
     streams: bool = False
+
+    @property
+    def joint(self) -> bool:
+        """Whether parallel sites (``SiteGraph.joints``) are guessed as the one layer that they might be: ``sample`` and
+        ``second_moment`` then take a ``JointLocal`` there, and tuples in place of a tensor of the site's shape."""
+        return self.joins and not self.debias
 
     def for_site(self, site: Site) -> Estimator:
         """The estimator that serves a site: this one, unless it leaves the work to others."""

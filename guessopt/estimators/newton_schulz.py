@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,7 @@ class WPerpNS(Estimator):
     tensor(True)
     """
 
+    joins: ClassVar[bool] = True
     k: int = 10
     basis: str = "shared"
     refresh: int = 50

@@ -6,6 +6,7 @@ Letters: b block (convolution group), k basis vector, o output row, i input colu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class WPerp(Estimator):
     ValueError: k: the guess needs at least one dimension, got 0
     """
 
+    joins: ClassVar[bool] = True
     k: int = 10
     basis: str = "shared"
     select: str = "top"

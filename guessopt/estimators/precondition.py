@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class WPreconditioned(Estimator):
     ValueError: sigma: must be positive, got 0
     """
 
+    joins: ClassVar[bool] = True
     sigma: float = 1e-5
     basis: str = "example"
     refresh: int = 50

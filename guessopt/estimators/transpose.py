@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -52,6 +53,7 @@ class WTranspose(Estimator):
     (False, True)
     """
 
+    joins: ClassVar[bool] = True
     noise: str = "normal"
     power: float = 1.0
     refresh: int = 50

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import PULLED_BACK, register_tangent
+from guessopt.rules.base import PULLED_BACK, Known, register_tangent
 
 _jacobian = torch._softmax_backward_data
 
@@ -41,7 +41,12 @@ def functional_softmax(
     return NotImplemented if dim is None else softmax(x, dx, dim, dtype)
 
 
-@register_tangent(F.scaled_dot_product_attention, duals=3)
+def _of_pull_back(out: Tensor) -> list[Tensor] | None:
+    """The probabilities, head by head, where the result is that of ``_Attention``."""
+    return getattr(out.grad_fn, "probabilities", None)
+
+
+@register_tangent(F.scaled_dot_product_attention, duals=3, known=_of_pull_back)
 def attention(
     qkv: tuple[Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -50,6 +55,8 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    known: Known | None = None,
 ) -> Any:
     """``p = softmax(c q k^T + mask)``, ``out = p v``; ``da = c (dq k^T + q dk^T)``, ``dout = dp v + p dv``.
 
@@ -75,7 +82,7 @@ def attention(
 
     if low is None and _is_plain(q, k, v, attn_mask) and all(t is not None for t in tangents):
         c = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return _attend_by_head(qkv, tangents, is_causal, c)  # type: ignore[arg-type]
+        return _attend_by_head(qkv, tangents, is_causal, c, known)  # type: ignore[arg-type]
     with _without_autocast(q, low):
         q, k, v, dq, dk, dv = (flat(t) for t in (*qkv, *tangents))  # type: ignore[assignment]
         mask = _flat_mask(attn_mask, is_causal, lead, q, k)
@@ -98,25 +105,38 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     return alike and mask is None and not q.is_cuda and q.shape[0] * q.shape[-2] >= 512
 
 
+def _scaled(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """``c a b``, without a pass of its own for c."""
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=c)
+
+
 def _probabilities(q: Tensor, k: Tensor, is_causal: bool, c: float) -> Tensor:
-    a = torch.bmm(q, k.mT).mul_(c)
+    a = _scaled(q, k.mT, c)
     if is_causal:
         a = a.masked_fill_(torch.ones(a.shape[1:], dtype=torch.bool, device=a.device).triu_(1), -math.inf)
     return torch.softmax(a, -1)
 
 
 def _attend_by_head(
-    qkv: tuple[Tensor, Tensor, Tensor], tangents: tuple[Tensor, Tensor, Tensor], is_causal: bool, c: float
+    qkv: tuple[Tensor, Tensor, Tensor],
+    tangents: tuple[Tensor, Tensor, Tensor],
+    is_causal: bool,
+    c: float,
+    known: Known | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv
     n, h, l_, e = *q.shape[:3], v.shape[-1]
+    ps = None if known is None else known.more
     out, dout = (q.new_empty(n, l_, h, e).transpose(1, 2) for _ in range(2))
+    if known is not None and ps is not None:
+        out = known.out
     for head in range(h):
         q, k, v, dq, dk, dv = (t[:, head] for t in (*qkv, *tangents))
-        p = _probabilities(q, k, is_causal, c)
-        da = torch.bmm(dq, k.mT).baddbmm_(q, dk.mT).mul_(c)
+        p = _probabilities(q, k, is_causal, c) if ps is None else ps[head]
+        da = _scaled(dq, k.mT, c).baddbmm_(q, dk.mT, alpha=c)
         dp = _jacobian(da, p, -1, p.dtype)
-        out[:, head] = torch.bmm(p, v)
+        if ps is None:
+            out[:, head] = torch.bmm(p, v)
         dout[:, head] = torch.bmm(p, dv).baddbmm_(dp, v)
     return out, dout
 
@@ -131,21 +151,21 @@ class _Attention(torch.autograd.Function):
         out = v.new_empty(v.shape[0], q.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
         for head, p in enumerate(ps):
             out[:, head] = torch.bmm(p, v[:, head])
-        ctx.save_for_backward(q, k, v, *ps)
-        ctx.c = c
+        ctx.save_for_backward(q, k, v)
+        ctx.probabilities, ctx.c = ps, c
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        (u,), (q, k, v, *ps) = gradients, ctx.saved_tensors
+        (u,), (q, k, v) = gradients, ctx.saved_tensors
         if q.shape == k.shape == v.shape:  # side by side, as one projection gives them: see ``unbind``
             n, h, l_, e = q.shape
             packed = q.new_empty(n, l_, 3, h, e)
             gq, gk, gv = (packed.select(2, k_).transpose(1, 2) for k_ in range(3))
         else:
             gq, gk, gv = (torch.empty_like(t) for t in (q, k, v))
-        for head, p in enumerate(ps):
-            da = _jacobian(torch.bmm(u[:, head], v[:, head].mT), p, -1, p.dtype).mul_(ctx.c)
+        for head, p in enumerate(ctx.probabilities):
+            da = _jacobian(_scaled(u[:, head], v[:, head].mT, ctx.c), p, -1, p.dtype)
             gq[:, head] = torch.bmm(da, k[:, head])
             gk[:, head] = torch.bmm(da.mT, q[:, head])
             gv[:, head] = torch.bmm(p.mT, u[:, head])

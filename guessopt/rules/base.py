@@ -9,6 +9,7 @@ Letters: b block (convolution group), o output row, i input column, r rows of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -170,17 +171,86 @@ def rule_for(fn: Callable[..., Any]) -> Rule:
         return _GENERIC
 
 
+_NUMBERS = (bool, int, float, complex, str)
+
+
+@dataclass
+class Known:
+    """What a pull-back has found of a call that the closure has yet to make.
+
+    ``args`` and ``kwargs`` are the call's, ``versions`` those of their tensors (-1: writes into it do not show): the
+    closure's own call must read the same memory, unwritten since. ``out``: its result (None: not known yet); ``more``:
+    what the tangent rule can use besides.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[int]
+    out: Any
+    more: Any = None
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None, more: Any = None) -> Known:
+        versions: list[int] = []
+
+        def plain(node: Any) -> Any:
+            if isinstance(node, Tensor):
+                plain_memory = type(node) in (Tensor, torch.nn.Parameter) and node.layout is torch.strided
+                versions.append(node._version if plain_memory and not node.is_inference() else -1)
+                return node.detach()
+            return [plain(item) for item in node] if isinstance(node, (tuple, list)) else node
+
+        args, kwargs = tuple(plain(a) for a in args), {k: plain(a) for k, a in kwargs.items()}
+        return Known(args, kwargs, versions, None if out is None else out.detach(), more)
+
+    def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the call is made with the same numbers in the same memory."""
+        versions = iter(self.versions)
+
+        def same(known: Any, given: Any) -> bool:
+            if isinstance(known, Tensor):
+                version = next(versions)
+                if not isinstance(given, Tensor) or version < 0 or given.is_inference():
+                    return False
+                if not known.numel():
+                    return known.shape == given.shape and known.dtype is given.dtype
+                return given._version == version and known.is_set_to(given)
+            if isinstance(known, list):
+                listed = isinstance(given, (tuple, list)) and len(given) == len(known)
+                return listed and all(map(same, known, given))
+            return known is given or (type(known) is type(given) and type(known) in _NUMBERS and known == given)
+
+        return (
+            len(args) == len(self.args)
+            and kwargs.keys() == self.kwargs.keys()
+            and all(map(same, self.args, args))
+            and all(same(known, kwargs[name]) for name, known in self.kwargs.items())
+        )
+
+
 #: A tangent rule and how many leading arguments may carry tangents.
 TangentRule = Callable[..., Any]
 _TANGENTS: dict[Callable[..., Any], tuple[TangentRule, int]] = {}
 
+#: Operations whose tangent rule takes ``known``: from the result of a run of the operation, what to keep of it besides.
+RESUMED: dict[Callable[..., Any], Callable[[Tensor], Any]] = {}
 
-def register_tangent(*functions: Callable[..., Any], duals: int = 1) -> Callable[[TangentRule], TangentRule]:
+
+def no_more(out: Tensor) -> None:
+    """Nothing but the result itself."""
+
+
+def register_tangent(
+    *functions: Callable[..., Any], duals: int = 1, known: Callable[[Tensor], Any] | None = None
+) -> Callable[[TangentRule], TangentRule]:
     """Decorator: a closed-form tangent ``rule(x, dx, *rest, **kwargs) -> (out, dout)`` for these torch functions.
 
     ``dx`` is never None; nothing in ``rest`` and ``kwargs`` carries a tangent. A rule may return ``NotImplemented``:
     torch's own serves then. With ``duals=3``, say, it is ``rule((q, k, v), (dq, dk, dv), *rest, **kwargs)``, some (not
     all) of the tangents None; a number among the first arguments (``x * 2``) comes with None as well.
+
+    ``known``: the rule takes a keyword of that name, a ``Known`` with the operation's result (or None): what a guess's
+    pull-back has computed already. The function given here finds ``Known.more`` from the result of such a run.
 
     >>> @register_tangent(torch.special.exp2)
     ... def exp2(x, dx):
@@ -193,6 +263,8 @@ def register_tangent(*functions: Callable[..., Any], duals: int = 1) -> Callable
     def decorate(rule: TangentRule) -> TangentRule:
         for fn in functions:
             _TANGENTS[fn] = (rule, duals)
+            if known is not None:
+                RESUMED[fn] = known
         return rule
 
     return decorate

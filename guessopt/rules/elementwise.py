@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import PULLED_BACK, register_tangent
+from guessopt.rules.base import PULLED_BACK, Known, no_more, register_tangent
 from guessopt.sites import Call
 
 UNARY: set[Callable[..., Any]] = {
@@ -81,6 +81,15 @@ def _backward(kernel: Any, u: Tensor, s: Tensor, spent: bool = False, **options:
     return kernel(u, s, **options)
 
 
+def lasting_derivative(calls: Sequence[Call], s: Tensor) -> tuple[Call, Tensor] | None:
+    """The call and ``M``, where a path is one activation whose derivative is worth keeping until its tangent is due:
+    it takes longer than a product with it."""
+    if len(calls) != 1 or calls[0].fn is not F.gelu:
+        return None
+    m = torch.ones_like(s)
+    return calls[0], torch.ops.aten.gelu_backward.grad_input(m, s, grad_input=m, **calls[0].kwargs)
+
+
 def relu_pull_back(u: Tensor, s: Tensor, spent: bool = False) -> Tensor:
     """``M u`` for a ReLU at ``s``; ``u`` may have dimensions in front of those of ``s``."""
     return _backward(torch.ops.aten.threshold_backward, u, s, spent, threshold=0)
@@ -118,21 +127,22 @@ def derivative(path: tuple[tuple[Callable[..., Any], Callable[[Tensor], Tensor]]
         return torch.autograd.grad(t, start, torch.ones_like(t))[0]
 
 
-# Tangents. Activations have none here: torch's own rules for relu, gelu, silu, sigmoid, tanh and the like are one fused
-# kernel already. In arithmetic torch fills a tensor with zeros for an operand without tangent; where both have one, its
-# rule is as fast as can be.
+# Tangents. Most activations have none here: torch's own rules for relu, sigmoid, tanh and the like are one fused kernel
+# already. In arithmetic torch fills a tensor with zeros for an operand without tangent.
 
 Pair = tuple[Any, Any]
 
 
-@register_tangent(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, duals=2)
-def add(ab: Pair, tangents: Pair, **other: Any) -> Any:
+@register_tangent(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, duals=2, known=no_more)
+def add(ab: Pair, tangents: Pair, *, known: Known | None = None, **other: Any) -> Any:
     """``d(a + b) = da`` where b is constant."""
     (a, b), (da, db) = ab, tangents
-    if other or (da is not None and db is not None):
+    if other or (known is None and da is not None and db is not None):
         return NotImplemented
-    out = a + b
-    return out, _alone(da if db is None else db, out)
+    out = a + b if known is None else known.out
+    if da is None or db is None:
+        return out, _alone(da if db is None else db, out)
+    return out, da + db
 
 
 @register_tangent(torch.sub, Tensor.sub, Tensor.__sub__, duals=2)
@@ -147,13 +157,65 @@ def subtract(ab: Pair, tangents: Pair, **other: Any) -> Any:
     return out, -db if db.shape == out.shape else _alone(-db, out)
 
 
-@register_tangent(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, duals=2)
-def multiply(ab: Pair, tangents: Pair, **other: Any) -> Any:
-    """``d(a b) = da b`` where b is constant."""
+@register_tangent(
+    torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, duals=2, known=no_more
+)
+def multiply(ab: Pair, tangents: Pair, *, known: Known | None = None, **other: Any) -> Any:
+    """``d(a b) = da b + a db``."""
     (a, b), (da, db) = ab, tangents
-    if other or (da is not None and db is not None):
+    if other:
         return NotImplemented
-    return a * b, da * b if db is None else a * db
+    out = a * b if known is None else known.out
+    if da is None or db is None:
+        return out, da * b if db is None else a * db
+    return out, (da * b).addcmul_(a, db)
+
+
+@register_tangent(torch.neg, Tensor.neg, Tensor.__neg__, known=no_more)
+def negative(x: Tensor, dx: Tensor, *, known: Known | None = None) -> tuple[Tensor, Tensor]:
+    """``d(-x) = -dx``."""
+    return -x if known is None else known.out, -dx
+
+
+@register_tangent(torch.rsqrt, Tensor.rsqrt, known=no_more)
+def reciprocal_root(x: Tensor, dx: Tensor, *, known: Known | None = None) -> tuple[Tensor, Tensor]:
+    """``d(x^-1/2) = -1/2 x^-3/2 dx``."""
+    out = torch.rsqrt(x) if known is None else known.out
+    return out, dx * out.pow(3).mul_(-0.5)
+
+
+@register_tangent(torch.mean, Tensor.mean, known=no_more)
+def mean(x: Tensor, dx: Tensor, *dim: Any, known: Known | None = None, **other: Any) -> Any:
+    """The mean of the tangent."""
+    if "out" in other:
+        return NotImplemented
+    return torch.mean(x, *dim, **other) if known is None else known.out, torch.mean(dx, *dim, **other)
+
+
+@register_tangent(torch.cat, torch.concat, torch.concatenate, known=no_more)
+def concatenate(xs: Any, dxs: Any, *dim: Any, known: Known | None = None, **other: Any) -> Any:
+    """The tangents side by side."""
+    if "out" in other:
+        return NotImplemented
+    dxs = [torch.zeros_like(x) if dx is None else dx for x, dx in zip(xs, dxs, strict=True)]
+    return torch.cat(xs, *dim, **other) if known is None else known.out, torch.cat(dxs, *dim, **other)
+
+
+@register_tangent(F.gelu, known=no_more)
+def gelu(x: Tensor, dx: Tensor, *, known: Known | None = None, **kind: Any) -> tuple[Tensor, Tensor]:
+    """``ds = gelu'(x) dx``; in the memory of ``known.more``, the derivative, where a pull-back has computed it."""
+    out = F.gelu(x, **kind) if known is None or known.out is None else known.out
+    if known is not None and known.more is not None:
+        return out, known.more.mul_(dx)
+    return out, torch.ops.aten.gelu_backward(dx, x, **kind)
+
+
+@register_tangent(F.silu, known=no_more)
+def silu(x: Tensor, dx: Tensor, inplace: bool = False, *, known: Known | None = None) -> Any:
+    """``ds = silu'(x) dx`` in one kernel."""
+    if inplace:
+        return NotImplemented
+    return F.silu(x) if known is None else known.out, torch.ops.aten.silu_backward(dx, x)
 
 
 @register_tangent(
@@ -168,14 +230,15 @@ def divide(ab: Pair, tangents: Pair, **other: Any) -> Any:
     return a / b, da / b
 
 
-@register_tangent(torch.pow, Tensor.pow, Tensor.__pow__)
-def power(x: Tensor, dx: Tensor, exponent: Any, **other: Any) -> Any:
+@register_tangent(torch.pow, Tensor.pow, Tensor.__pow__, known=no_more)
+def power(x: Tensor, dx: Tensor, exponent: Any, *, known: Known | None = None, **other: Any) -> Any:
     """``d(x^n) = n x^(n-1) dx`` for a number n."""
     if other or isinstance(exponent, (Tensor, complex)) or exponent == 0:
         return NotImplemented
+    out = x**exponent if known is None else known.out
     if exponent == 2:
-        return x * x, (x * dx).mul_(2)
-    return x**exponent, x.pow(exponent - 1).mul_(dx).mul_(exponent)
+        return out, (x * dx).mul_(2)
+    return out, dx * x.pow(exponent - 1).mul_(exponent)
 
 
 @register_tangent(torch.square, Tensor.square)

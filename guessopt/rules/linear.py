@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import MatrixRule, register_rule, register_tangent
+from guessopt.rules.base import Known, MatrixRule, no_more, register_rule, register_tangent
 from guessopt.sites import Matrix, Shape
 
 
@@ -101,10 +101,12 @@ class AddmmRule(_Linear):
         return min(sum(shape[1] for shape in matrix.weight_shapes), matrix.weight_shape[0])
 
 
-@register_tangent(F.linear)
-def linear(x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+@register_tangent(F.linear, known=no_more)
+def linear(
+    x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: Known | None = None
+) -> tuple[Tensor, Tensor]:
     """``ds = dx W^T``."""
-    return F.linear(x, weight, bias), F.linear(dx, weight)
+    return F.linear(x, weight, bias) if known is None else known.out, F.linear(dx, weight)
 
 
 @register_tangent(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, duals=2)

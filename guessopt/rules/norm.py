@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import Place, Rule, register_rule, register_tangent
+from guessopt.rules.base import Known, Place, Rule, register_rule, register_tangent
 
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -129,7 +129,14 @@ def _per_channel(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(1, -1, *(1,) * (like.dim() - 2))
 
 
-@register_tangent(F.layer_norm, torch.layer_norm)
+def _statistics(out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and reciprocal deviation, from the graph of a layer norm."""
+    node: Any = out.grad_fn
+    found = [getattr(node, f"_saved_result{k}", None) for k in (1, 2)]
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+
+@register_tangent(F.layer_norm, torch.layer_norm, known=_statistics)
 def layer_norm(
     x: Tensor,
     dx: Tensor,
@@ -138,10 +145,15 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
+    *,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``ds = w r (dx - mean(dx) - xhat mean(xhat dx))`` over the normalised dimensions."""
     shape = list(normalized_shape)
-    out, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
+    if known is not None and known.more is not None:
+        out, (mean, r) = known.out, known.more
+    else:
+        out, mean, r = torch.native_layer_norm(x, shape, weight, bias, eps)
     if not x.is_cuda:  # the CPU kernel wants one dtype; statistics of bfloat16 may be float32
         x, dx = x.to(mean.dtype), dx.to(mean.dtype)
     dxhat = _layer_norm_jacobian(dx, x, shape, mean, r, None, None, _X_ONLY)[0]

@@ -15,6 +15,7 @@ from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise
 from guessopt.sites import (
     Call,
     Cut,
+    Joint,
     Kind,
     Layout,
     Matrix,
@@ -409,7 +410,29 @@ class Analysis:
             ),
             blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
             stream=found,
+            joints=self._joints(final) if segments else (),
         )  # fmt: skip
+
+    def _joints(self, sites: tuple[Site, ...]) -> tuple[Joint, ...]:
+        """Sites of linear layers with one input, one layout and one next matrix site, on the way to which they meet."""
+        groups: dict[tuple[Any, ...], list[Site]] = {}
+        for site in sites:
+            m, segment = self.matrix_of(site.call), site.segment
+            if m is None or m[0].geometry(site.call) != "linear" or segment is None or site.shares is not None:
+                continue
+            alone = segment.elementwise is not None or site.overwritten or site.call.in_place
+            if not (alone or site.by_parameter or any(other.shares == site.index for other in sites)):
+                key = (m[2], segment.matrices[0].x, site.layout, site.shape[:-1], site.dtype)
+                groups.setdefault(key, []).append(site)
+        return tuple(self._joint(group) for group in groups.values() if len(group) > 1)
+
+    def _joint(self, sites: list[Site]) -> Joint:
+        first, *rest = sites
+        assert first.segment is not None
+        others = self._program(first.value, [site.value for site in rest])
+        done = {call.index for call in others}
+        program = tuple(call for call in first.segment.program if call.index not in done)
+        return Joint(tuple(site.index for site in sites), tuple(site.value for site in sites), others, program)
 
     def _stream(self, sites: tuple[Site, ...], batch: int) -> Stream | None:
         tape, calls = self.tape, tuple(sorted(self.useful - self.loss))

@@ -51,6 +51,20 @@ def _collect(node: Any, found: list[Tensor]) -> None:
             _collect(item, found)
 
 
+class _NoGrad:
+    """``torch.no_grad()`` at a fraction of its cost, which a pass would pay at every call."""
+
+    def __init__(self) -> None:
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(torch.is_grad_enabled())
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_grad_enabled(self._before.pop())
+
+
 class Interceptor(TorchFunctionMode):
     """Hands each torch call to ``call``, with the tensors that are trainable parameters or expressions of them.
 
@@ -64,7 +78,7 @@ class Interceptor(TorchFunctionMode):
         self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
         self.count = 0
         self.enabled = True
-        self.no_grad: AbstractContextManager[Any] = torch.no_grad()
+        self.no_grad: AbstractContextManager[Any] = _NoGrad()
 
     def __torch_function__(
         self, fn: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.base import PULLED_BACK, push
-from guessopt.rules.elementwise import DROPOUT, derivative, pull_back
+from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
+from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
 from guessopt.rules.norm import without_side_effects
-from guessopt.sites import Call, Layout, Matrix, Onward, Shape, Site, Value
+from guessopt.sites import Call, Joint, Layout, Matrix, Onward, Shape, Site, Value
 from guessopt.tracing.interceptor import autocast_of, tensors_in
 
 
@@ -28,13 +28,22 @@ class Local:
         site: the site.
         s: its output, without tangent, ``[N, *, d_out]`` or as ``site.layout`` says.
 
-    ``several``: more than one guess will be made here, so that what they share is worth keeping.
+    ``several``: more than one guess will be made here, so that what they share is worth keeping. ``known``: where to
+    leave, by call, what a pull-back computes of calls that the closure has yet to make; None: nowhere.
     """
 
     def __init__(
-        self, site: Site, s: Tensor, values: dict[int, Tensor], source: NoiseSource, *, several: bool = False
+        self,
+        site: Site,
+        s: Tensor,
+        values: dict[int, Tensor],
+        source: NoiseSource,
+        *,
+        several: bool = False,
+        known: dict[int, Known] | None = None,
     ) -> None:
         self.site, self.s, self._values, self._source = site, s, values, source
+        self._known = known
         self._m: tuple[Tensor | None] | None = None
         self._several = several
         self._runs: dict[tuple[int, ...], tuple[Tensor, Any]] = {}
@@ -87,11 +96,22 @@ class Local:
     def pull_back(self, u: Tensor, *, spent: bool = False) -> Tensor:
         """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone; into ``u``'s memory
         if it is ``spent``."""
-        if self.site.segment is not None and self.site.segment.fused is not None:
-            return self.site.segment.fused(u, self.s, spent)
+        segment = self.site.segment
+        if segment is not None and segment.fused is not None:
+            assert segment.elementwise is not None
+            lasting = None if self._known is None else lasting_derivative(segment.elementwise, self.s)
+            if lasting is None:
+                return segment.fused(u, self.s, spent)
+            call, m = lasting
+            assert self._known is not None
+            args = _fill(call.args, {segment.source: self.s})
+            self._known[call.index] = Known.of(args, call.kwargs, None, m)
+            return u.mul_(m) if spent else u * m
         if self.is_elementwise:
             once = self._m is None and not self._several
             return pull_back(self._path(), self.s, u) if once else self._masked(u)
+        if self._known is not None:
+            self._known.clear()
         return self._pulled((), self._segment(), u)
 
     def _pulled(self, goals: tuple[int, ...], run: Callable[[Tensor], Any], u: Any) -> Tensor:
@@ -159,9 +179,55 @@ class Local:
         x = segment.matrices[0].x
 
         def run(s: Tensor) -> Tensor:
-            return evaluate(segment.program, {**self._values, segment.source: s})[x]
+            return evaluate(segment.program, {**self._values, segment.source: s}, known=self._known)[x]
 
         return run
+
+
+class JointLocal(Local):
+    """Parallel sites as the one layer that they might be: what ``Local`` has as one tensor, the site's output, its
+    cotangents and tangents, is here a tuple, in the order of ``joint.sites``.
+
+    Args:
+        s: the first one's output; the others' are computed here.
+    """
+
+    def __init__(
+        self,
+        joint: Joint,
+        site: Site,
+        s: Tensor,
+        values: dict[int, Tensor],
+        source: NoiseSource,
+        *,
+        several: bool = False,
+        known: dict[int, Known] | None = None,
+    ) -> None:
+        super().__init__(site, s, values, source, several=several, known=known)
+        if known is not None:
+            known.clear()
+        self._values = evaluate(joint.others, {**values, site.value: s}, known=known)
+        self.joint = joint
+        self._run: tuple[tuple[Tensor, ...], Tensor] | None = None
+        self.outputs = tuple(self._values[v] for v in joint.values)
+
+    def pull_back(self, u: Tensor, *, spent: bool = False) -> Any:
+        """``J^T u``: a tensor for each site."""
+        with torch.enable_grad():
+            if self._run is None or not self._several:
+                ss = tuple(s.detach().requires_grad_() for s in self.outputs)
+                self._run = ss, self._meet(*ss, known=self._known)[0]
+            return torch.autograd.grad(self._run[1], self._run[0], u, retain_graph=self._several)
+
+    def push_forward(self, v: Any) -> Tensor:
+        """``J v``: a tensor for each site, to the next matrix site's input."""
+        return push(self._meet, self.outputs, v)[0]
+
+    def _meet(self, *ss: Tensor, known: dict[int, Known] | None = None) -> tuple[Tensor]:
+        segment = self.site.segment
+        assert segment is not None
+        values = {**self._values, **dict(zip(self.joint.values, ss, strict=True))}
+        return (evaluate(self.joint.program, values, known=known)[segment.matrices[0].x],)
 
 
 def dense(w: Tensor) -> Tensor:
@@ -193,13 +259,18 @@ def centred(kind: str) -> str:
 
 
 def evaluate(
-    calls: tuple[Call, ...], values: dict[int, Tensor], variables: frozenset[int] = frozenset()
+    calls: tuple[Call, ...],
+    values: dict[int, Tensor],
+    variables: frozenset[int] = frozenset(),
+    known: dict[int, Known] | None = None,
 ) -> dict[int, Tensor]:
     """Run recorded calls on values, functionally: dropout passes as its mean, in-place writes go to a copy, global
-    random states are left alone. ``variables``: values made here that are to require grad."""
+    random states are left alone. ``variables``: values made here that are to require grad. ``known``: where to leave,
+    by call, what the closure may take over."""
     values = dict(values)
-    with replayed(RandomState.capture() if any(draws(call.fn) for call in calls if call.fn not in DROPOUT) else None):
-        _run(calls, values, variables)
+    drawing = any(draws(PULLED_BACK.get(call.fn, call.fn)) for call in calls if call.fn not in DROPOUT)
+    with replayed(RandomState.capture() if drawing else None):
+        _run(calls, values, variables, known)
     return values
 
 
@@ -229,38 +300,52 @@ class Stretch:
         return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
 
 
-def _run(calls: tuple[Call, ...], values: dict[int, Tensor], variables: frozenset[int] = frozenset()) -> None:
+def _run(
+    calls: tuple[Call, ...],
+    values: dict[int, Tensor],
+    variables: frozenset[int] = frozenset(),
+    known: dict[int, Known] | None = None,
+) -> None:
     for call in calls:
-        if call.fn in DROPOUT:
+        fn = call.fn
+        if fn in DROPOUT:
             values[call.outputs[0]] = values[call.inputs[0]]
             continue
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
         with _autocasting(call, values):
-            out = PULLED_BACK.get(call.fn, without_side_effects(call.fn))(*args, **kwargs)
-        results = tensors_in((out,)) if out is not None else [args[0]]
-        values.update(zip(call.outputs, results, strict=True))
-        for v in variables.intersection(call.outputs):
+            out = (PULLED_BACK.get(fn) or without_side_effects(fn))(*args, **kwargs)
+        if isinstance(out, Tensor):
+            values[call.outputs[0]] = out
+            if known is not None and fn in RESUMED and not call.in_place:
+                known[call.index] = Known.of(args, kwargs, out, RESUMED[fn](out))
+        else:
+            values.update(zip(call.outputs, tensors_in((out,)) if out is not None else [args[0]], strict=True))
+        for v in variables.intersection(call.outputs) if variables else ():
             if not values[v].requires_grad:
                 values[v] = values[v].detach().requires_grad_()
+
+
+_AS_IT_IS = nullcontext[None]()
 
 
 def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:
     """The autocast under which the closure made the call."""
     now = autocast_of(values[call.inputs[0]]) if call.inputs else None
     if now == call.autocast or not call.inputs:
-        return nullcontext()
+        return _AS_IT_IS
     return torch.autocast(*call.autocast) if call.autocast else torch.autocast(now[0], enabled=False)  # type: ignore[index]
 
 
 def _fill(node: Any, values: dict[int, Tensor]) -> Any:
-    if isinstance(node, Value):
+    kind = type(node)
+    if kind is Value:
         return values[node.id]
-    if isinstance(node, (tuple, list)):
-        return type(node)(_fill(item, values) for item in node)
-    if isinstance(node, dict):
-        return {key: _fill(item, values) for key, item in node.items()}
+    if kind is tuple or kind is list:
+        return kind([values[item.id] if type(item) is Value else _fill(item, values) for item in node])
+    if kind is dict:
+        return {key: _fill(item, values) for key, item in node.items()} if node else {}
     return node
 
 
