@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LOUDEST = 1e4
 
 #: A site's number, its predicted cotangent (None: there is nothing to predict by) and its guess, if it has one.
-Known = tuple[int, "Tensor | None", "Tensor | None"]
+Shown = tuple[int, "Tensor | None", "Tensor | None"]
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,13 @@ class Sitewise(Lesson):
             self._learn(local, y)
         return {index: self._corrected(index, c, y) for index, c, y in self._predicted(local, y)}
 
-    def _predicted(self, local: Local, y: Tensor | None) -> list[Known]:
+    def _predicted(self, local: Local, y: Tensor | None) -> list[Shown]:
         """The sites whose ``c_i`` are known now: those that have waited for this one, and itself, unless it waits."""
         index, chart = local.site.index, self.chart
         ahead, cut = (chart.ahead.get(index), chart.exact.get(index)) if self.options.ahead else (None, None)
         ahead = None if ahead is None or self.before[ahead] is None else ahead
         served, state, c = self.waiting.pop(index, ()), self.before.get(index), None
-        found: list[Known] = []
+        found: list[Shown] = []
         if state is not None and (served or (ahead is None and cut is None)):
             assert self.e is not None
             c = chart.ways[index].pull_back(local, self.e, state["B"])  # M_i B_i e
