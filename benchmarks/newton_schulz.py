@@ -1,10 +1,9 @@
 """Fits the Newton-Schulz polynomials of ``WPerpNS``: ``python -m benchmarks.newton_schulz [--quick]``.
 
 For each ``sigma_k`` = 0.1, ..., 0.9 an odd polynomial of degree seven, ``p(x) = a x + b x^3 + c x^5 + d x^7``, is
-fitted so
-that five compositions of it come near the step that is 0 on ``[0, sigma_k]`` and 1 on ``(sigma_k, 1]`` (Wang 3.2 and
-4.2: "via gradient descent"; their N and coefficients are not given). What is fitted is the whole composition, in the
-mean square, on ``[0, 1.02]``: a spectral norm that is estimated a little too low must not blow up.
+fitted so that five compositions of it come near the step that is 0 on ``[0, sigma_k]`` and 1 on ``(sigma_k, 1]`` (Wang
+3.2 and 4.2: "via gradient descent"; their N and coefficients are not given). What is fitted is the whole composition,
+in the mean square, on ``[0, 1.02]``: a spectral norm that is estimated a little too low must not blow up.
 
 Gradient descent finds many local minima, so a few hundred starts run side by side; the best is kept.
 """

@@ -32,8 +32,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
     Args:
         params: parameters, named parameters, or groups; a group may carry its own ``"estimator"``.
         base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an optimizer
-        built
-            on the same parameters.
+            built on the same parameters.
         estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
             that matches decides) to any of these.
         guesses: K independent guesses per step, averaged. They share one pass: the primal is computed once, and K

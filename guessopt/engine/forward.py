@@ -331,8 +331,8 @@ class Pass(Interceptor):
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
     """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example):
-    ``[N]``, or ``[1]``
-    where some cut's examples cannot be told apart. Equal to the derivative of each example's share of the loss."""
+    ``[N]``, or ``[1]`` where some cut's examples cannot be told apart. Equal to the derivative of each example's share
+    of the loss."""
     parts = [
         cut.layout.sum_examples(_wide(e) * _wide(t), graph.batch)
         for cut, e, t in zip(graph.cuts, errors, tangents, strict=True)

@@ -1,9 +1,8 @@
 """Which dimension holds the examples, and where examples interact: found by trying, not by shape.
 
 A tangent on a random half of the examples must move nothing that belongs to the other half. A layout that passes is
-right
-for every later step with the same calls and shapes; one that fails is replaced by another, or the site is *coupled* and
-takes the scalar derivative, which is always valid, only noisier.
+right for every later step with the same calls and shapes; one that fails is replaced by another, or the site is
+*coupled* and takes the scalar derivative, which is always valid, only noisier.
 """
 
 from __future__ import annotations

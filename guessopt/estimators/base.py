@@ -111,10 +111,9 @@ class Estimator(ABC):
         return None
 
     def correct(self, state: Any, local: Local, y: Tensor) -> Tensor:
-        """What takes the guess's place in ``g^ = D y`` (not in the pass): with ``debias``, ``E[y
-        y^T]^+ y``, so that ``E g^``
-        is the true cotangent projected on the span of the guesses ("undo the bias", which Singhal section 5 leaves
-        open). Conjugate gradients on ``second_moment``, all examples at once; variance grows with its condition
+        """What takes the guess's place in ``g^ = D y`` (not in the pass): with ``debias``, ``E[y y^T]^+ y``, so that
+        ``E g^`` is the true cotangent projected on the span of the guesses ("undo the bias", which Singhal section 5
+        leaves open). Conjugate gradients on ``second_moment``, all examples at once; variance grows with its condition
         number."""
         if not self.debias:
             return y

@@ -1,9 +1,8 @@
 """A function mode that sees every torch call of a closure and knows which of them read trainable parameters.
 
 Parameters are recognised by identity, so ``F.linear`` in a plain function is seen as well as ``nn.Linear``. A call
-whose
-tensors are all parameters, or computed from parameters alone, is a *parameter expression* (``W.t()``, ``1 + w``): it
-records an ordinary autograd graph, which never contains an activation.
+whose tensors are all parameters, or computed from parameters alone, is a *parameter expression* (``W.t()``, ``1 + w``):
+it records an ordinary autograd graph, which never contains an activation.
 """
 
 from __future__ import annotations
