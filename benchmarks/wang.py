@@ -391,6 +391,7 @@ def moments_table(cells: list[Cell], part: Part, name: str) -> Table:
                 continue
             paper = PAPER_MOMENTS[name][method]
             row = [f"{width} {LABELS[method]}", small(average(runs, "variance")), small(average(runs, "bias"))]
+            row.append(known(average(runs, "relative_bias"), ".2f"))
             row += map(small, paper[:2])
             if name == "2":
                 row += [known(average(runs, "covariance_norm")), known(paper[2])]
@@ -398,8 +399,11 @@ def moments_table(cells: list[Cell], part: Part, name: str) -> Table:
                 row += [f"{mean(run.history.train[-1] for run in runs):.3f}", known(PAPER_5[method][0])]
             rows.append(row)
     last = "cov." if name == "2" else "train"
-    columns = ["width, method", "var.", "bias", "paper\nvar.", "paper\nbias", last, f"paper\n{last}"]
-    note = "var. (18), bias (17), cov.: layer 1, mean over looks and seeds; all layers and other readings in the JSON."
+    columns = ["width, method", "var.", "bias", "rel.\nbias", "paper\nvar.", "paper\nbias", last, f"paper\n{last}"]
+    note = (
+        "var. (18), bias (17), that over the mean gradient's norm, cov.: layer 1, mean over looks and seeds; "
+        "all layers and other readings in the JSON."
+    )
     return Table(part.title, columns, rows, note)
 
 
