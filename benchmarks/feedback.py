@@ -25,22 +25,23 @@ from benchmarks.training import batches
 from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, LearnedFeedback, WPerp, WTranspose
 from guessopt.diagnostics import cosine
 
+_learned = partial(LearnedFeedback, gamma=0, every="auto")
 # Direct feedback alignment: matrices that never learn; the error reaches every site through its own.
 _fixed = partial(LearnedFeedback, gamma=0, beta=0, ahead=0, residual=False)
 ESTIMATORS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "learned_feedback": ("learned feedback", lambda: LearnedFeedback(gamma=0, every=4)),
+    "learned_feedback": ("learned feedback", _learned),
     "random_feedback": ("random DFA", lambda: _fixed(start="random")),
     "fixed_feedback": ("fixed DFA", lambda: _fixed(start="weights")),
     "w_perp": ("W-perp", lambda: WPerp(k=10)),
     "w_transpose": ("W^T", WTranspose),
     "activation_perturbation": ("activation pert.", ActivationPerturbation),
     # Parts of learned feedback, named by --methods to see what each is worth.
-    "learned_feedback_near": ("learned, ahead=0", lambda: LearnedFeedback(gamma=0, every=4, ahead=0)),
+    "learned_feedback_near": ("learned, ahead=0", lambda: _learned(ahead=0)),
     "learned_feedback_skips": ("skips alone", lambda: LearnedFeedback(gamma=0, beta=0, ahead=0)),
-    "learned_feedback_sites": ("learned, no stream", lambda: LearnedFeedback(gamma=0, every=4, residual=False)),
-    "learned_feedback_position": ("learned, position", lambda: LearnedFeedback(gamma=0, every=4, structure="position")),
-    "learned_feedback_shared": ("learned, shared", lambda: LearnedFeedback(gamma=0, every=4, structure="shared")),
-    "learned_feedback_start": ("learned, start", lambda: LearnedFeedback(gamma=0, every=4, start="weights")),
+    "learned_feedback_sites": ("learned, no stream", lambda: _learned(residual=False)),
+    "learned_feedback_position": ("learned, position", lambda: _learned(structure="position")),
+    "learned_feedback_shared": ("learned, shared", lambda: _learned(structure="shared")),
+    "learned_feedback_start": ("learned, start", lambda: _learned(start="weights")),
     "learned_feedback_auto": ("learned, gamma auto", LearnedFeedback),
 }
 LABELS = {"backprop": "backprop"} | {name: label for name, (label, _) in ESTIMATORS.items()}
@@ -54,7 +55,7 @@ class Problem:
 
     ``judge``: the figure by which a learning rate is chosen: ``train`` or ``test`` accuracy, or the test ``loss``.
     ``target``: what learned feedback should reach of it, relative to backprop's (of a loss: of its drop below the
-    unigram's). ``looks``: moments at which a run is judged; ``seeds``: runs at the best learning rate;
+    unigram's). ``looks``: moments at which a run is judged; ``lowest``: of the rates tried; ``seeds``: runs at the best one;
     ``decays``: the rate falls linearly to zero. (At a constant one AdamW throws deep networks back now and then, by
     whichever gradient, and the last step is a lottery.)"""
 
@@ -67,6 +68,7 @@ class Problem:
     target: float
     looks: int = 8
     seeds: int = 2
+    lowest: float = 3e-4
     decays: bool = True
 
     def settings(self, quick: bool) -> dict[str, Any]:
@@ -106,6 +108,7 @@ def _mlp(width: int, depth: int, target: float) -> Problem:
         target,
         looks=60,
         seeds=5,
+        lowest=1e-4,
         decays=depth > 3,  # three layers: as in Wang 4.1
     )
 
@@ -269,14 +272,17 @@ class Runs:
     def __init__(self, lrs: tuple[float, ...], cells: Cells, unigram: dict[str, float]) -> None:
         self.lrs, self.cells, self.unigram = lrs, cells, unigram
 
+    def grid(self, problem: str) -> tuple[float, ...]:
+        return tuple(lr for lr in self.lrs if lr >= PROBLEMS[problem].lowest)
+
     def best(self, problem: str, method: str) -> float:
         """The learning rate whose run with seed 0 ended best."""
         judge = PROBLEMS[problem].judge
-        return max(self.lrs, key=lambda lr: self.cells[problem, method, lr, 0].figure(judge))
+        return max(self.grid(problem), key=lambda lr: self.cells[problem, method, lr, 0].figure(judge))
 
     def chosen(self, problem: str, method: str) -> list[Cell]:
         """All runs at the best rate, by seed; none where the grid is not complete."""
-        if any((problem, method, lr, 0) not in self.cells for lr in self.lrs):
+        if any((problem, method, lr, 0) not in self.cells for lr in self.grid(problem)):
             return []
         at = problem, method, self.best(problem, method)
         return [self.cells[key] for key in sorted(self.cells) if key[:3] == at]
@@ -299,7 +305,7 @@ class Bench(Runs):
     def missing(self, problem: str, methods: tuple[str, ...], seeds: int) -> Iterator[Key]:
         """Seed 0 on the whole grid; then, once that is there, the other seeds at the best rate."""
         for method in methods:
-            for lr in self.lrs:
+            for lr in self.grid(problem):
                 if (problem, method, lr, 0) not in self.cells:
                     yield problem, method, lr, 0
         for seed in range(1, seeds):
@@ -346,7 +352,7 @@ class Bench(Runs):
             problem = PROBLEMS[name]
             settings = problem.settings(self.quick)
             for method in methods:
-                wanted = len(self.lrs) + seeds[name] - 1
+                wanted = len(self.grid(name)) + seeds[name] - 1
                 left = wanted - sum(key[:2] == (name, method) for key in self.cells)
                 if left <= 0:
                     continue

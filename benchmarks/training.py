@@ -21,7 +21,7 @@ ESTIMATORS: dict[str, Callable[[], Any]] = {
     "w_transpose": WTranspose,
     "activation_perturbation": ActivationPerturbation,
     "directional_descent": DirectionalDescent,
-    "learned_feedback": lambda: LearnedFeedback(gamma=0, every=4, ahead=0),
+    "learned_feedback": lambda: LearnedFeedback(gamma=0, every=4),
 }
 METHODS = ("backprop", *ESTIMATORS)
 LABELS = {

@@ -170,8 +170,7 @@ def bytes_of(budget: int | str) -> int:
 def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
     peak_of = cuda_peak if opt._devices else cpu_peak
     steps, noise = opt._steps, opt._noise.snapshot()
-    period = max(e.every for e in opt._estimators)
-    learns, moving = any(e.learns for e in opt._estimators), -(-steps // period) * period  # with a forward-mode pass
+    learns = any(e.learns for e in opt._estimators)
     traced: list[Any] = []
     opt.memory = "store"  # which refuses nothing
 
@@ -187,6 +186,8 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
     _, floor = peak_of(look)
     traced[0].uses = 16  # past the probes of the first steps
     opt._plans = traced
+    period = max(e.period(traced[0].graph) for e in opt._estimators)
+    moving = -(-steps // period) * period  # a step with a forward-mode pass
 
     def restart() -> None:
         transaction.rewind()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from guessopt.cache import SiteCache
 from guessopt.engine.forward import Departure, Guess, Pass
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import Level, PlainLevel
+from guessopt.engine.levels import ErrorLevel, FastLevel, Level, PlainLevel
 from guessopt.engine.planning import (
     Plan,
     Transaction,
@@ -228,8 +228,7 @@ class Stepping:
     def _look(self, plan: Plan, record: ForwardRecord, closure: Callable[[], Any], transaction: Transaction) -> None:
         """A pass between the two, for estimators that must look at every site before they can serve one."""
         transaction.rewind()
-        level = PlainLevel()
-        level.frozen_statistics = self.batch_norm == "frozen_statistics"
+        level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         guess = self._shown(plan, record.lessons, "look", Round(1, self._again(record), None))
         run = Pass(self._ids, plan.graph, level, guess, record.params, transaction.saved, keeps=False)
         try:
@@ -249,7 +248,7 @@ class Stepping:
         """``_guess``, in a round; what it makes of a site whose estimator learns is shown to the lesson (its method
         ``how``) and forgotten."""
         guesses, guess = self._guesses_of(plan), partial(self._guess, plan, round)
-        idle = {e for e in lessons if how == "see" and not e.injects(self._steps)}
+        idle = {e for e in lessons if how == "see" and not e.injects(self._steps, plan.graph)}
         show = {e: getattr(lesson, how) for e, lesson in lessons.items()}
         for lesson in lessons.values():
             lesson.open()
@@ -421,6 +420,8 @@ class Stepping:
         level = self._level()
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
+        elif isinstance(level, FastLevel) and self._rests(plan):
+            level = ErrorLevel(frozen_statistics=level.frozen_statistics)
         round = Round(count, self._noise, {} if level.resumes else None)
         guess: Guess = partial(self._guess, plan, round)
         if lessons and not keeps:
@@ -470,7 +471,7 @@ class Stepping:
             local = JointLocal(joint, site, s, values, source, several=several, known=known)
         if estimator.learns:
             round.locals[site.index] = local = lasting(local, values, source)
-            if not estimator.injects(self._steps):
+            if not estimator.injects(self._steps, plan.graph):
                 return None
         lanes = source.lanes
         if site.by_parameter and estimator.per_example_parameters:
@@ -507,6 +508,10 @@ class Stepping:
                 formed |= lesson.estimate(locals, record, spend or formed.update)
         self._learn(plan, record)
         return formed
+
+    def _rests(self, plan: Plan) -> bool:
+        """Whether this step makes no guess at all: every estimator learns, and lives on what it knows."""
+        return all(e.learns and not e.injects(self._steps, plan.graph) for e in self._amplitudes)
 
     def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str, str]]:
         """By site, the estimator and the names of its prepared and its learned state; absent where the error is known

@@ -223,6 +223,34 @@ def test_no_tangents_between_forward_mode_passes(monkeypatch: pytest.MonkeyPatch
     assert net[0].weight.grad is not None and bool(net[0].weight.grad.any())
 
 
+@pytest.mark.parametrize(("n", "period"), [(16, 16), (4, 8), (1024, 16)])
+def test_forward_mode_passes_as_often_as_samples_are_wanted(n: int, period: int) -> None:
+    """``every="auto"``: 11 rows of ``B``, so that ``period * 11 / n`` is at most 32."""
+    net, closure = network(n=n)
+    opt = optimizer(net, gamma=0.0, every="auto")
+    kept = []
+    for _ in range(2 * period + 1):
+        opt.step(closure)
+        kept.append(feedback(opt))
+    changed = [step for step in range(1, len(kept)) if kept[step][0] is not kept[step - 1][0]]
+    assert changed == [period, 2 * period]
+
+
+def test_a_step_without_guesses_is_the_same_on_every_engine() -> None:
+    made = []
+    for engine in ("fast", "dual", "func"):
+        net, closure = network()
+        opt = GuessGradOptimizer(
+            net.named_parameters(), torch.optim.SGD, LearnedFeedback(gamma=0, every=3), lr=0.05, seed=1, engine=engine
+        )
+        for _ in range(5):
+            loss = opt.step(closure)
+        made.append((loss, [p.detach() for p in net.parameters()]))
+    for loss, params in made[1:]:
+        torch.testing.assert_close(loss, made[0][0])
+        torch.testing.assert_close(params, made[0][1])
+
+
 def test_the_last_site_takes_its_exact_error() -> None:
     net, closure = network()
     opt = optimizer(net, gamma=0.0)

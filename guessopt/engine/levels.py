@@ -33,10 +33,10 @@ class Level(ABC):
 
     #: Whether ``resume`` is there.
     resumes: ClassVar[bool] = False
-    #: Take batch normalisation's statistics for constants (biased, but examples stay apart).
-    frozen_statistics = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, frozen_statistics: bool = False) -> None:
+        #: Take batch normalisation's statistics for constants (biased, but examples stay apart).
+        self.frozen_statistics = frozen_statistics
         self.tangents: dict[int, Tensor | None] = {}
         self.notes: dict[int, Tensor] = {}
 
@@ -277,6 +277,16 @@ class PlainLevel(Level):
         return v, v
 
 
+class ErrorLevel(PlainLevel):
+    """No tangents, but the exact errors: for a step whose estimators learn and make no guess this time."""
+
+    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+        self.tangents[number] = None
+        with torch.enable_grad():
+            leaf = v.detach().requires_grad_()
+            return (leaf.clone() if clone else leaf), leaf
+
+
 def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an attention drops out."""
     return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
@@ -454,6 +464,4 @@ def make_level(name: str, *, frozen_statistics: bool = False) -> Level:
     """
     if name not in _LEVELS:
         raise ValueError(f"engine: {name!r} is not one of {', '.join(_LEVELS)}")
-    level = _LEVELS[name]()
-    level.frozen_statistics = frozen_statistics
-    return level
+    return _LEVELS[name](frozen_statistics=frozen_statistics)

@@ -59,8 +59,7 @@ class Replay(Pass):
         deliver: Deliver | None = None,
         done: Collection[int] = (),
     ) -> None:
-        level = PlainLevel()
-        level.frozen_statistics = frozen_statistics
+        level = PlainLevel(frozen_statistics=frozen_statistics)
         super().__init__(ids, graph, level, guesses[0], records[0].params, saved, keeps=False)
         self.share = 1 / sum(record.count for record in records)
         rates = [record.d if self.share == 1 else record.d * self.share for record in records]

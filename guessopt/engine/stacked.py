@@ -62,8 +62,7 @@ class StackedLevel(FastLevel):
     resumes = False
 
     def __init__(self, count: int, ways: dict[int, bool], *, frozen_statistics: bool = False) -> None:
-        super().__init__()
-        self.frozen_statistics = frozen_statistics
+        super().__init__(frozen_statistics=frozen_statistics)
         self.count, self._ways, self._number = count, ways, 0
         self._table: dict[int, tuple[ref[Tensor], Tensor]] = {}
 

@@ -64,9 +64,6 @@ class Estimator(ABC):
     #: Whether a ``Lesson`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
     learns: ClassVar[bool] = False
 
-    #: A forward-mode pass on one step in so many (others than 1 only where ``learns``).
-    every: int = 1
-
     #: Whether it works along a residual stream where there is one (``SiteGraph.stream``).
     streams: bool = False
 
@@ -133,9 +130,14 @@ class Estimator(ABC):
         """Factor on the noise, where parameters are guessed; ``entries``: how many these have in all."""
         return 1.0
 
-    def injects(self, step: int) -> bool:
-        """Whether this step needs guesses; a step without runs without tangents (only where ``learns``)."""
-        return True
+    def period(self, graph: SiteGraph) -> int:
+        """Steps from one that needs guesses to the next; those between run without tangents (others than 1 only where
+        ``learns``)."""
+        return 1
+
+    def injects(self, step: int, graph: SiteGraph) -> bool:
+        """Whether this step needs guesses."""
+        return step % self.period(graph) == 0
 
     def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:
         """A step; only where ``learns``.

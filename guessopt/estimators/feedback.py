@@ -23,6 +23,11 @@ from guessopt.tracing.local import Local
 
 STARTS = ("zero", "random", "weights")
 
+#: Steps from one forward-mode pass to the next that ``every="auto"`` chooses from; the longest for which rows of ``B``
+#: to a sample, times the interval, are no more than ``AMPLE``.
+INTERVALS = (1, 2, 4, 8, 16)
+AMPLE = 32
+
 
 @register_estimator("learned_feedback")
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class LearnedFeedback(Estimator):
         gamma: 1: a control variate, unbiased where the guess is; 0: the guesses serve to learn ``B`` alone; ``"auto"``:
             per site, by the share of noise in the correction (James-Stein).
         every: a forward-mode pass on one step in so many; the others cost a plain forward pass and use ``c_i``.
+            ``"auto"``: 1, 2, 4, 8 or 16, the fewer the more rows the ``B`` have for each sample of a batch.
         beta: gain of the least-mean-squares steps, as a fraction of a stable one; the first steps take more. 0: ``B``
             stays as it starts.
         structure: ``"position"``: a ``B`` that tells positions apart; ``"shared"``: one for all positions; ``"auto"``:
@@ -66,7 +72,7 @@ class LearnedFeedback(Estimator):
 
     guess: Any = "activation_perturbation"
     gamma: float | str = "auto"
-    every: int = 1
+    every: int | str = 1
     beta: float = 0.1
     structure: str = "auto"
     leak: float = 1e-3
@@ -89,8 +95,8 @@ class LearnedFeedback(Estimator):
         object.__setattr__(self, "guess", guess)
         if self.gamma != "auto" and not (isinstance(self.gamma, (int, float)) and 0 <= self.gamma <= 1):
             raise ValueError(f"gamma: the correction's weight must be 0 to 1 or 'auto', got {self.gamma!r}")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every: steps between forward-mode passes must be at least 1, got {self.every}")
+        if self.every != "auto" and not (isinstance(self.every, int) and self.every >= 1):
+            raise ValueError(f"every: steps from one forward-mode pass to the next, or 'auto', got {self.every!r}")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta: the gain must be 0 to 1, got {self.beta}")
         if self.structure not in STRUCTURES:
@@ -189,8 +195,28 @@ class LearnedFeedback(Estimator):
 
     # --- the estimate -------------------------------------------------------------------------------------------------
 
-    def injects(self, step: int) -> bool:
-        return step % self.every == 0 and not (self.gamma == self.beta == 0)
+    def injects(self, step: int, graph: SiteGraph) -> bool:
+        return not (self.gamma == self.beta == 0) and super().injects(step, graph)
+
+    def period(self, graph: SiteGraph) -> int:
+        if isinstance(self.every, int):
+            return self.every
+        key = self, "period"
+        if key not in graph.derived:
+            rows = sum(place.b_shape[0] / place.samples for place in self._places(graph))
+            graph.derived[key] = max(k for k in INTERVALS if k == 1 or k * rows <= AMPLE)
+        found: int = graph.derived[key]
+        return found
+
+    def _places(self, graph: SiteGraph) -> list[Place]:
+        """Wherever a ``B`` may be learned."""
+        form = Form(self.structure, self.entries)
+        if graph.stream is not None and self.residual:
+            every = {site.index for site in graph.sites}
+            return [place for _, place in stream_places(every, graph, form).values()]
+        output = Output.of_cuts(graph)
+        ways = (Way(site, output, form) for site in graph.sites if site.shares is None and site.cut is None)
+        return [way for way in ways if way.is_open]
 
     def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:
         if graph.stream is not None and self.residual:

@@ -105,6 +105,7 @@ class Place:
     grid, or a single one.
 
     Attributes:
+        samples: how many a batch holds to learn from.
         rank: where ``B`` would be too large, the number of fixed random mixtures of the output's features that it reads
             in place of the features; None elsewhere.
     """
@@ -114,6 +115,7 @@ class Place:
         p, f, c = self.view.positions, self.view.features, output.features
         most = math.inf if form.entries is None else form.entries
         self.matched = p == output.positions > 1
+        self.samples = output.n * (p if self.matched else 1)
         grid = self.view.inner[1:] if self.view.maps else (p,)
         wanted = [tuple(min(GRID, size) for size in grid)] if form.structure == "auto" and maps else []
         wanted += [grid] if form.structure == "position" else []
