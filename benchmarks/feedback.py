@@ -55,7 +55,7 @@ class Problem:
 
     ``judge``: the figure by which a learning rate is chosen: ``train`` or ``test`` accuracy, or the test ``loss``.
     ``target``: what learned feedback should reach of it, relative to backprop's (of a loss: of its drop below the
-    unigram's). ``looks``: moments at which a run is judged; ``lowest``: of the rates tried; ``seeds``: runs at the best;
+    unigram's). ``looks``: moments at which a run is judged; ``lowest``: of all rates; ``seeds``: runs at the best;
     ``decays``: the rate falls linearly to zero. (At a constant one AdamW throws deep networks back now and then, by
     whichever gradient, and the last step is a lottery.)"""
 
