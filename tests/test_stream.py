@@ -111,6 +111,20 @@ def test_shortcuts(projected: bool) -> None:
     assert skips == [False, True, not projected, True, False]
 
 
+def test_adapters_in_a_frozen_model_begin_with_one_block() -> None:
+    """The first adapter adds to what is not trained, which is no state: its own values would pass for states, and leave
+    it to an error that nothing carries back."""
+    net, closure = stack(3)
+    net.requires_grad_(False)
+    for layer in net[1:4]:
+        layer.one = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 7)).double()
+    stream = stream_of(opt := optimizer(net.named_parameters(), gamma=0.0), closure)
+    assert stream is not None
+    assert [block.skip for block in stream.blocks] == [None, (), (), None]
+    assert [len(block.sites) for block in stream.blocks] == [2, 2, 2, 0]
+    assert cosine(opt, closure).per_site["1.one.0.weight"] > 0.9  # all but what the last block does to the second's
+
+
 @pytest.mark.parametrize(("layers", "found"), [(6, True), (7, False)])
 def test_a_block_that_is_a_network_is_none(layers: int, found: bool) -> None:
     """A skip around everything would leave backpropagation inside a single block."""

@@ -8,6 +8,7 @@ identity, a rectifier after the addition, a strided slice with padding).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from torch import Tensor
 
@@ -121,8 +122,10 @@ def _slice(program: list[Call], free: set[int], goals: set[int]) -> tuple[Call, 
 
 
 def _merged(pieces: list[Block]) -> list[Block]:
-    """The head takes in all back to the last state before its only matrix site; elsewhere a stretch without a matrix
-    site joins the one before it."""
+    """The head takes in all back to the last state before its only matrix site; all up to the first stretch with a skip
+    is one block, if it is not too deep (the first low-rank adapter of a frozen model is such a chain: what it adds to
+    is no state, since nothing before it is trained); elsewhere a stretch without a matrix site joins the one before
+    it."""
     *pieces, head = pieces
     while pieces and (
         not pieces[-1].matrices or (pieces[-1].skip is None and head.matrices + pieces[-1].matrices <= 1)
@@ -134,6 +137,9 @@ def _merged(pieces: list[Block]) -> list[Block]:
             blocks[-1] = _joined(blocks[-1], piece)
         else:
             blocks.append(piece)
+    first = next((k for k, block in enumerate(blocks) if block.skip is not None), 0)
+    if first > 1 and sum(block.matrices for block in blocks[:first]) <= DEEPEST:
+        blocks[:first] = [reduce(_joined, blocks[:first])]
     return [*blocks, head]
 
 
