@@ -148,6 +148,7 @@ def test_the_sweep_finds_the_best_rate_without_trying_all() -> None:
         assert best_level(score, -16, 0) == wanted
         assert len(asked) == len(set(asked)) <= 9
     assert best_level(lambda level: float(level), -16, 0) == 0
+    assert best_level(lambda level: -abs(level + 13) if level < -8 else -10.0, -16, 0) == -13  # the others dead
     assert best_level(lambda level: float(level), -6, -5) == -5
 
 

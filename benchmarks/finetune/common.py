@@ -254,12 +254,13 @@ START, STRIDE = -6, 2
 
 def best_level(score: Callable[[int], float], low: int, high: int) -> int:
     """Decades from 1e-3 outward until the best has a worse one on either side, then its neighbours half a decade off.
-    The same grid for every method; only as much of it is run as it takes."""
+    The same grid for every method; only as much of it is run as it takes. Of equals the lowest is best: rates that all
+    end in chance are too high."""
     found: dict[int, float] = {}
 
     def look(*levels: int) -> int:
         found.update({level: score(level) for level in levels if low <= level <= high and level not in found})
-        return max(found, key=lambda level: found[level])
+        return max(found, key=lambda level: (found[level], -level))
 
     best = look(START, START - STRIDE, START + STRIDE)
     while (further := look(best - STRIDE, best + STRIDE)) != best:
