@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.data import Dataset, characters, cifar10, mnist1d
+from benchmarks.measure import interleaved, ratio, seconds
 from benchmarks.problems import MeanToken, causal_lm, cnn, relu_mlp, resnet, vit
 from benchmarks.report import COMMITTED, SCRATCH, Table, plot_curves, print_table, spread, write_json
 from benchmarks.training import batches
@@ -187,13 +188,13 @@ class Cell:
         return judged(last, judge)
 
     def reaches(self, judge: str, figure: float) -> float | None:
-        """Seconds until a figure is reached, between two looks in proportion; None if it never is."""
+        """Steps until a figure is reached, between two looks in proportion; None if it never is."""
         steps, before = 0.0, None
         for look in self.looks:
             now = judged(look, judge)
             if now >= figure:
                 share = 1.0 if before is None else (figure - before) / (now - before)
-                return (steps + share * (look.step - steps)) * self.seconds / self.settings["steps"]
+                return steps + share * (look.step - steps)
             steps, before = look.step, now
         return None
 
@@ -206,6 +207,7 @@ def judged(look: Look, judge: str) -> float:
 
 Key = tuple[str, str, float, int]
 Cells = dict[Key, Cell]
+Pace = dict[str, dict[str, float]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -226,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
     lrs = (1e-3,) if args.quick else LRS
     out = args.out or (SCRATCH if args.quick else COMMITTED)
     path = out / "feedback.json"
-    bench = Bench(args, lrs, {} if args.fresh or args.quick else finished(path))
+    bench = Bench(args, lrs, *(({}, {}) if args.fresh or args.quick else finished(path)))
     if bench.cells:
         print(f"{len(bench.cells)} finished runs taken from {path} (--fresh runs them again)")
     if args.estimate:
@@ -234,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
         return
 
     def keep() -> None:
-        recorded = {"lrs": list(lrs), "device": args.device, "unigram_loss": bench.unigram}
+        recorded = {"lrs": list(lrs), "device": args.device, "unigram_loss": bench.unigram, "pace": bench.pace}
         figures = [asdict(bench.cells[key]) for key in sorted(bench.cells)]
         write_json(path, args, seeds=sorted({key[3] for key in bench.cells}), settings=recorded, figures=figures)
 
@@ -243,22 +245,25 @@ def run(args: argparse.Namespace) -> None:
             print(f"{problem}, {LABELS[key[1]]}, lr {key[2]:g}, seed {key[3]}")
             bench.cells[key] = bench.train(key)
             keep()
+        if bench.measure(problem, methods):
+            keep()
     for table in tables(bench, problems, methods):
         print_table(*table)
     plot(bench, problems, methods, out / "feedback.png")
     print(f"Figures in {path}, curves in {out / 'feedback.png'}")
 
 
-def finished(path: Path) -> Cells:
-    """The runs of an earlier call that had the settings of today."""
+def finished(path: Path) -> tuple[Cells, Pace]:
+    """The runs of an earlier call that had the settings of today, and the paces that it measured."""
     if not path.is_file():
-        return {}
-    cells = cells_of(json.loads(path.read_text()))
-    return {
+        return {}, {}
+    content = json.loads(path.read_text())
+    cells = {
         key: cell
-        for key, cell in cells.items()
+        for key, cell in cells_of(content).items()
         if cell.problem in PROBLEMS and cell.settings == PROBLEMS[cell.problem].settings(quick=False)
     }
+    return cells, content["settings"].get("pace", {})
 
 
 def cells_of(content: dict[str, Any]) -> Cells:
@@ -267,10 +272,17 @@ def cells_of(content: dict[str, Any]) -> Cells:
 
 
 class Runs:
-    """The runs so far. ``unigram``: by problem judged by a loss, the loss of who knows but the letters' frequencies."""
+    """The runs so far.
 
-    def __init__(self, lrs: tuple[float, ...], cells: Cells, unigram: dict[str, float]) -> None:
-        self.lrs, self.cells, self.unigram = lrs, cells, unigram
+    ``unigram``: by problem judged by a loss, the loss of who knows but the letters' frequencies; ``pace``: by problem
+    and method, the time of a step over that of a step of backprop."""
+
+    def __init__(self, lrs: tuple[float, ...], cells: Cells, unigram: dict[str, float], pace: Pace) -> None:
+        self.lrs, self.cells, self.unigram, self.pace = lrs, cells, unigram, pace
+
+    def paced(self, problem: str, method: str) -> float | None:
+        """``pace``, where it is known."""
+        return 1.0 if method == "backprop" else self.pace.get(problem, {}).get(method)
 
     def grid(self, problem: str) -> tuple[float, ...]:
         return tuple(lr for lr in self.lrs if lr >= PROBLEMS[problem].lowest)
@@ -291,8 +303,8 @@ class Runs:
 class Bench(Runs):
     """The runs so far, and how to make more."""
 
-    def __init__(self, args: argparse.Namespace, lrs: tuple[float, ...], cells: Cells) -> None:
-        super().__init__(lrs, cells, {})
+    def __init__(self, args: argparse.Namespace, lrs: tuple[float, ...], cells: Cells, pace: Pace) -> None:
+        super().__init__(lrs, cells, {}, pace)
         self.root, self.device, self.quick = args.data_root, args.device, args.quick
         self.data = cache(lambda problem: PROBLEMS[problem].data(self.root, self.quick).to(self.device))
         for problem in {cell.problem for cell in cells.values()}:
@@ -323,14 +335,14 @@ class Bench(Runs):
         learner = Learner(problem.network().to(self.device), method, lr)
         generator = torch.Generator().manual_seed(seed)
         clock = time.perf_counter if data.x.is_cuda else time.thread_time
-        steps, looks, start, seconds = settings["steps"], list[Look](), clock(), 0.0
+        steps, looks, start, spent = settings["steps"], list[Look](), clock(), 0.0
         bar = tqdm(total=steps, desc=f"{name} {LABELS[method]}", unit="step", disable=None, leave=False)
         try:
             for number, (x, y) in enumerate(endless(data, settings["batch"], generator), 1):
                 learner.step(x, y, lr * (1 - (number - 1) / steps) if settings["decays"] else lr)
                 bar.update()
                 if _due(number, steps, settings["looks"]):
-                    seconds += clock() - start
+                    spent += clock() - start
                     measured = _due(number, steps, min(2, settings["looks"]))
                     looks.append(learner.look(number, data, settings["judged"], settings["batch"] if measured else 0))
                     start = clock()
@@ -343,7 +355,25 @@ class Bench(Runs):
             failed = True
         bar.close()
         looks = [look for look in looks if math.isfinite(look.loss)]
-        return Cell(name, method, lr, seed, settings, looks, seconds, failed)
+        return Cell(name, method, lr, seed, settings, looks, spent, failed)
+
+    def measure(self, problem: str, methods: tuple[str, ...]) -> bool:
+        """The paces that are missing, side by side; whether there were any."""
+        known = self.pace.setdefault(problem, {})
+        missing = [m for m in methods if m not in known and m != "backprop"]
+        if missing:
+            x, y = next(endless(self.data(problem), PROBLEMS[problem].settings(self.quick)["batch"], torch.Generator()))
+            steps = {}
+            for method in ("backprop", *missing):
+                torch.manual_seed(0)
+                steps[method] = partial(Learner(PROBLEMS[problem].network().to(self.device), method, 1e-4).step, x, y)
+            rounds, block = (2, 1) if self.quick else (5, 16)  # forward-mode passes are at most 16 steps apart
+            clock = time.perf_counter if x.is_cuda else time.thread_time
+            for step in steps.values():
+                seconds(step, 4, self.device)  # tracing and its probes
+            times = interleaved(steps, rounds=rounds, block=block, device=self.device, clock=clock)
+            known |= {method: ratio(times[method], times["backprop"]).ratio for method in missing}
+        return bool(missing)
 
     def estimate(self, problems: list[str], methods: tuple[str, ...], seeds: dict[str, int]) -> None:
         """Time of the missing runs, from a few steps of each."""
@@ -439,7 +469,7 @@ def unigram_loss(data: Dataset) -> float:
 def tables_of(content: dict[str, Any]) -> list[Table]:
     """The tables of a JSON that this experiment wrote, as far as it has runs for them."""
     settings = content["settings"]
-    runs = Runs(tuple(settings["lrs"]), cells_of(content), settings["unigram_loss"])
+    runs = Runs(tuple(settings["lrs"]), cells_of(content), settings["unigram_loss"], settings["pace"])
     return [table for table in tables(runs, list(PROBLEMS), tuple(LABELS)) if table.rows]
 
 
@@ -461,9 +491,10 @@ def table(runs: Runs, name: str, methods: tuple[str, ...]) -> Table:
         values = [[getattr(end, part) for end in ends] for part in parts]
         reached, slower = relative(runs, name, cells, base), slowness(runs, name, cells, base)
         row = [LABELS[method], f"{cells[0].lr:g}", str(len(cells)), spread(values[0]), f"{mean(values[1]):.3f}"]
-        row += ["-" if reached is None else f"{reached:.3f}", "-" if slower is None else f"{slower:.2f}"]
+        row += ["-" if reached is None else f"{reached:.3f}"]
+        row += ["-" if t is None else f"{t:.2f}" for t in (runs.paced(name, method), slower)]
         rows.append([*row, *_cosines(ends)])
-    columns = ["method", "lr", "seeds", *parts, "of\nbackprop", "time\nto 95%", "cosine", "worst\nsite"]
+    columns = ["method", "lr", "seeds", *parts, "of\nbackprop", "step\ntime", "time\nto 95%", "cosine", "worst\nsite"]
     wanted = f"Learned feedback should reach {problem.target:g} of backprop's {judge}"
     fall = ", falling linearly to zero," if problem.decays else ""
     note = f"Learning rates{fall} by {judge} of seed 0. {wanted}{' drop below the unigram' if judge == 'loss' else ''}."
@@ -494,15 +525,17 @@ def relative(runs: Runs, name: str, cells: list[Cell], base: list[Cell]) -> floa
 
 
 def slowness(runs: Runs, name: str, cells: list[Cell], base: list[Cell]) -> float | None:
-    """Time to 95% of backprop's last figure, over backprop's own; None where a run never reaches it."""
+    """Time to 95% of backprop's last figure, over backprop's own: steps times the pace. None where a run never reaches
+    it."""
     judge, zero = PROBLEMS[name].judge, runs.unigram.get(name, 0.0)
+    pace = runs.paced(name, cells[0].method)
     ratios = []
     for c, b in _pairs(cells, base):
         figure = 0.95 * (zero + b.figure(judge)) - zero
         ours, theirs = c.reaches(judge, figure), b.reaches(judge, figure)
-        if ours is None or not theirs:
+        if ours is None or not theirs or pace is None:
             return None
-        ratios.append(ours / theirs)
+        ratios.append(pace * ours / theirs)
     return mean(ratios) if ratios else None
 
 

@@ -88,11 +88,14 @@ def test_estimates_without_running(data_root: Path, tmp_path: Path, capsys: pyte
 def test_time_to_a_figure_and_tables_from_a_file(data_root: Path, tmp_path: Path) -> None:
     looks = [feedback.Look(step, train, 0.5, 1.0) for step, train in ((10, 0.2), (20, 0.6), (40, 0.7))]
     cell = feedback.Cell("mnist1d_64", "backprop", 1e-3, 0, {"steps": 40}, looks, seconds=8.0)
-    assert cell.reaches("train", 0.4) == pytest.approx(15 * 8 / 40)  # half way from step 10 to step 20
-    assert cell.reaches("train", 0.1) == pytest.approx(10 * 8 / 40)
+    assert cell.reaches("train", 0.4) == pytest.approx(15)  # half way from step 10 to step 20
+    assert cell.reaches("train", 0.1) == pytest.approx(10)
     assert cell.reaches("train", 0.8) is None
-    slow = replace(cell, method="w_perp", seconds=20.0)
-    assert feedback.slowness(feedback.Runs((1e-3,), {}, {}), "mnist1d_64", [slow], [cell]) == pytest.approx(20 / 8)
+    slow = replace(cell, method="w_perp", looks=[feedback.Look(40, 0.7, 0.5, 1.0)])
+    runs = feedback.Runs((1e-3,), {}, {}, {"mnist1d_64": {"w_perp": 2.5}})
+    steps = cell.reaches("train", 0.95 * 0.7)
+    assert steps is not None and 20 < steps < 40
+    assert feedback.slowness(runs, "mnist1d_64", [slow], [cell]) == pytest.approx(2.5 * 40 / steps)
 
     text = "".join(chr(33 + k * k % 65) for k in range(20_000))
     (data_root / "tinyshakespeare.txt").write_text(text)
