@@ -173,10 +173,11 @@ METHODS = {
     "w_perp_stream": Method(
         "W-perp, stream", guess("w_perp", exact_last=True, memory="stream"), 3, 1, follows="w_perp"
     ),
-    "learned_feedback": Method("learned feedback", guess("learned_feedback"), 1.25, 1),
+    "learned_feedback": Method("learned feedback", guess("learned_feedback"), 4.25, 1),
 }
 """A pass is the network evaluated once, or tangents or gradients carried through it once; gradients of parameters cost
-another one times the share of the weights tuned. Learned feedback carries tangents in every fourth step."""
+another one times the share of the weights tuned. Learned feedback carries tangents in every fourth step; all these models
+have residual streams, along which it runs each block once more and carries gradients through it twice."""
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
