@@ -176,8 +176,8 @@ METHODS = {
     "learned_feedback": Method("learned feedback", guess("learned_feedback"), 4.25, 1),
 }
 """A pass is the network evaluated once, or tangents or gradients carried through it once; gradients of parameters cost
-another one times the share of the weights tuned. Learned feedback carries tangents in every fourth step; all these models
-have residual streams, along which it runs each block once more and carries gradients through it twice."""
+another one times the share of the weights tuned. Learned feedback carries tangents in every fourth step, and along a
+residual stream, as all these models have, it runs each block once more and carries gradients through it twice."""
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
