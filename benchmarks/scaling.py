@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from benchmarks.baselines import LEARNERS
 from benchmarks.isolated import Task, collect
 from benchmarks.memory import Cell, above, mb, measured, placed
 from benchmarks.problems import causal_lm
-from benchmarks.report import COMMITTED, SCRATCH, print_table
+from benchmarks.report import COMMITTED, SCRATCH, Table, print_table
 from benchmarks.speed import Problem, mlp
 
 
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     }
     path = out / "scaling.json"
     figures = collect(path, args, settings, tasks)
-    show(figures, sizes, methods)
+    for table in tables(figures, sizes, methods):
+        print_table(*table)
     plot(figures, sizes, methods, out / "scaling.png")
     print(f"Figures in {path}, curves in {out / 'scaling.png'}")
 
@@ -79,14 +80,26 @@ def place(figures: Any, axis: str, size: int, method: str) -> float:
     return figures[f"{axis} {size} {method}"]["parameters"] / 4 if axis == "parameters" else size
 
 
-def show(figures: Any, sizes: dict[str, tuple[int, ...]], methods: tuple[str, ...]) -> None:
+def tables_of(content: Mapping[str, Any]) -> list[Table]:
+    """For the page of results: the axes that have all their sizes."""
+    figures = content["figures"]
+    methods = tuple(m for m in LEARNERS if any(key.split()[2] == m for key in figures))
+    whole = {
+        name: axis.sizes
+        for name, axis in AXES.items()
+        if all(f"{name} {size} {m}" in figures for size in axis.sizes for m in methods)
+    }
+    return list(tables(figures, whole, methods))
+
+
+def tables(figures: Any, sizes: dict[str, tuple[int, ...]], methods: tuple[str, ...]) -> Iterator[Table]:
     for axis, each in sizes.items():
         columns = [f"{place(figures, axis, size, methods[0]):.3g}" for size in each]
         found = {m: [figures[f"{axis} {size} {m}"] for size in each] for m in methods}
         peak = {m: [mb(above(cell["peaks"])) for cell in cells] for m, cells in found.items()}
         time = {m: [f"{cell['time']['ratio']:.2f}" for cell in cells] for m, cells in found.items()}
         for what, rows in (("peak in MB above parameters and state", peak), ("time over backprop", time)):
-            print_table(f"{AXES[axis].title}: {what}", ["", *columns], [[LEARNERS[m][0], *rows[m]] for m in methods])
+            yield Table(f"{AXES[axis].title}: {what}", ["", *columns], [[LEARNERS[m][0], *rows[m]] for m in methods])
 
 
 def plot(figures: Any, sizes: dict[str, tuple[int, ...]], methods: tuple[str, ...], path: Path) -> None:
