@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from rich import table as rich_table
 from rich.console import Console
+from rich.measure import Measurement
 
 COMMITTED = Path("benchmarks/results")
 """Where results that documents quote are kept."""
@@ -92,7 +93,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    wide = Console(width=1000)
+    needed = Measurement.get(wide, wide.options, table).maximum
+    Console(width=max(Console().width, needed)).print(table)  # figures are not cut where the screen is narrow
     if note:
         print(note)
 

@@ -19,6 +19,7 @@ from benchmarks.__main__ import experiments, main
 from benchmarks.coverage import complain
 from benchmarks.measure import Stopwatch
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
+from benchmarks.report import print_table
 from benchmarks.speed import PHASES, PROBLEMS, layers
 from benchmarks.speed import mlp as mlp_problem
 
@@ -181,3 +182,10 @@ def test_coverage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures["matrix"]["torch/LSTM"]["unlisted"] = ["head.weight"]
     figures["precision"]["torch/LSTM"]["bfloat16"] = 0.5
     assert [what.partition(":")[0] for what in complain(figures)] == ["torch/LSTM", "torch/LSTM"]
+
+
+def test_a_narrow_screen_cuts_no_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table("Title", ["method", "figure"], [["m" * 30, "1" * 30]])
+    shown = capsys.readouterr().out
+    assert "m" * 30 in shown and "1" * 30 in shown
