@@ -96,7 +96,7 @@ class LearnedFeedback(Estimator):
         if self.gamma != "auto" and not (isinstance(self.gamma, (int, float)) and 0 <= self.gamma <= 1):
             raise ValueError(f"gamma: the correction's weight must be 0 to 1 or 'auto', got {self.gamma!r}")
         if self.every != "auto" and not (isinstance(self.every, int) and self.every >= 1):
-            raise ValueError(f"every: steps from one forward-mode pass to the next, or 'auto', got {self.every!r}")
+            raise ValueError(f"every: forward-mode passes are 1 or more steps apart, or 'auto'; got {self.every!r}")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta: the gain must be 0 to 1, got {self.beta}")
         if self.structure not in STRUCTURES:
