@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.data import Dataset, characters, cifar10, mnist1d
-from benchmarks.measure import interleaved, ratio, seconds
+from benchmarks.measure import time_ratios
 from benchmarks.problems import MeanToken, causal_lm, cnn, relu_mlp, resnet, vit
 from benchmarks.report import COMMITTED, SCRATCH, Table, plot_curves, print_table, spread, write_json
 from benchmarks.training import batches
@@ -306,6 +306,7 @@ class Bench(Runs):
     def __init__(self, args: argparse.Namespace, lrs: tuple[float, ...], cells: Cells, pace: Pace) -> None:
         super().__init__(lrs, cells, {}, pace)
         self.root, self.device, self.quick = args.data_root, args.device, args.quick
+        self.clock = time.perf_counter if torch.device(args.device).type == "cuda" else time.thread_time
         self.data = cache(lambda problem: PROBLEMS[problem].data(self.root, self.quick).to(self.device))
         for problem in {cell.problem for cell in cells.values()}:
             self._weigh(problem)
@@ -334,7 +335,7 @@ class Bench(Runs):
         torch.manual_seed(seed)
         learner = Learner(problem.network().to(self.device), method, lr)
         generator = torch.Generator().manual_seed(seed)
-        clock = time.perf_counter if data.x.is_cuda else time.thread_time
+        clock = self.clock
         steps, looks, start, spent = settings["steps"], list[Look](), clock(), 0.0
         bar = tqdm(total=steps, desc=f"{name} {LABELS[method]}", unit="step", disable=None, leave=False)
         try:
@@ -368,11 +369,10 @@ class Bench(Runs):
                 torch.manual_seed(0)
                 steps[method] = partial(Learner(PROBLEMS[problem].network().to(self.device), method, 1e-4).step, x, y)
             rounds, block = (2, 1) if self.quick else (5, 16)  # forward-mode passes are at most 16 steps apart
-            clock = time.perf_counter if x.is_cuda else time.thread_time
-            for step in steps.values():
-                seconds(step, 4, self.device)  # tracing and its probes
-            times = interleaved(steps, rounds=rounds, block=block, device=self.device, clock=clock)
-            known |= {method: ratio(times[method], times["backprop"]).ratio for method in missing}
+            times = time_ratios(
+                steps, baseline="backprop", rounds=rounds, block=block, device=self.device, clock=self.clock
+            )
+            known |= {method: times[method].ratio for method in missing}
         return bool(missing)
 
     def estimate(self, problems: list[str], methods: tuple[str, ...], seeds: dict[str, int]) -> None:

@@ -32,7 +32,13 @@ class Ratio:
 
 
 def time_ratios(
-    steps: Mapping[str, Step], *, baseline: str, rounds: int = 7, block: int = 50, device: str = "cpu"
+    steps: Mapping[str, Step],
+    *,
+    baseline: str,
+    rounds: int = 7,
+    block: int = 50,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Ratio]:
     """Time of each step over the baseline's: ratio of medians over interleaved rounds.
 
@@ -40,7 +46,7 @@ def time_ratios(
     block is as long as the period at which estimators refresh what they cache, so that its cost is in."""
     for step in steps.values():
         seconds(step, 3, device)  # warm-up
-    times = interleaved(steps, rounds=rounds, block=block, device=device)
+    times = interleaved(steps, rounds=rounds, block=block, device=device, clock=clock)
     return {name: ratio(each, times[baseline]) for name, each in times.items()}
 
 

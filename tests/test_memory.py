@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from guessopt import (
     ActivationPerturbation,
@@ -252,26 +253,36 @@ def test_failure_before_the_first_update_changes_nothing(memory: str) -> None:
     assert all(torch.equal(v, noise["generators"][k]) for k, v in opt._noise.state()["generators"].items())
 
 
+def _counting(base: Any, updates: list[int]) -> Any:
+    """The base, noting each of its steps."""
+
+    class Counting(base):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> None:
+            updates.append(1)
+            super().step(closure)
+
+    return Counting
+
+
+def _failing_once_updated(layer: nn.Module, updates: list[int]) -> RemovableHandle:
+    """Until the handle is removed, the layer fails when something has been updated before it is reached."""
+
+    def fail(module: nn.Module, args: Any) -> None:
+        if updates:
+            raise RuntimeError("out of memory")
+
+    return layer.register_forward_pre_hook(fail)
+
+
 def test_partial_update_is_finished_from_its_journal() -> None:
     """A failure half-way: parameters after it keep their values, buffers and random states are as before; ``finish``
     updates just those that were missing, each exactly once."""
     updates: list[int] = []
-
-    class Counting(torch.optim.AdamW):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            updates.append(1)
-            super().step(closure)
-
-    net, _, _, opt = _train("cnn", memory="stream", estimator=WTranspose(), base=Counting)
+    net, _, _, opt = _train("cnn", memory="stream", estimator=WTranspose(), base=_counting(torch.optim.AdamW, updates))
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    x, failing = torch.randn(5, 6).double(), True
+    x = torch.randn(5, 6).double()
     updates.clear()
-
-    def fail(module: nn.Module, args: Any) -> None:
-        if failing and updates:
-            raise RuntimeError("out of memory")
-
-    net[5].register_forward_pre_hook(fail)
+    failing = _failing_once_updated(net[5], updates)
 
     def closure() -> Tensor:
         return net(x).square().mean()
@@ -284,7 +295,7 @@ def test_partial_update_is_finished_from_its_journal() -> None:
         moved = name in ("1.weight", "1.bias", "2.weight", "2.bias")
         assert torch.equal(before[name], after[name]) != moved, name
     assert torch.equal(state, torch.get_rng_state())
-    failing = False
+    failing.remove()
     opt.finish(caught.value.journal, closure)
     for name, value in net.state_dict().items():
         unmoved = name in ("1.weight", "1.bias", "2.weight", "2.bias")
@@ -504,29 +515,20 @@ def test_learned_feedback_finishes_a_partial_update() -> None:
     """Parameters that were done stay, the others follow, each once; every ``B`` learns once, and those of sites that
     the failed pass had reached just as if it had not failed."""
     updates: list[int] = []
-
-    class Counting(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            updates.append(1)
-            super().step(closure)
+    base = _counting(torch.optim.SGD, updates)
 
     def trained() -> tuple[nn.Module, GuessGradOptimizer]:
-        net, _, _, opt = _train("mlp", memory="stream", estimator=LearnedFeedback(gamma=0), base=Counting)
+        net, _, _, opt = _train("mlp", memory="stream", estimator=LearnedFeedback(gamma=0), base=base)
         return net, opt
 
     whole, unbroken = trained()
     net, opt = trained()
-    x, failing = torch.randn(5, 6).double(), True
+    x = torch.randn(5, 6).double()
     state = torch.get_rng_state()
     unbroken.step(lambda: whole(x).square().mean())
     torch.set_rng_state(state)
     updates.clear()
-
-    def fail(module: nn.Module, args: Any) -> None:
-        if failing and updates:
-            raise RuntimeError("out of memory")
-
-    net[5].register_forward_pre_hook(fail)
+    failing = _failing_once_updated(net[5], updates)
 
     def closure() -> Tensor:
         return net(x).square().mean()
@@ -536,7 +538,7 @@ def test_learned_feedback_finishes_a_partial_update() -> None:
         opt.step(closure)
     assert all(_learned(opt)[k] is state for k, state in lessons.items())
     after = copy.deepcopy(net.state_dict())
-    failing = False
+    failing.remove()
     opt.finish(caught.value.journal, closure)
     for name, value in net.state_dict().items():
         assert torch.equal(value, after[name]) != name.startswith("5."), name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -114,6 +115,11 @@ class LearnedFeedback(Estimator):
         if self.entries is not None and (not isinstance(self.entries, int) or self.entries < 1):
             raise ValueError(f"entries: the most entries of a feedback matrix must be at least 1, got {self.entries}")
 
+    @cached_property
+    def form(self) -> Form:
+        """What each ``B`` may be."""
+        return Form(self.structure, self.entries)
+
     # --- the guess is another estimator's -----------------------------------------------------------------------------
 
     @property
@@ -162,10 +168,9 @@ class LearnedFeedback(Estimator):
     # --- what preflight tells -----------------------------------------------------------------------------------------
 
     def forms(self, sites: tuple[Site, ...], graph: SiteGraph) -> dict[int, tuple[str, int]]:
-        form = Form(self.structure, self.entries)
         found: dict[int, tuple[str, int]] = {}
         if graph.stream is not None and self.residual:
-            places = stream_places({site.index for site in sites}, graph, form)
+            places = stream_places({site.index for site in sites}, graph, self.form)
             kept = {keeper: place for keeper, place in places.values()}
             *blocks, head = graph.stream.blocks
             for number, block in enumerate([*blocks, head], 1):
@@ -176,7 +181,7 @@ class LearnedFeedback(Estimator):
         output = Output.of_cuts(graph)
         own = {site.index for site in sites}
         for site in sites:
-            way = Way(site, output, form)
+            way = Way(site, output, self.form)
             next_ = following(graph, site) if self.ahead else None
             if not way.is_open:
                 found[site.index] = ("no examples: the correction alone", 0)
@@ -201,7 +206,7 @@ class LearnedFeedback(Estimator):
     def period(self, graph: SiteGraph) -> int:
         if isinstance(self.every, int):
             return self.every
-        key = self, "period"
+        key = "period", self.form, self.residual
         if key not in graph.derived:
             rows = sum(place.b_shape[0] / place.samples for place in self._places(graph))
             graph.derived[key] = max(k for k in INTERVALS if k == 1 or k * rows <= AMPLE)
@@ -210,12 +215,11 @@ class LearnedFeedback(Estimator):
 
     def _places(self, graph: SiteGraph) -> list[Place]:
         """Wherever a ``B`` may be learned."""
-        form = Form(self.structure, self.entries)
         if graph.stream is not None and self.residual:
             every = {site.index for site in graph.sites}
-            return [place for _, place in stream_places(every, graph, form).values()]
+            return [place for _, place in stream_places(every, graph, self.form).values()]
         output = Output.of_cuts(graph)
-        ways = (Way(site, output, form) for site in graph.sites if site.shares is None and site.cut is None)
+        ways = (Way(site, output, self.form) for site in graph.sites if site.shares is None and site.cut is None)
         return [way for way in ways if way.is_open]
 
     def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:

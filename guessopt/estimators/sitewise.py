@@ -16,7 +16,7 @@ from torch import Tensor
 from guessopt.estimators.base import Lesson, Noise
 from guessopt.estimators.correction import Correction, amplitude, less
 from guessopt.estimators.moments import TINY, State, crowd, moments, samples, stepped
-from guessopt.estimators.places import Form, Output, Way, wide
+from guessopt.estimators.places import Output, Way, wide
 from guessopt.sites import ForwardRecord, Site, SiteGraph
 from guessopt.tracing.local import Local
 
@@ -53,7 +53,7 @@ class Chart:
 
     @staticmethod
     def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
-        output, form = Output.of_cuts(graph), Form(options.structure, options.entries)
+        output, form = Output.of_cuts(graph), options.form
         every = {site.index: Way(site, output, form) for site in sites}
         ways = {index: way for index, way in every.items() if way.is_open}
         chart = Chart(output, ways, frozenset(every.keys() - ways.keys()), {}, {})

@@ -44,8 +44,8 @@ class Streamwise(Lesson):
     def estimate(
         self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
     ) -> dict[int, Tensor]:
-        options, form, found = self.options, Form(self.options.structure, self.options.entries), dict[int, Tensor]()
-        course = Course(self.served, record, self.graph, self.states, form, options.ahead)
+        options, found = self.options, dict[int, Tensor]()
+        course = Course(self.served, record, self.graph, self.states, options.form, options.ahead)
         guesses = record.guesses
         for piece in course.predicted():
             if guesses:
