@@ -192,7 +192,12 @@ class Stepping:
             plan = found
             records.append(record)
             if any(lesson.looks for lesson in record.lessons.values()):
-                self._look(plan, record, closure, transaction)
+                transaction.rewind()
+                source = self._again(record)
+                try:
+                    self._show(plan, record.lessons, "look", source, record.params, closure, transaction)
+                except Departure:
+                    raise unstable() from None
         assert plan is not None
         return plan, records
 
@@ -225,16 +230,20 @@ class Stepping:
         except Departure:
             raise unstable() from None
 
-    def _look(self, plan: Plan, record: ForwardRecord, closure: Callable[[], Any], transaction: Transaction) -> None:
-        """A pass between the two, for estimators that must look at every site before they can serve one."""
-        transaction.rewind()
+    def _show(
+        self,
+        plan: Plan,
+        lessons: Mapping[Estimator, Lesson],
+        how: str,
+        source: NoiseSource,
+        directions: dict[int, Tensor],
+        closure: Callable[[], Any],
+        transaction: Transaction,
+    ) -> None:
+        """A pass of its own, for estimators that must see every site before they can guess, or serve, at one."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
-        guess = self._shown(plan, record.lessons, "look", Round(1, self._again(record), None))
-        run = Pass(self._ids, plan.graph, level, guess, record.params, transaction.saved, keeps=False)
-        try:
-            run.run(closure)
-        except Departure:
-            raise unstable() from None
+        guess = self._shown(plan, lessons, how, Round(1, source, None))
+        Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=False).run(closure)
 
     def _again(self, record: ForwardRecord, lane: int = 0) -> NoiseSource:
         """The guesses' stream as it stood before the pass, past the guesses for parameters."""
@@ -417,6 +426,11 @@ class Stepping:
     ) -> ForwardRecord:
         guesses, lessons = self._guesses_of(plan), self._lessons(plan)
         before = None if keeps else self._noise.snapshot()
+        while not keeps and any(lesson.begins for lesson in lessons.values()):
+            source = NoiseSource(self._noise.seed)
+            source.restore(self._noise.snapshot())
+            self._show(plan, lessons, "begin", source, self._directions(count, source), closure, transaction)
+            transaction.rewind()
         level = self._level()
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)

@@ -97,7 +97,7 @@ class Reference:
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
 def test_the_formula(gamma: float, ahead: int) -> None:
     net, closure = network()
-    opt = optimizer(net, gamma=gamma, beta=0.3, leak=0.01, clip=1e9, ahead=ahead)
+    opt = optimizer(net, gamma=gamma, beta=0.3, leak=0.01, clip=1e9, ahead=ahead, start="zero")
     reference = Reference(copy.deepcopy(net), gamma, 0.3, 0.01, ahead)
     noise: list[Tensor] = []
     sample = LearnedFeedback.sample
@@ -420,6 +420,30 @@ def test_starts_at_the_product_of_the_weights() -> None:
     w2, w3 = net[1].weight.detach(), net[2].weight.detach()
     torch.testing.assert_close(feedback(opt), [(w3 @ w2).T, w3.T])
     assert cosine(opt, lambda: net(x).square().mean()).total == pytest.approx(1)
+
+
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_starts_at_the_mean_product_of_weights_and_masks(memory: str) -> None:
+    """By default, in every mode; not where the output has many features."""
+    net, closure = network()
+    x = inputs(closure)
+    with torch.no_grad():
+        m2 = (net[:3](x) > 0).double()
+        product = net[2].weight.T @ (m2[:, :, None] * net[4].weight.T).mean(0)
+
+    def made(net: nn.Module) -> GuessGradOptimizer:
+        estimator = LearnedFeedback(gamma=0, beta=0)
+        return GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.0, memory=memory)
+
+    opt = made(net)
+    opt.step(closure)
+    b1, b2 = feedback(opt)
+    torch.testing.assert_close(b1, product)
+    torch.testing.assert_close(b2, net[4].weight.detach().T)
+    wide = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 129)).double()
+    opt = made(wide)
+    opt.step(lambda: wide(x).square().mean())
+    assert not torch.allclose(feedback(opt)[1], wide[2].weight.detach().T)
 
 
 def test_starts_at_random_and_stays_there() -> None:

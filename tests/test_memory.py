@@ -554,7 +554,7 @@ def test_what_learned_feedback_cannot_do_in_two_passes(memory: str) -> None:
     net, x = Residual(), torch.randn(5, 6)
 
     def optimizer(**options: Any) -> GuessGradOptimizer:
-        feedback = LearnedFeedback(**{k: options.pop(k) for k in ("residual", "start") if k in options})
+        feedback = LearnedFeedback(**{k: options.pop(k) for k in ("residual",) if k in options})
         return GuessGradOptimizer(net.parameters(), torch.optim.SGD, feedback, lr=1e-2, memory=memory, **options)
 
     before = copy.deepcopy(net.state_dict())
@@ -563,7 +563,5 @@ def test_what_learned_feedback_cannot_do_in_two_passes(memory: str) -> None:
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     optimizer(residual=False).step(lambda: net(x).square().mean())
     assert not torch.equal(net.inp.weight, before["inp.weight"])
-    with pytest.raises(ValueError, match=r"memory: learned_feedback.*start='weights'.*memory='store'"):
-        optimizer(start="weights")
     with pytest.raises(ValueError, match=r"memory: learned_feedback.*guesses=2.*memory='store'"):
         optimizer(guesses=2)

@@ -186,9 +186,9 @@ class Lesson(ABC):
     """One step of an estimator that learns: the cotangents of its sites, and what their guesses teach.
 
     ``memory="store"`` asks for all at once (``estimate``), and keeps for it what ``keeps`` says. Where nothing is kept
-    between passes, each site is shown as a pass reaches it: to ``see`` in the first, which ``close`` ends; if it
-    ``looks``, to ``look`` in one more; and to ``serve`` in the last, which ``open`` begins (again, if it fails
-    half-way). What was learned is then ``learned``.
+    between passes, each site is shown as a pass reaches it: to ``begin`` as long as it ``begins``; to ``see`` in the
+    pass with guesses, which ``close`` ends; if it ``looks``, to ``look`` in one more; and to ``serve`` in the last,
+    which ``open`` begins (again, if it fails half-way). What was learned is then ``learned``.
     """
 
     #: Whether ``estimate`` needs the surroundings of every site, and the guesses.
@@ -208,6 +208,15 @@ class Lesson(ABC):
     @abstractmethod
     def learned(self) -> dict[int, Any]:
         """The states that take the place of those given, by site index."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether a pass must be made before the first, for what has not been learned yet to begin at."""
+        return False
+
+    def begin(self, local: Local, y: Tensor | None) -> None:
+        """A site; the guess is not used."""
+        raise NotImplementedError
 
     def see(self, local: Local, y: Tensor) -> None:
         """A site and its guess, under way to the output."""

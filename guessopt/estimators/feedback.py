@@ -22,7 +22,7 @@ from guessopt.estimators.stream import Streamwise, stream_places
 from guessopt.sites import Matrix, Site, SiteGraph, numel
 from guessopt.tracing.local import Local
 
-STARTS = ("zero", "random", "weights")
+STARTS = ("weights", "random", "zero")
 
 #: Steps from one forward-mode pass to the next that ``every="auto"`` chooses from; the longest for which rows of ``B``
 #: to a sample, times the interval, are no more than ``AMPLE``.
@@ -61,9 +61,10 @@ class LearnedFeedback(Estimator):
         ahead: how far a prediction is from the site that it serves. 0: none but the site's own activation lies between,
             ``c_i = M_i B_i e``. 1: the next matrix site, as above; in a stream, a block.
         residual: whether to look for a residual stream; one that is found takes ``memory="store"``.
-        start: ``"zero"``; ``"random"``: ``N(0, 1 / rows)``; ``"weights"``: the product of the weights as they
-            stand, every activation's derivative at its mean, for which ``memory="store"`` is needed. Deviations along a
-            stream begin at zero.
+        start: where ``B`` begins. ``"weights"``: the product of the weights as they stand, every activation's
+            derivative at its mean, wherever weights alone lead on to an output of at most 128 features; zero
+            elsewhere (with ``beta=0``: random); ``"random"``: ``N(0, 1 / rows)``; ``"zero"``. Deviations along a stream
+            begin at zero.
         entries: most entries of a ``B``; a larger one tells fewer positions apart, then reads fixed random mixtures of
             the output's features. None: no bound.
 
@@ -80,7 +81,7 @@ class LearnedFeedback(Estimator):
     clip: float = 5.0
     ahead: int = 1
     residual: bool = True
-    start: str = "zero"
+    start: str = "weights"
     entries: int | None = None
 
     exact_last: ClassVar[bool] = True
@@ -228,8 +229,6 @@ class LearnedFeedback(Estimator):
         return Sitewise(self, sites, graph, states, noise)
 
     def stores(self, graph: SiteGraph | None) -> str | None:
-        if self.start == "weights":
-            return "start='weights' needs what every site saw at once: begin at 'zero' or 'random'"
         if graph is not None and graph.stream is not None and self.residual:
             return (
                 "along a residual stream predictions are made from its end back to its beginning, which takes every "

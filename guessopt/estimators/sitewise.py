@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: Largest amplitude of a guess, in units of the smallest.
 LOUDEST = 1e4
 
+#: Most features of the output, each of which takes a pull-back at every site, from which ``start="weights"`` begins.
+COLUMNS = 128
+
 #: A site's number, its predicted cotangent (None: there is nothing to predict by) and its guess, if it has one.
 Shown = tuple[int, "Tensor | None", "Tensor | None"]
 
@@ -35,13 +38,15 @@ class Chart:
     """What does not change from step to step.
 
     ``ways``: of the sites whose examples can be told apart; ``closed``: the others. ``ahead``: by site, the one that
-    has the cotangent of the next matrix site's output; ``exact``: the cut that has it."""
+    has the cotangent of the next matrix site's output; ``exact``: the cut that has it. ``products``: the sites from
+    which weights, one after another, lead to the output, from the last to the first."""
 
     output: Output
     ways: dict[int, Way]
     closed: frozenset[int]
     ahead: dict[int, int]
     exact: dict[int, int]
+    products: list[int]
 
     @staticmethod
     def of(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
@@ -56,13 +61,18 @@ class Chart:
         output, form = Output.of_cuts(graph), options.form
         every = {site.index: Way(site, output, form) for site in sites}
         ways = {index: way for index, way in every.items() if way.is_open}
-        chart = Chart(output, ways, frozenset(every.keys() - ways.keys()), {}, {})
+        chart = Chart(output, ways, frozenset(every.keys() - ways.keys()), {}, {}, [])
         for index in ways:
             site = following(graph, graph.sites[index])
             if site is not None and site.index in ways:
                 chart.ahead[index] = site.index
             elif site is not None and site.index not in every and site.cut is not None:
                 chart.exact[index] = site.cut
+        small = len(output.views) == 1 and output.features <= COLUMNS
+        for index in sorted(ways, reverse=True):
+            leads = chart.exact.get(index) in output.views or chart.ahead.get(index) in chart.products
+            if small and leads and ways[index].rank is None:
+                chart.products.append(index)
         return chart
 
 
@@ -82,8 +92,11 @@ class Sitewise(Lesson):
         self.before = {index: _fitting(states[index], way) for index, way in self.chart.ways.items()}
         self.correction = Correction(options.gamma, graph, states, self.chart.closed)
         self.fresh: dict[int, State] = {}
-        if options.start == "random":
-            self._start({})
+        self.unborn = deque(index for index in self.chart.products if self._is_new(index))
+        if options.start != "weights":
+            self.unborn.clear()
+        if options.start == "random" or (options.start == "weights" and not options.beta):
+            self._draw()
         self.moments: dict[int, State] = {}
         self.samples: dict[int, int] = {}
         self.moved: dict[int, Tensor] = {}
@@ -97,8 +110,10 @@ class Sitewise(Lesson):
     def estimate(
         self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
     ) -> dict[int, Tensor]:
-        if self.options.start == "weights":
-            self._start(locals)
+        while self.unborn:
+            index = self.unborn.popleft()
+            ahead = self.chart.ahead.get(index)
+            self._begin(index, self._product(locals[index], None if ahead is None else locals[ahead]))
         guesses = {index: record.guesses[index] for index in locals if index in record.guesses}
         for index, y in guesses.items():
             self._see(locals[index], y, keep=True)
@@ -219,15 +234,31 @@ class Sitewise(Lesson):
             index: new | {"amplitude": (furthest / reach[index].clamp_min(TINY)).clamp(1, LOUDEST)}
             for index, new in self.steps.items()
         }
-        return self.correction.together(self.fresh | steps)
+        return self.correction.together(dict(sorted((self.fresh | steps).items())))
 
     # --- how B begins ---
 
-    def _new(self) -> list[tuple[int, Way]]:
-        """Sites without a ``B``, from the last to the first."""
-        return [
-            (index, self.chart.ways[index]) for index in sorted(self.before, reverse=True) if self.before[index] is None
-        ]
+    @property
+    def begins(self) -> bool:
+        return bool(self.unborn)
+
+    def begin(self, local: Local, y: Tensor | None) -> None:
+        """One matrix site further back in each pass: forwards, the last comes last."""
+        index, ahead = local.site.index, self.chart.ahead.get(local.site.index)
+        for each, _ in self.waiting.pop(index, ()):
+            self._born(each, local)
+        if index in self.unborn:
+            if ahead is None:
+                self._born(local, None)
+            elif not self._is_new(ahead):
+                self.waiting.setdefault(ahead, []).append((local.held(), None))
+
+    def _born(self, local: Local, ahead: Local | None) -> None:
+        self.unborn.remove(local.site.index)
+        self._begin(local.site.index, self._product(local, ahead))
+
+    def _is_new(self, index: int) -> bool:
+        return self.before[index] is None
 
     def _begin(self, index: int, b: Tensor) -> None:
         steps = round(1 / self.options.beta) if self.options.beta else 0
@@ -235,35 +266,28 @@ class Sitewise(Lesson):
             "B": b, "steps": steps, "power": b.new_zeros(()), "pairs": b.new_zeros(())
         }  # fmt: skip
 
-    def _start(self, locals: dict[int, Local]) -> None:
-        """Products of the weights; random where no product leads on."""
-        for index, way in self._new():
-            whole = self.options.start == "weights" and way.rank is None and len(self.chart.output.views) == 1
-            b = self._product(index, locals) if whole else None
-            if b is None:
-                b = wide(self.noise(self.graph.sites[index], way.b_shape)) / way.b_shape[0] ** 0.5
-            self._begin(index, b)
-        self.fresh = dict(sorted(self.fresh.items()))
+    def _draw(self) -> None:
+        """At random; where weights are wanted and nothing will be learned, wherever no product leads."""
+        for index in sorted(self.before, reverse=True):
+            if self._is_new(index) and index not in self.unborn:
+                shape = self.chart.ways[index].b_shape
+                self._begin(index, wide(self.noise(self.graph.sites[index], shape)) / shape[0] ** 0.5)
 
-    def _product(self, index: int, locals: dict[int, Local]) -> Tensor | None:
-        """``mean_n W_{i+1}^T M_{i+1} B_{i+1}``, column by column; None where the next matrix site has no ``B``."""
-        way, chart = self.chart.ways[index], self.chart
-        ((cut, view),) = chart.output.views.items()
-        ahead = chart.ahead.get(index)
-        if ahead is None and chart.exact.get(index) != cut:
-            return None
+    def _product(self, local: Local, ahead: Local | None) -> Tensor:
+        """``mean_n W_{i+1}^T M_{i+1} B_{i+1}``, column by column; ``ahead``: site i + 1, None where it is the head."""
+        way, output = self.chart.ways[local.site.index], self.chart.output
+        ((_, view),) = output.views.items()
         columns = []
-        for k in range(chart.output.features):
-            e = locals[index].s.new_zeros(chart.output.n, view.positions, view.features)
+        for k in range(output.features):
+            e = local.s.new_zeros(output.n, view.positions, view.features)
             e[..., k] = 1
-            state = None if ahead is None else self.before[ahead]
             if ahead is None:
                 c = view.fold(e)
-            elif state is not None:
-                c = chart.ways[ahead].pull_back(locals[ahead], e, state["B"])
             else:
-                return None
-            column = way.see(_before_next(locals[index], c)).mean((0, 1))
+                state = self.before[ahead.site.index]
+                assert state is not None
+                c = self.chart.ways[ahead.site.index].pull_back(ahead, e, state["B"])
+            column = way.see(_before_next(local, c)).mean((0, 1))
             columns.append(column if way.matched else column * (way.cells / way.view.positions))
         return torch.stack(columns, 1)
 
