@@ -25,9 +25,11 @@ from guessopt.tracing.local import Local
 STARTS = ("weights", "random", "zero")
 
 #: Steps from one forward-mode pass to the next that ``every="auto"`` chooses from; the longest for which rows of ``B``
-#: to a sample, times the interval, are no more than ``AMPLE``.
+#: to a sample, times the interval, are no more than ``AMPLE``. Rows that add up positions count ``SUMMED`` times: what
+#: sets the positions' Jacobians apart is noise to them.
 INTERVALS = (1, 2, 4, 8, 16)
 AMPLE = 32
+SUMMED = 16
 
 
 @register_estimator("learned_feedback")
@@ -209,7 +211,9 @@ class LearnedFeedback(Estimator):
             return self.every
         key = "period", self.form, self.residual
         if key not in graph.derived:
-            rows = sum(place.b_shape[0] / place.samples for place in self._places(graph))
+            rows = sum(
+                place.b_shape[0] / place.samples * (SUMMED if place.sums else 1) for place in self._places(graph)
+            )
             graph.derived[key] = max(k for k in INTERVALS if k == 1 or k * rows <= AMPLE)
         found: int = graph.derived[key]
         return found

@@ -106,6 +106,7 @@ class Place:
 
     Attributes:
         samples: how many a batch holds to learn from.
+        sums: whether ``B`` sees no more of several positions than their sum.
         rank: where ``B`` would be too large, the number of fixed random mixtures of the output's features that it reads
             in place of the features; None elsewhere.
     """
@@ -122,6 +123,7 @@ class Place:
         fitting = [g for g in wanted if numel(g) * f * c <= most]
         self.grid, self.coarse = grid, fitting[0] if fitting and not self.matched else tuple(1 for _ in grid)
         self.cells = numel(self.coarse)
+        self.sums = not self.matched and self.cells < p
         rows = self.cells * f
         self.rank = max(1, int(most) // rows) if rows * c > most else None
         self.b_shape = (rows, c if self.rank is None else self.rank)

@@ -2,7 +2,8 @@
 
 A *state* is a value through which every derivative from what comes before it reaches the loss, so that the network is a
 chain of blocks. In a residual network most blocks have a *skip*: a way from state to state without a matrix site (the
-identity, a rectifier after the addition, a strided slice with padding).
+identity, a rectifier after the addition, a strided slice with padding), or around the others through a single one (a
+projection).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Chain:
         if any(tape.calls[c].aliases for c in self.calls):
             return None
         blocks = _merged(self._pieces())
-        if len(blocks) < 2 or not any(block.skip is not None and block.matrices for block in blocks[:-1]):
+        if len(blocks) < 2 or not any(block.matrices and self._is_free(block.skip) for block in blocks[:-1]):
             return None
         if blocks[-1].matrices > 1 or any(block.matrices > DEEPEST for block in blocks):
             return None
@@ -55,6 +56,9 @@ class Chain:
             ),
             {block.goals[0]: tape.shapes[block.goals[0]] for block in blocks[:-1]},
         )
+
+    def _is_free(self, skip: tuple[Call, ...] | None) -> bool:
+        return skip is not None and self.matrices.isdisjoint(call.index for call in skip)
 
     def _states(self) -> list[int]:
         """Values that alone are alive after the call that makes them."""
@@ -86,39 +90,44 @@ class Chain:
         program: list[Call] = []
         entries: list[int] = []
         depth = {} if source is None else {source: 0}
-        free = set(depth)
+        least = dict(depth)
         for c in calls:
-            call = tape.calls[c]
+            call, own = tape.calls[c], c in self.matrices
             inputs = [v for v in call.inputs if v in depth]
             if not inputs:
                 entries += call.outputs
                 depth |= dict.fromkeys(call.outputs, 0)
                 continue
             program.append(call)
-            depth |= dict.fromkeys(call.outputs, max(depth[v] for v in inputs) + (c in self.matrices))
-            if c not in self.matrices and free.intersection(inputs):
-                free.update(v for v in call.outputs if v in tape.active)
-        skip = _slice(program, free, set(goals)) if source is not None and free.issuperset(goals) else None
-        matrices = max(depth[v] for v in goals)
+            depth |= dict.fromkeys(call.outputs, max(depth[v] for v in inputs) + own)
+            ways = [least[v] for v in inputs if v in least]
+            if ways:
+                least |= {v: min(ways) + own for v in call.outputs if v in tape.active}
+        matrices, fewest = max(depth[v] for v in goals), max(least.get(v, DEEPEST) for v in goals)
+        has_skip = source is not None and (fewest == 0 or fewest == 1 < matrices)
+        skip = self._shortest(program, least, goals) if has_skip else None
         return Block(source, goals, tuple(program), tuple(entries), skip, source, matrices)
 
-
-def _slice(program: list[Call], free: set[int], goals: set[int]) -> tuple[Call, ...]:
-    """The calls of the free ways to the goals; none where these are additions alone: the identity."""
-    found: list[Call] = []
-    wanted = set(goals)
-    for call in reversed(program):
-        if wanted.intersection(call.outputs) and free.intersection(call.inputs):
-            found.append(call)
-            wanted.update(free.intersection(call.inputs))
-    plain = all(
-        (call.fn in ADDITION or call.fn in _IN_PLACE)
-        and not call.kwargs
-        and len(free.intersection(call.inputs)) == 1
-        and len(set(call.inputs)) == 2
-        for call in found
-    )
-    return () if plain else tuple(reversed(found))
+    def _shortest(self, program: list[Call], least: dict[int, int], goals: tuple[int, ...]) -> tuple[Call, ...]:
+        """The calls of the ways to the goals with the fewest matrix sites, ``least`` by value; none where these are
+        additions alone: the identity."""
+        found: list[tuple[Call, int]] = []
+        wanted = set(goals)
+        for call in reversed(program):
+            made = wanted.intersection(call.outputs)
+            if made:
+                fewest = max(least[v] for v in made) - (call.index in self.matrices)
+                inputs = {v for v in call.inputs if least.get(v) == fewest}
+                found.append((call, len(inputs)))
+                wanted |= inputs
+        plain = all(
+            (call.fn in ADDITION or call.fn in _IN_PLACE)
+            and not call.kwargs
+            and inputs == 1
+            and len(set(call.inputs)) == 2
+            for call, inputs in found
+        )
+        return () if plain else tuple(call for call, _ in reversed(found))
 
 
 def _merged(pieces: list[Block]) -> list[Block]:
