@@ -265,8 +265,9 @@ class Block:
 
     ``source``: the state before it (None: the network's input); ``goals``: the state after it, or the cuts;
     ``program``: the calls between; ``entries``: values made there from the input alone. ``skip``: the calls of a way
-    through without a matrix site, from ``origin`` on (up to there it is the identity); None where there is no such way.
-    ``matrices``: matrix sites on the longest way through. ``sites``: indices of the sites inside."""
+    through without a matrix site, or around others with one, from ``origin`` on (up to there it is the identity); None
+    where there is no such way. ``matrices``: matrix sites on the longest way through. ``sites``: indices of the sites
+    inside."""
 
     source: int | None
     goals: tuple[int, ...]

@@ -103,7 +103,7 @@ def test_networks(name: str, blocks: int) -> None:
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 @pytest.mark.parametrize("projected", [False, True])
 def test_shortcuts(projected: bool) -> None:
-    """A strided slice with padding carries the error on; a projection ends the run."""
+    """A strided slice with padding carries the error on; a projection does not where no deeper way lies beside it."""
     net, closure = shortcut_net(projected)
     stream = stream_of(optimizer(net.named_parameters()), closure)
     assert stream is not None
@@ -221,6 +221,41 @@ def test_the_formula(ahead: int, rectified: bool) -> None:
             c = p = mask * p
     for name, g in zip(("0.weight", "0.bias"), torch.autograd.grad(h[0], net[0].parameters(), c), strict=True):
         torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
+class Projected(nn.Module):
+    """``P h + W2 tanh(W1 h)``; ``apart``: the branch reads ``h`` without derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.project = nn.Linear(5, 7), nn.Linear(7, 6), nn.Linear(5, 6)
+        self.apart = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.project(h) + self.two(torch.tanh(self.one(h.detach() if self.apart else h)))
+        return out
+
+
+def test_a_projection_carries_the_error_on() -> None:
+    """The block before it gets the exact gradient of the network in which the branch beside it stops the derivative."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), Residual(5), Projected(), nn.Linear(6, 3)).double()
+    x = torch.randn(12, 4, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return F.cross_entropy(net(x), labels(12, 3))
+
+    opt = optimizer(net.named_parameters(), gamma=0, beta=0, ahead=0)
+    stream = stream_of(opt, closure)
+    assert stream is not None
+    assert [block.matrices for block in stream.blocks] == [0, 2, 2, 1]
+    assert [call.op for call in stream.blocks[2].skip or ()] == ["linear", "add"]
+    found, true = estimated_gradient(opt, closure), true_gradient(opt, closure)
+    net[2].apart = True
+    wanted = dict(zip(true, torch.autograd.grad(closure(), list(net.parameters())), strict=True))
+    for name in (name for name in wanted if name[0] in "123"):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(found["1.one.weight"], true["1.one.weight"])
 
 
 def test_head_and_last_blocks_are_exact() -> None:
