@@ -42,7 +42,8 @@ ESTIMATORS: dict[str, tuple[str, Callable[[], Any]]] = {
     "learned_feedback_sites": ("learned, no stream", lambda: _learned(residual=False)),
     "learned_feedback_position": ("learned, position", lambda: _learned(structure="position")),
     "learned_feedback_shared": ("learned, shared", lambda: _learned(structure="shared")),
-    "learned_feedback_zero": ("learned, from zero", lambda: _learned(start="zero")),
+    "learned_feedback_guesses": ("learned, guesses", lambda: _learned(source="guesses")),
+    "learned_feedback_zero": ("learned, from zero", lambda: _learned(start="zero", source="guesses")),
     "learned_feedback_auto": ("learned, gamma auto", LearnedFeedback),
 }
 LABELS = {"backprop": "backprop"} | {name: label for name, (label, _) in ESTIMATORS.items()}

@@ -446,6 +446,91 @@ def test_starts_at_the_mean_product_of_weights_and_masks(memory: str) -> None:
     assert not torch.allclose(feedback(opt)[1], wide[2].weight.detach().T)
 
 
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_feedback_from_weights(memory: str) -> None:
+    """Each ``B`` follows the next one, as it was, by the weights and masks of the step; nothing is guessed."""
+    net, closure = network()
+    x = inputs(closure)
+    estimator = LearnedFeedback(gamma=0, source="weights")
+    opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.5, memory=memory)
+    opt.step(closure)
+    for _ in range(3):
+        before = feedback(opt)
+        with torch.no_grad():
+            m2 = (net[:3](x) > 0).double().mean(0)
+            wanted = [net[2].weight.T @ (m2[:, None] * before[1]), net[4].weight.T.clone()]
+        noise = copy.deepcopy(opt.state_dict()["guessopt"]["noise"])
+        opt.step(closure)
+        torch.testing.assert_close(feedback(opt), wanted)
+        assert str(noise) == str(opt.state_dict()["guessopt"]["noise"])
+
+
+@pytest.mark.parametrize("model", ["mlp", "convolutions"])
+@pytest.mark.parametrize("gamma", [0, 1])
+def test_feedback_from_weights_in_every_mode(model: str, gamma: int) -> None:
+    ends = []
+    for memory in ("store", "replay", "stream"):
+        net, closure = network() if model == "mlp" else convolutions()
+        estimator = LearnedFeedback(gamma=gamma, source="weights")
+        opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.1, memory=memory, seed=1)
+        for _ in range(3):
+            opt.step(closure)
+        ends.append([*feedback(opt), *(p.detach() for p in net.parameters())])
+    assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(ends[0], end, strict=True))
+
+
+def convolutions(n: int = 8) -> tuple[nn.Sequential, Closure]:
+    """One way to the next matrix site is elementwise, one holds pooling."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    x = torch.randn(n, 1, 7, 7, dtype=torch.float64)
+    return net, lambda: F.cross_entropy(net(x), torch.arange(n) % 3)
+
+
+def test_feedback_from_weights_is_the_mean_jacobian_of_a_linear_network() -> None:
+    """Convolutions without activations: with it, every gradient is backpropagation's."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 2, 3, padding=1), nn.Flatten(),
+        nn.Linear(18, 3),
+    ).double()  # fmt: skip
+    x = torch.randn(8, 1, 7, 7, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return F.cross_entropy(net(x), torch.arange(8) % 3)
+
+    opt = optimizer(net, lr=0.0, gamma=0, source="weights")
+    for _ in range(2):
+        opt.step(closure)
+        true = true_gradient(opt, closure)
+        for name, g in estimated_gradient(opt, closure).items():
+            torch.testing.assert_close(g, true[name], rtol=1e-9, atol=1e-12)
+
+
+def test_where_feedback_comes_from() -> None:
+    """Weights, where a batch is small for the rows of ``B``, which then tells positions apart."""
+    net, closure = convolutions()
+    shapes = [tuple(b.shape) for b in _stepped(net, closure)]
+    assert shapes == [(3 * 49, 3), (4 * 9, 3), (4, 3)]
+    assert [tuple(b.shape) for b in _stepped(net, closure, source="guesses")] == [(3 * 16, 3), (4 * 9, 3), (4, 3)]
+    with pytest.raises(ValueError, match="source: 'weights' needs weights"):
+        wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 17)).double()
+        optimizer(wide, source="weights").step(lambda: wide(torch.randn(16, 4).double()).square().mean())
+    with pytest.raises(ValueError, match="source: 'weights' goes with ahead=1"):
+        LearnedFeedback(source="weights", ahead=0)
+    with pytest.raises(ValueError, match="source: 'backward' is not one of"):
+        LearnedFeedback(source="backward")
+
+
+def _stepped(net: nn.Module, closure: Closure, **options: Any) -> list[Tensor]:
+    opt = optimizer(net, gamma=0, **options)
+    opt.step(closure)
+    return feedback(opt)
+
+
 def test_starts_at_random_and_stays_there() -> None:
     """Direct feedback alignment: nothing is guessed, and the matrices are those of the first step."""
     net, closure = network()

@@ -23,6 +23,7 @@ from guessopt.sites import Matrix, Site, SiteGraph, numel
 from guessopt.tracing.local import Local
 
 STARTS = ("weights", "random", "zero")
+SOURCES = ("auto", "guesses", "weights")
 
 #: Steps from one forward-mode pass to the next that ``every="auto"`` chooses from; the longest for which rows of ``B``
 #: to a sample, times the interval, are no more than ``AMPLE``. Rows that add up positions count ``SUMMED`` times: what
@@ -67,6 +68,11 @@ class LearnedFeedback(Estimator):
             derivative at its mean, wherever weights alone lead on to an output of at most 128 features; zero
             elsewhere (with ``beta=0``: random); ``"random"``: ``N(0, 1 / rows)``; ``"zero"``. Deviations along a stream
             begin at zero.
+        source: where ``B`` comes from as training goes. ``"guesses"``: least mean squares; ``"weights"``: in
+            every step each ``B`` is renewed from the next one, through the weight between and the mean derivative of
+            the activation, and no guess is needed but for the correction; ``"auto"``: weights, where they lead from
+            every site to an output of at most 128 features and ``B`` has too many rows for the samples of a batch (and
+            then tells all positions apart); else guesses.
         entries: most entries of a ``B``; a larger one tells fewer positions apart, then reads fixed random mixtures of
             the output's features. None: no bound.
 
@@ -84,6 +90,7 @@ class LearnedFeedback(Estimator):
     ahead: int = 1
     residual: bool = True
     start: str = "weights"
+    source: str = "auto"
     entries: int | None = None
 
     exact_last: ClassVar[bool] = True
@@ -115,6 +122,10 @@ class LearnedFeedback(Estimator):
             )
         if self.start not in STARTS:
             raise ValueError(f"start: {self.start!r} is not one of {', '.join(STARTS)}")
+        if self.source not in SOURCES:
+            raise ValueError(f"source: {self.source!r} is not one of {', '.join(SOURCES)}")
+        if self.source == "weights" and not (self.ahead and self.beta and self.start == "weights"):
+            raise ValueError("source: 'weights' goes with ahead=1, start='weights' and a beta above 0")
         if self.entries is not None and (not isinstance(self.entries, int) or self.entries < 1):
             raise ValueError(f"entries: the most entries of a feedback matrix must be at least 1, got {self.entries}")
 
@@ -204,19 +215,39 @@ class LearnedFeedback(Estimator):
     # --- the estimate -------------------------------------------------------------------------------------------------
 
     def injects(self, step: int, graph: SiteGraph) -> bool:
-        return not (self.gamma == self.beta == 0) and super().injects(step, graph)
+        taught = self.beta and not graph.derived.get(("by weights", self))
+        return bool(self.gamma != 0 or taught) and super().injects(step, graph)
 
     def period(self, graph: SiteGraph) -> int:
         if isinstance(self.every, int):
             return self.every
-        key = "period", self.form, self.residual
+        rows = self._rows(graph)
+        return max(k for k in INTERVALS if k == 1 or k * rows <= AMPLE)
+
+    def _rows(self, graph: SiteGraph) -> float:
+        """Of all ``B``, to a sample of a batch."""
+        key = "rows", self.form, self.residual
         if key not in graph.derived:
-            rows = sum(
+            graph.derived[key] = sum(
                 place.b_shape[0] / place.samples * (SUMMED if place.sums else 1) for place in self._places(graph)
             )
-            graph.derived[key] = max(k for k in INTERVALS if k == 1 or k * rows <= AMPLE)
-        found: int = graph.derived[key]
+        found: float = graph.derived[key]
         return found
+
+    def takes_weights(self, graph: SiteGraph, whole: bool) -> bool:
+        """Whether every ``B`` follows the next one; ``whole``: weights lead on from every site.
+
+        Raises:
+            ValueError: they do not, and ``source="weights"``."""
+        if self.source == "weights" and not whole:
+            raise ValueError(
+                "source: 'weights' needs weights, one after another, from every site to one output with no more "
+                "features than the batch has examples, nor than 128; use 'auto' or 'guesses'"
+            )
+        able = whole and bool(self.ahead and self.beta and self.start == "weights") and self.source != "guesses"
+        takes = able and (self.source == "weights" or 2 * self._rows(graph) > AMPLE)
+        graph.derived["by weights", self] = takes
+        return takes
 
     def _places(self, graph: SiteGraph) -> list[Place]:
         """Wherever a ``B`` may be learned."""

@@ -33,6 +33,10 @@ class View:
         self.features = 1 if not inner else inner[0] if self.maps else inner[-1]
         self.positions = numel(inner) // max(self.features, 1)
 
+    def of(self, n: int) -> View:
+        """The same, of fewer examples, which come first."""
+        return View(self.layout, (n, *self.shape[1:]), n, self.maps)
+
     def unfold(self, t: Tensor) -> Tensor:
         if self.layout is Layout.BATCH_SECOND:
             t = t.transpose(0, 1)
@@ -144,6 +148,13 @@ class Place:
         elif self.view.maps:
             u = u.mT.contiguous().mT
         return self.view.fold(u)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows of ``B`` ``[c, r]`` at every position, ``[c, p, f]``."""
+        u = rows.reshape(len(rows), self.cells, self.view.features)
+        if self.cells == 1:
+            return u.expand(len(rows), self.view.positions, self.view.features)
+        return u if self.cells == self.view.positions else u[:, self._cells(u.device)]
 
     def see(self, t: Tensor) -> Tensor:
         """A tangent of the place as ``B`` sees it, ``[n, g, f]``."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from guessopt.estimators.base import Lesson, Noise
 from guessopt.estimators.correction import Correction, amplitude, less
 from guessopt.estimators.moments import TINY, State, crowd, moments, samples, stepped
-from guessopt.estimators.places import Output, Way, wide
-from guessopt.sites import ForwardRecord, Site, SiteGraph
+from guessopt.estimators.places import Form, Output, View, Way, apart, wide
+from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
 from guessopt.tracing.local import Local
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Largest amplitude of a guess, in units of the smallest.
 LOUDEST = 1e4
 
-#: Most features of the output, each of which takes a pull-back at every site, from which ``start="weights"`` begins.
+#: Most features of the output, each of which takes a pull-back at every site, for ``B`` to come from weights.
 COLUMNS = 128
 
 #: A site's number, its predicted cotangent (None: there is nothing to predict by) and its guess, if it has one.
@@ -39,7 +39,8 @@ class Chart:
 
     ``ways``: of the sites whose examples can be told apart; ``closed``: the others. ``ahead``: by site, the one that
     has the cotangent of the next matrix site's output; ``exact``: the cut that has it. ``products``: the sites from
-    which weights, one after another, lead to the output, from the last to the first."""
+    which weights, one after another, lead to the output, from the last to the first; ``by_weights``: each ``B`` follows
+    the next one through these weights, and none learns from guesses."""
 
     output: Output
     ways: dict[int, Way]
@@ -47,6 +48,7 @@ class Chart:
     ahead: dict[int, int]
     exact: dict[int, int]
     products: list[int]
+    by_weights: bool
 
     @staticmethod
     def of(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
@@ -59,21 +61,31 @@ class Chart:
     @staticmethod
     def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
         output, form = Output.of_cuts(graph), options.form
-        every = {site.index: Way(site, output, form) for site in sites}
-        ways = {index: way for index, way in every.items() if way.is_open}
-        chart = Chart(output, ways, frozenset(every.keys() - ways.keys()), {}, {}, [])
+        ways, ahead, exact = _ways(sites, output, form), dict[int, int](), dict[int, int]()
+        closed = frozenset(site.index for site in sites if site.index not in ways)
         for index in ways:
             site = following(graph, graph.sites[index])
             if site is not None and site.index in ways:
-                chart.ahead[index] = site.index
-            elif site is not None and site.index not in every and site.cut is not None:
-                chart.exact[index] = site.cut
-        small = len(output.views) == 1 and output.features <= COLUMNS
-        for index in sorted(ways, reverse=True):
-            leads = chart.exact.get(index) in output.views or chart.ahead.get(index) in chart.products
-            if small and leads and ways[index].rank is None:
-                chart.products.append(index)
-        return chart
+                ahead[index] = site.index
+            elif site is not None and site.index not in closed and site.cut is not None:
+                exact[index] = site.cut
+        products: list[int] = []
+        if len(output.views) == 1 and output.features <= COLUMNS:
+            for index in sorted(ways, reverse=True):
+                leads = exact.get(index) in output.views or ahead.get(index) in products
+                if leads and ways[index].rank is None:
+                    products.append(index)
+        whole = not closed and len(products) == len(ways) and output.features <= graph.batch
+        by_weights = options.takes_weights(graph, whole)
+        if by_weights and form.structure == "auto":
+            ways = _ways(sites, output, Form("position", form.entries))
+        return Chart(output, ways, closed, ahead, exact, products, by_weights)
+
+
+def _ways(sites: tuple[Site, ...], output: Output, form: Form) -> dict[int, Way]:
+    """Of the sites whose examples can be told apart."""
+    every = ((site.index, Way(site, output, form)) for site in sites)
+    return {index: way for index, way in every if way.is_open}
 
 
 class Sitewise(Lesson):
@@ -153,7 +165,7 @@ class Sitewise(Lesson):
         """Add what the site's ``B`` foresees of its guess; look at the guess as its ``B`` does."""
         self.guessed, index = True, local.site.index
         way = self.chart.ways.get(index)
-        if way is None or not self.options.beta:
+        if way is None or self.chart.by_weights or not self.options.beta:
             return
         state, r = self.before[index], way.push_forward(local, y)
         if state is not None:
@@ -199,10 +211,13 @@ class Sitewise(Lesson):
         if state is not None and (served or (ahead is None and cut is None)):
             assert self.e is not None
             c = chart.ways[index].pull_back(local, self.e, state["B"])  # M_i B_i e
+            for each, _ in served:
+                self._renew(each, local)
             found += [(each.site.index, _through_next(each, c), guess) for each, guess in served]
         if ahead is not None:
             self.waiting.setdefault(ahead, []).append((local.held(), y))
         elif cut is not None:
+            self._renew(local, None)
             found.append((index, _through_next(local, self.errors[cut]), y))
         else:
             found.append((index, c, y))
@@ -260,6 +275,12 @@ class Sitewise(Lesson):
     def _is_new(self, index: int) -> bool:
         return self.before[index] is None
 
+    def _renew(self, local: Local, ahead: Local | None) -> None:
+        """``B_i`` anew from ``B_{i+1}``, for the next step."""
+        index = local.site.index
+        if self.chart.by_weights and index not in self.fresh:
+            self.fresh[index] = {"B": self._product(local, ahead)}
+
     def _begin(self, index: int, b: Tensor) -> None:
         steps = round(1 / self.options.beta) if self.options.beta else 0
         self.before[index] = self.fresh[index] = {
@@ -274,22 +295,47 @@ class Sitewise(Lesson):
                 self._begin(index, wide(self.noise(self.graph.sites[index], shape)) / shape[0] ** 0.5)
 
     def _product(self, local: Local, ahead: Local | None) -> Tensor:
-        """``mean_n W_{i+1}^T M_{i+1} B_{i+1}``, column by column; ``ahead``: site i + 1, None where it is the head."""
-        way, output = self.chart.ways[local.site.index], self.chart.output
-        ((_, view),) = output.views.items()
-        columns = []
-        for k in range(output.features):
-            e = local.s.new_zeros(output.n, view.positions, view.features)
-            e[..., k] = 1
-            if ahead is None:
-                c = view.fold(e)
+        """``W_{i+1}^T mean_n M_{i+1} B_{i+1}``, column by column; ``ahead``: site i + 1, None where it is the head."""
+        way, n = self.chart.ways[local.site.index], self.chart.output.n
+        view, columns = self._columns(ahead, wide(local.s))
+        few = len(columns) < n and view.layout is way.view.layout is Layout.BATCH_FIRST
+        found = []
+        for some in columns.split(n):  # each in an example's place
+            if few:
+                c = view.of(len(some)).fold(some)
+                u = _padded(_before_next(local, c, len(some)), n)
             else:
-                state = self.before[ahead.site.index]
-                assert state is not None
-                c = self.chart.ways[ahead.site.index].pull_back(ahead, e, state["B"])
-            column = way.see(_before_next(local, c)).mean((0, 1))
-            columns.append(column if way.matched else column * (way.cells / way.view.positions))
-        return torch.stack(columns, 1)
+                u = _before_next(local, view.fold(_padded(some, n)))
+            found.append(way.see(u)[: len(some)].mean(1))
+        b = torch.cat(found).T
+        return (b if way.matched else b * (way.cells / way.view.positions)).contiguous()
+
+    def _columns(self, ahead: Local | None, like: Tensor) -> tuple[View, Tensor]:
+        """``mean_n M_{i+1} B_{i+1}`` as ``[c, p, f]``, and how site i + 1's output is seen so."""
+        output = self.chart.output
+        ((_, last),) = output.views.items()
+        c = output.features
+        if ahead is None:
+            unit = torch.eye(c, dtype=like.dtype, device=like.device)
+            return last, unit[:, None].expand(c, last.positions, c)
+        state, way = self.before[ahead.site.index], self.chart.ways[ahead.site.index]
+        assert state is not None
+        b = state["B"]
+        if ahead.is_elementwise and way.view.shape == tuple(ahead.s.shape):
+            u, m = way.spread(b.T), ahead.derivative()
+            return way.view, u if m is None else u * way.view.unfold(m).to(u.dtype).mean(0)
+        view = View(apart(ahead.site.layout, ahead.site.shape, output.n), ahead.site.shape, output.n, False)
+        columns = []
+        for k in range(c):
+            e = b.new_zeros(output.n, last.positions, c)
+            e[..., k] = 1
+            columns.append(view.unfold(wide(way.pull_back(ahead, e, b))).mean(0))
+        return view, torch.stack(columns)
+
+
+def _padded(t: Tensor, n: int) -> Tensor:
+    """``n`` examples, the last ones zero."""
+    return t if len(t) == n else torch.cat([t, t.new_zeros(n - len(t), *t.shape[1:])])
 
 
 def following(graph: SiteGraph, site: Site) -> Site | None:
@@ -304,10 +350,10 @@ def following(graph: SiteGraph, site: Site) -> Site | None:
     return found
 
 
-def _before_next(local: Local, c: Tensor) -> Tensor:
-    """``W_{i+1}^T c_{i+1}``: the cotangent of the next matrix site's input from that of its output."""
+def _before_next(local: Local, c: Tensor, n: int | None = None) -> Tensor:
+    """``W_{i+1}^T c_{i+1}``: the cotangent of the next matrix site's input from that of its output (``n`` examples)."""
     m, w = local.weights()[0]
-    return m.rule.transpose(m, w, c.to(w.dtype), m.x_shape)
+    return m.rule.transpose(m, w, c.to(w.dtype), m.x_shape if n is None else (n, *m.x_shape[1:]))
 
 
 def _through_next(local: Local, c: Tensor) -> Tensor:
