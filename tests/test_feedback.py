@@ -516,6 +516,9 @@ def test_where_feedback_comes_from() -> None:
     shapes = [tuple(b.shape) for b in _stepped(net, closure)]
     assert shapes == [(3 * 49, 3), (4 * 9, 3), (4, 3)]
     assert [tuple(b.shape) for b in _stepped(net, closure, source="guesses")] == [(3 * 16, 3), (4 * 9, 3), (4, 3)]
+    report = preflight(optimizer(net), closure)
+    assert report.sites[0].guess == "learned_feedback: one matrix site ahead, B [147, 3] from weights"
+    assert report.feedback == 8 * 3 * (147 + 36 + 4)
     with pytest.raises(ValueError, match="source: 'weights' needs weights"):
         wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 17)).double()
         optimizer(wide, source="weights").step(lambda: wide(torch.randn(16, 4).double()).square().mean())

@@ -17,7 +17,7 @@ from torch import Tensor
 from guessopt.estimators.base import Estimator, Lesson, Noise, describe, make_estimator, register_estimator
 from guessopt.estimators.correction import amplitude
 from guessopt.estimators.places import STRUCTURES, Form, Output, Place, Way
-from guessopt.estimators.sitewise import Sitewise, following
+from guessopt.estimators.sitewise import Chart, Sitewise
 from guessopt.estimators.stream import Streamwise, stream_places
 from guessopt.sites import Matrix, Site, SiteGraph, numel
 from guessopt.tracing.local import Local
@@ -192,18 +192,19 @@ class LearnedFeedback(Estimator):
                 for index in block.sites:
                     found[index] = (text + _b_of(kept.get(index)), _bytes(kept.get(index), graph.sites[index]))
             return {site.index: found[site.index] for site in sites if site.index in found}
-        output = Output.of_cuts(graph)
-        own = {site.index for site in sites}
+        chart = Chart.of(self, sites, graph)
         for site in sites:
-            way = Way(site, output, self.form)
-            next_ = following(graph, site) if self.ahead else None
-            if not way.is_open:
+            way = chart.ways.get(site.index)
+            if way is None:
                 found[site.index] = ("no examples: the correction alone", 0)
-            elif next_ is not None and next_.index not in own and next_.cut is not None:
-                found[site.index] = ("exact error through the head" + _b_of(way), _bytes(way, site))
-            else:
-                ahead = next_ is not None and next_.index in own
-                found[site.index] = (("one matrix site ahead" if ahead else "own") + _b_of(way), _bytes(way, site))
+                continue
+            text = "own"
+            if self.ahead and site.index in chart.exact:
+                text = "exact error through the head"
+            elif self.ahead and site.index in chart.ahead:
+                text = "one matrix site ahead"
+            source = " from weights" if chart.by_weights else ""
+            found[site.index] = (text + _b_of(way) + source, _bytes(way, site))
         return found
 
     def reversed_matrices(self, graph: SiteGraph) -> int:
