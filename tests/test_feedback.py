@@ -520,12 +520,30 @@ def test_where_feedback_comes_from() -> None:
     assert report.sites[0].guess == "learned_feedback: one matrix site ahead, B [147, 3] from weights"
     assert report.feedback == 8 * 3 * (147 + 36 + 4)
     with pytest.raises(ValueError, match="source: 'weights' needs weights"):
-        wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 17)).double()
+        wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 129)).double()
         optimizer(wide, source="weights").step(lambda: wide(torch.randn(16, 4).double()).square().mean())
     with pytest.raises(ValueError, match="source: 'weights' goes with ahead=1"):
         LearnedFeedback(source="weights", ahead=0)
     with pytest.raises(ValueError, match="source: 'backward' is not one of"):
         LearnedFeedback(source="backward")
+
+
+@pytest.mark.parametrize("memory", ["store", "replay"])
+def test_the_first_batch_decides_where_feedback_comes_from(memory: str) -> None:
+    """A last, smaller one does not undo what was learned."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3)).double()
+    x = torch.randn(64, 4, dtype=torch.float64)
+    for sizes, shapes in (((64, 2, 64), {"B", "steps"}), ((2, 64, 2), {"B"})):
+        opt = GuessGradOptimizer(
+            net.named_parameters(), torch.optim.SGD, LearnedFeedback(gamma=0), lr=0.1, memory=memory, seed=1
+        )
+        for n in sizes:
+            opt.step(lambda n=n: F.cross_entropy(net(x[:n]), torch.arange(n) % 3))
+            states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values()]
+            assert all(shapes <= set(state) and ("steps" in shapes) == ("steps" in state) for state in states)
+        if "steps" in shapes:
+            assert all(state["steps"] == 13 for state in states)
 
 
 def _stepped(net: nn.Module, closure: Closure, **options: Any) -> list[Tensor]:

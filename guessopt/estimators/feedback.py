@@ -236,19 +236,18 @@ class LearnedFeedback(Estimator):
         return found
 
     def takes_weights(self, graph: SiteGraph, whole: bool) -> bool:
-        """Whether every ``B`` follows the next one; ``whole``: weights lead on from every site.
+        """Whether every ``B`` is to follow the next one; ``whole``: weights lead on from every site. The first batch
+        decides; later ones may be smaller.
 
         Raises:
             ValueError: they do not, and ``source="weights"``."""
         if self.source == "weights" and not whole:
             raise ValueError(
-                "source: 'weights' needs weights, one after another, from every site to one output with no more "
-                "features than the batch has examples, nor than 128; use 'auto' or 'guesses'"
+                "source: 'weights' needs weights, one after another, from every site to one output of at most "
+                "128 features; use 'auto' or 'guesses'"
             )
         able = whole and bool(self.ahead and self.beta and self.start == "weights") and self.source != "guesses"
-        takes = able and (self.source == "weights" or 2 * self._rows(graph) > AMPLE)
-        graph.derived["by weights", self] = takes
-        return takes
+        return able and (self.source == "weights" or 2 * self._rows(graph) > AMPLE)
 
     def _places(self, graph: SiteGraph) -> list[Place]:
         """Wherever a ``B`` may be learned."""

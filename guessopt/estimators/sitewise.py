@@ -51,15 +51,18 @@ class Chart:
     by_weights: bool
 
     @staticmethod
-    def of(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
-        key = options, tuple(site.index for site in sites)
+    def of(
+        options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, by_weights: bool | None = None
+    ) -> Chart:
+        """``by_weights``: where ``B`` has come from so far; None: nowhere yet."""
+        key = options, tuple(site.index for site in sites), by_weights
         if key not in graph.derived:
-            graph.derived[key] = Chart._made(options, sites, graph)
+            graph.derived[key] = Chart._made(options, sites, graph, by_weights)
         found: Chart = graph.derived[key]
         return found
 
     @staticmethod
-    def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph) -> Chart:
+    def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, by_weights: bool | None) -> Chart:
         output, form = Output.of_cuts(graph), options.form
         ways, ahead, exact = _ways(sites, output, form), dict[int, int](), dict[int, int]()
         closed = frozenset(site.index for site in sites if site.index not in ways)
@@ -75,8 +78,8 @@ class Chart:
                 leads = exact.get(index) in output.views or ahead.get(index) in products
                 if leads and ways[index].rank is None:
                     products.append(index)
-        whole = not closed and len(products) == len(ways) and output.features <= graph.batch
-        by_weights = options.takes_weights(graph, whole)
+        whole = not closed and len(products) == len(ways)
+        by_weights = options.takes_weights(graph, whole) if by_weights is None else by_weights and whole
         if by_weights and form.structure == "auto":
             ways = _ways(sites, output, Form("position", form.entries))
         return Chart(output, ways, closed, ahead, exact, products, by_weights)
@@ -100,8 +103,13 @@ class Sitewise(Lesson):
         noise: Noise,
     ) -> None:
         self.options, self.graph, self.noise = options, graph, noise
-        self.chart = Chart.of(options, sites, graph)
-        self.before = {index: _fitting(states[index], way) for index, way in self.chart.ways.items()}
+        own = next((state for state in states.values() if state is not None and "B" in state), None)
+        self.chart = Chart.of(options, sites, graph, None if own is None else "steps" not in own)
+        graph.derived["by weights", options] = self.chart.by_weights
+        self.before = {
+            index: state if _fits(state := states[index], way, self.chart.by_weights) else None
+            for index, way in self.chart.ways.items()
+        }
         self.correction = Correction(options.gamma, graph, states, self.chart.closed)
         self.fresh: dict[int, State] = {}
         self.unborn = deque(index for index in self.chart.products if self._is_new(index))
@@ -282,10 +290,11 @@ class Sitewise(Lesson):
             self.fresh[index] = {"B": self._product(local, ahead)}
 
     def _begin(self, index: int, b: Tensor) -> None:
-        steps = round(1 / self.options.beta) if self.options.beta else 0
-        self.before[index] = self.fresh[index] = {
-            "B": b, "steps": steps, "power": b.new_zeros(()), "pairs": b.new_zeros(())
-        }  # fmt: skip
+        state: State = {"B": b}
+        if not self.chart.by_weights:
+            steps = round(1 / self.options.beta) if self.options.beta else 0
+            state |= {"steps": steps, "power": b.new_zeros(()), "pairs": b.new_zeros(())}
+        self.before[index] = self.fresh[index] = state
 
     def _draw(self) -> None:
         """At random; where weights are wanted and nothing will be learned, wherever no product leads."""
@@ -361,6 +370,8 @@ def _through_next(local: Local, c: Tensor) -> Tensor:
     return local.pull_back(_before_next(local, c), spent=True)
 
 
-def _fitting(state: State | None, way: Way) -> State | None:
-    """The state, unless it was learned at another size."""
-    return state if state is not None and "B" in state and tuple(state["B"].shape) == way.b_shape else None
+def _fits(state: State | None, way: Way, by_weights: bool) -> bool:
+    """Whether the state was learned at this size, and in this way."""
+    if state is None or "B" not in state or by_weights == ("steps" in state):
+        return False
+    return tuple(state["B"].shape) == way.b_shape
