@@ -473,7 +473,7 @@ def test_feedback_from_weights_in_every_mode(model: str, gamma: int) -> None:
         net, closure = network() if model == "mlp" else convolutions()
         estimator = LearnedFeedback(gamma=gamma, source="weights")
         opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.1, memory=memory, seed=1)
-        for _ in range(10):
+        for _ in range(3):
             opt.step(closure)
         ends.append([*feedback(opt), *(p.detach() for p in net.parameters())])
     assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(ends[0], end, strict=True))

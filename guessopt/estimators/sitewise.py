@@ -29,10 +29,6 @@ LOUDEST = 1e4
 #: Most features of the output, each of which takes a pull-back at every site, for ``B`` to come from weights.
 COLUMNS = 128
 
-#: Steps from one renewal of a ``B`` by weights to the next, where more than activations lie on the way, which takes a
-#: pull-back for each feature of the output; elsewhere it is renewed in every step.
-RENEWAL = 8
-
 #: A site's number, its predicted cotangent (None: there is nothing to predict by) and its guess, if it has one.
 Shown = tuple[int, "Tensor | None", "Tensor | None"]
 
@@ -290,12 +286,8 @@ class Sitewise(Lesson):
     def _renew(self, local: Local, ahead: Local | None) -> None:
         """``B_i`` anew from ``B_{i+1}``, for the next step."""
         index = local.site.index
-        if not self.chart.by_weights or index in self.fresh:
-            return
-        state = self.before[index]
-        assert state is not None
-        age = 0 if ahead is None or ahead.is_elementwise else (state.get("age", -1) + 1) % RENEWAL
-        self.fresh[index] = {"B": state["B"] if age else self._product(local, ahead), "age": age}
+        if self.chart.by_weights and index not in self.fresh:
+            self.fresh[index] = {"B": self._product(local, ahead)}
 
     def _begin(self, index: int, b: Tensor) -> None:
         state: State = {"B": b}
