@@ -334,7 +334,7 @@ class Sitewise(Lesson):
             u, m = way.spread(b.T), ahead.derivative()
             return way.view, u if m is None else u * way.view.unfold(m).to(u.dtype).mean(0)
         view = View(apart(ahead.site.layout, ahead.site.shape, output.n), ahead.site.shape, output.n, False)
-        columns = []
+        columns, ahead = [], ahead.held(several=True)
         for k in range(c):
             e = b.new_zeros(output.n, last.positions, c)
             e[..., k] = 1

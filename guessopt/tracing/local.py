@@ -53,11 +53,12 @@ class Local:
         ``"uniform"`` (U[0, 1), Singhal A.2)."""
         return draw(self._source, kind, shape, self.s.dtype, self.s.device)
 
-    def held(self) -> Local:
-        """The same, with what the segment reads and no more, to outlast its place in the run."""
+    def held(self, *, several: bool = False) -> Local:
+        """The same, with what the segment reads and no more, to outlast its place in the run; ``several``: for several
+        pull-backs."""
         segment, values = self.site.segment, self._values
         needed = {} if segment is None else {v: values[v] for v in segment.needs if v in values}
-        return Local(self.site, self.s, needed, self._source)
+        return Local(self.site, self.s, needed, self._source, several=several)
 
     def weights(self) -> list[tuple[Matrix, Tensor]]:
         """The next matrix site(s), each with its weight (parallel ones stacked) as ``[b, o, i]``."""
