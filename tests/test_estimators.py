@@ -196,6 +196,8 @@ def test_dtypes(estimator: str, dtype: torch.dtype) -> None:
 def test_the_last_site_gets_isotropic_noise_or_its_exact_error() -> None:
     for estimator in ESTIMATORS.values():
         made = build("mlp")
+        if estimator["name"] == "learned_feedback":  # from the product of weights, exact in so short a network
+            estimator = estimator | {"start": "zero"}
         opt = GuessGradOptimizer(made.named, torch.optim.SGD, estimator, exact_last=True, lr=0.1)
         estimate, true = estimated_gradient(opt, made.closure), true_gradient(opt, made.closure)
         if estimator["name"] == "directional_descent":
