@@ -43,6 +43,7 @@ ESTIMATORS: dict[str, tuple[str, Callable[[], Any]]] = {
     "learned_feedback_position": ("learned, position", lambda: _learned(structure="position")),
     "learned_feedback_shared": ("learned, shared", lambda: _learned(structure="shared")),
     "learned_feedback_guesses": ("learned, guesses", lambda: _learned(source="guesses")),
+    "learned_feedback_weights": ("learned, weights", lambda: _learned(source="weights")),
     "learned_feedback_zero": ("learned, from zero", lambda: _learned(start="zero", source="guesses")),
     "learned_feedback_auto": ("learned, gamma auto", LearnedFeedback),
 }
