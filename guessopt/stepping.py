@@ -193,9 +193,8 @@ class Stepping:
             records.append(record)
             if any(lesson.looks for lesson in record.lessons.values()):
                 transaction.rewind()
-                source = self._again(record)
                 try:
-                    self._show(plan, record.lessons, "look", source, record.params, closure, transaction)
+                    self._show(plan, record.lessons, "look", record.noise, closure, transaction)
                 except Departure:
                     raise unstable() from None
         assert plan is not None
@@ -214,7 +213,8 @@ class Stepping:
         transaction.rewind()
         guesses, known = [], dict[int, Known]()
         for lane, record in enumerate(records):
-            round = Round(record.count, self._again(record, lane), known)
+            source, record.params = self._again(record.noise, record.count, lane)
+            round = Round(record.count, source, known)
             if record.lessons:
                 guesses.append(self._shown(plan, record.lessons, "serve", round))
             else:
@@ -235,23 +235,22 @@ class Stepping:
         plan: Plan,
         lessons: Mapping[Estimator, Lesson],
         how: str,
-        source: NoiseSource,
-        directions: dict[int, Tensor],
+        noise: Any,
         closure: Callable[[], Any],
         transaction: Transaction,
     ) -> None:
         """A pass of its own, for estimators that must see every site before they can guess, or serve, at one."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
+        source, directions = self._again(noise)
         guess = self._shown(plan, lessons, how, Round(1, source, None))
         Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=False).run(closure)
 
-    def _again(self, record: ForwardRecord, lane: int = 0) -> NoiseSource:
-        """The guesses' stream as it stood before the pass, past the guesses for parameters."""
+    def _again(self, noise: Any, count: int = 1, lane: int = 0) -> tuple[NoiseSource, dict[int, Tensor]]:
+        """The guesses' stream as it stood before a pass, past the guesses for parameters; and these."""
         source = NoiseSource(self._noise.seed)
-        source.restore(record.noise)
+        source.restore(noise)
         source.lane = lane
-        record.params = self._directions(record.count, source)
-        return source
+        return source, self._directions(count, source)
 
     def _shown(self, plan: Plan, lessons: Mapping[Estimator, Lesson], how: str, round: Round) -> Guess:
         """``_guess``, in a round; what it makes of a site whose estimator learns is shown to the lesson (its method
@@ -427,9 +426,7 @@ class Stepping:
         guesses, lessons = self._guesses_of(plan), self._lessons(plan)
         before = None if keeps else self._noise.snapshot()
         while not keeps and any(lesson.begins for lesson in lessons.values()):
-            source = NoiseSource(self._noise.seed)
-            source.restore(self._noise.snapshot())
-            self._show(plan, lessons, "begin", source, self._directions(count, source), closure, transaction)
+            self._show(plan, lessons, "begin", before, closure, transaction)
             transaction.rewind()
         level = self._level()
         if count > 1:

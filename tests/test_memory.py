@@ -553,8 +553,8 @@ def test_what_learned_feedback_cannot_do_in_two_passes(memory: str) -> None:
     torch.manual_seed(0)
     net, x = Residual(), torch.randn(5, 6)
 
-    def optimizer(**options: Any) -> GuessGradOptimizer:
-        feedback = LearnedFeedback(**{k: options.pop(k) for k in ("residual",) if k in options})
+    def optimizer(residual: bool = True, **options: Any) -> GuessGradOptimizer:
+        feedback = LearnedFeedback(residual=residual)
         return GuessGradOptimizer(net.parameters(), torch.optim.SGD, feedback, lr=1e-2, memory=memory, **options)
 
     before = copy.deepcopy(net.state_dict())

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from guessopt.estimators.base import Estimator, Lesson, Noise, describe, make_estimator, register_estimator
 from guessopt.estimators.correction import amplitude
-from guessopt.estimators.places import STRUCTURES, Form, Output, Place, Way
-from guessopt.estimators.sitewise import Chart, Sitewise
+from guessopt.estimators.places import STRUCTURES, Form, Output, Place
+from guessopt.estimators.sitewise import Chart, Sitewise, open_ways
 from guessopt.estimators.stream import Streamwise, stream_places
 from guessopt.sites import Matrix, Site, SiteGraph, numel
 from guessopt.tracing.local import Local
@@ -254,9 +254,8 @@ class LearnedFeedback(Estimator):
         if graph.stream is not None and self.residual:
             every = {site.index for site in graph.sites}
             return [place for _, place in stream_places(every, graph, self.form).values()]
-        output = Output.of_cuts(graph)
-        ways = (Way(site, output, self.form) for site in graph.sites if site.shares is None and site.cut is None)
-        return [way for way in ways if way.is_open]
+        inner = (site for site in graph.sites if site.shares is None and site.cut is None)
+        return list(open_ways(inner, Output.of_cuts(graph), self.form).values())
 
     def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:
         if graph.stream is not None and self.residual:

@@ -136,25 +136,18 @@ class Place:
         """``B e``, in the shape of the place."""
         if not self.matched and e.shape[1] > 1:
             e = e.sum(1, keepdim=True)
-        u = self._mixed(e) @ b.T  # n g c, f c -> n g f
-        n, p, f = e.shape[0], self.view.positions, self.view.features
+        return self.view.fold(self.spread(self._mixed(e) @ b.T))  # n g c, f c -> n g f
+
+    def spread(self, u: Tensor) -> Tensor:
+        """``[n, g, f]`` of every row of ``B`` at every position, ``[n, p, f]``."""
+        n, p, f = u.shape[0], self.view.positions, self.view.features
         if self.cells > 1:
             u = u.reshape(n, self.cells, f)
         if u.shape[1] != p:  # in the place's own order in memory, which what pulls it back runs fastest on
             if self.view.maps:
-                u = u.mT[:, :, self._cells(u.device)].mT
-            else:
-                u = u.expand(n, p, f) if self.cells == 1 else u[:, self._cells(u.device)]
-        elif self.view.maps:
-            u = u.mT.contiguous().mT
-        return self.view.fold(u)
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Rows of ``B`` ``[c, r]`` at every position, ``[c, p, f]``."""
-        u = rows.reshape(len(rows), self.cells, self.view.features)
-        if self.cells == 1:
-            return u.expand(len(rows), self.view.positions, self.view.features)
-        return u if self.cells == self.view.positions else u[:, self._cells(u.device)]
+                return u.mT[:, :, self._cells(u.device)].mT
+            return u.expand(n, p, f) if self.cells == 1 else u[:, self._cells(u.device)]
+        return u.mT.contiguous().mT if self.view.maps else u
 
     def see(self, t: Tensor) -> Tensor:
         """A tangent of the place as ``B`` sees it, ``[n, g, f]``."""

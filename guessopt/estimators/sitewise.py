@@ -6,7 +6,7 @@ A site is served when it is reached or, where its prediction is made one matrix 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ class Chart:
     @staticmethod
     def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, by_weights: bool | None) -> Chart:
         output, form = Output.of_cuts(graph), options.form
-        ways, ahead, exact = _ways(sites, output, form), dict[int, int](), dict[int, int]()
+        ways, ahead, exact = open_ways(sites, output, form), dict[int, int](), dict[int, int]()
         closed = frozenset(site.index for site in sites if site.index not in ways)
         for index in ways:
             site = following(graph, graph.sites[index])
@@ -81,11 +81,11 @@ class Chart:
         whole = not closed and len(products) == len(ways)
         by_weights = options.takes_weights(graph, whole) if by_weights is None else by_weights and whole
         if by_weights and form.structure == "auto":
-            ways = _ways(sites, output, Form("position", form.entries))
+            ways = open_ways(sites, output, Form("position", form.entries))
         return Chart(output, ways, closed, ahead, exact, products, by_weights)
 
 
-def _ways(sites: tuple[Site, ...], output: Output, form: Form) -> dict[int, Way]:
+def open_ways(sites: Iterable[Site], output: Output, form: Form) -> dict[int, Way]:
     """Of the sites whose examples can be told apart."""
     every = ((site.index, Way(site, output, form)) for site in sites)
     return {index: way for index, way in every if way.is_open}
@@ -112,9 +112,7 @@ class Sitewise(Lesson):
         }
         self.correction = Correction(options.gamma, graph, states, self.chart.closed)
         self.fresh: dict[int, State] = {}
-        self.unborn = deque(index for index in self.chart.products if self._is_new(index))
-        if options.start != "weights":
-            self.unborn.clear()
+        self.unborn = [k for k in self.chart.products if self._is_new(k)] if options.start == "weights" else []
         if options.start == "random" or (options.start == "weights" and not options.beta):
             self._draw()
         self.moments: dict[int, State] = {}
@@ -130,10 +128,9 @@ class Sitewise(Lesson):
     def estimate(
         self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
     ) -> dict[int, Tensor]:
-        while self.unborn:
-            index = self.unborn.popleft()
+        for index in tuple(self.unborn):
             ahead = self.chart.ahead.get(index)
-            self._begin(index, self._product(locals[index], None if ahead is None else locals[ahead]))
+            self._born(locals[index], None if ahead is None else locals[ahead])
         guesses = {index: record.guesses[index] for index in locals if index in record.guesses}
         for index, y in guesses.items():
             self._see(locals[index], y, keep=True)
@@ -307,7 +304,7 @@ class Sitewise(Lesson):
         """``W_{i+1}^T mean_n M_{i+1} B_{i+1}``, column by column; ``ahead``: site i + 1, None where it is the head."""
         way, n = self.chart.ways[local.site.index], self.chart.output.n
         view, columns = self._columns(ahead, wide(local.s))
-        few = len(columns) < n and view.layout is way.view.layout is Layout.BATCH_FIRST
+        few = view.layout is way.view.layout is Layout.BATCH_FIRST
         found = []
         for some in columns.split(n):  # each in an example's place
             if few:
@@ -331,7 +328,7 @@ class Sitewise(Lesson):
         assert state is not None
         b = state["B"]
         if ahead.is_elementwise and way.view.shape == tuple(ahead.s.shape):
-            u, m = way.spread(b.T), ahead.derivative()
+            u, m = way.spread(b.T[:, None]), ahead.derivative()
             return way.view, u if m is None else u * way.view.unfold(m).to(u.dtype).mean(0)
         view = View(apart(ahead.site.layout, ahead.site.shape, output.n), ahead.site.shape, output.n, False)
         columns, ahead = [], ahead.held(several=True)

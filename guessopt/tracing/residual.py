@@ -8,6 +8,7 @@ projection).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -103,7 +104,7 @@ class Chain:
             ways = [least[v] for v in inputs if v in least]
             if ways:
                 least |= {v: min(ways) + own for v in call.outputs if v in tape.active}
-        matrices, fewest = max(depth[v] for v in goals), max(least.get(v, DEEPEST) for v in goals)
+        matrices, fewest = max(depth[v] for v in goals), max(least.get(v, math.inf) for v in goals)
         has_skip = source is not None and (fewest == 0 or fewest == 1 < matrices)
         skip = self._shortest(program, least, goals) if has_skip else None
         return Block(source, goals, tuple(program), tuple(entries), skip, source, matrices)
