@@ -20,14 +20,16 @@ Closure = Callable[[], Tensor]
 
 
 class Residual(nn.Module):
-    """``h + W2 phi(W1 h)``, with a rectifier after the addition if asked."""
+    """``h + W2 phi(W1 h)``, with a rectifier after the addition if asked; ``apart``: the branch reads ``h`` without
+    derivative."""
 
     def __init__(self, d: int, rectified: bool = False) -> None:
         super().__init__()
         self.one, self.two, self.rectified = nn.Linear(d, 7), nn.Linear(7, d), rectified
+        self.apart = False
 
     def forward(self, h: Tensor) -> Tensor:
-        out = h + self.two(torch.tanh(self.one(h)))
+        out = h + self.two(torch.tanh(self.one(h.detach() if self.apart else h)))
         return F.relu(out) if self.rectified else out
 
 
@@ -236,10 +238,19 @@ class Projected(nn.Module):
         return out
 
 
-def test_a_projection_carries_the_error_on() -> None:
+class Between(nn.Module):
+    """Three stretches without a layer, the middle one an addition."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.tanh(h * 2 + torch.ones(6, dtype=h.dtype))
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_projection_carries_the_error_on(between: bool) -> None:
     """The block before it gets the exact gradient of the network in which the branch beside it stops the derivative."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 5), Residual(5), Projected(), nn.Linear(6, 3)).double()
+    more = [Between(), Residual(6)] if between else []
+    net = nn.Sequential(nn.Linear(4, 5), Residual(5), Projected(), *more, nn.Linear(6, 3)).double()
     x = torch.randn(12, 4, dtype=torch.float64)
 
     def closure() -> Tensor:
@@ -248,12 +259,13 @@ def test_a_projection_carries_the_error_on() -> None:
     opt = optimizer(net.named_parameters(), gamma=0, beta=0, ahead=0)
     stream = stream_of(opt, closure)
     assert stream is not None
-    assert [block.matrices for block in stream.blocks] == [0, 2, 2, 1]
-    assert [call.op for call in stream.blocks[2].skip or ()] == ["linear", "add"]
+    assert [block.matrices for block in stream.blocks] == [0, 2, 2, *([2] if between else []), 1]
+    ops = ["linear", "add", *(["mul", "add", "tanh"] if between else [])]
+    assert [call.op for call in stream.blocks[2].skip or ()] == ops
     found, true = estimated_gradient(opt, closure), true_gradient(opt, closure)
-    net[2].apart = True
+    net[2].apart = net[-2].apart = True
     wanted = dict(zip(true, torch.autograd.grad(closure(), list(net.parameters())), strict=True))
-    for name in (name for name in wanted if name[0] in "123"):
+    for name in (name for name in wanted if name[0] in "12345"):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-12)
     assert not torch.allclose(found["1.one.weight"], true["1.one.weight"])
 

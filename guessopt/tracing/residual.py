@@ -52,7 +52,7 @@ class Chain:
             return None
         return Stream(
             tuple(
-                replace(block, sites=tuple(site.index for site in own if site.value in values))
+                replace(_trimmed(block), sites=tuple(site.index for site in own if site.value in values))
                 for block, values in zip(blocks, inside, strict=True)
             ),
             {block.goals[0]: tape.shapes[block.goals[0]] for block in blocks[:-1]},
@@ -110,25 +110,16 @@ class Chain:
         return Block(source, goals, tuple(program), tuple(entries), skip, source, matrices)
 
     def _shortest(self, program: list[Call], least: dict[int, int], goals: tuple[int, ...]) -> tuple[Call, ...]:
-        """The calls of the ways to the goals with the fewest matrix sites, ``least`` by value; none where these are
-        additions alone: the identity."""
-        found: list[tuple[Call, int]] = []
+        """The calls of the ways to the goals with the fewest matrix sites, ``least`` by value."""
+        found: list[Call] = []
         wanted = set(goals)
         for call in reversed(program):
             made = wanted.intersection(call.outputs)
             if made:
                 fewest = max(least[v] for v in made) - (call.index in self.matrices)
-                inputs = {v for v in call.inputs if least.get(v) == fewest}
-                found.append((call, len(inputs)))
-                wanted |= inputs
-        plain = all(
-            (call.fn in ADDITION or call.fn in _IN_PLACE)
-            and not call.kwargs
-            and inputs == 1
-            and len(set(call.inputs)) == 2
-            for call, inputs in found
-        )
-        return () if plain else tuple(call for call, _ in reversed(found))
+                found.append(call)
+                wanted |= {v for v in call.inputs if least.get(v) == fewest}
+        return tuple(reversed(found))
 
 
 def _merged(pieces: list[Block]) -> list[Block]:
@@ -155,8 +146,22 @@ def _merged(pieces: list[Block]) -> list[Block]:
 
 def _joined(a: Block, b: Block) -> Block:
     """Two neighbours as one."""
-    skip, origin = None, None
-    if a.skip is not None and b.skip is not None:
-        skip = a.skip + b.skip
-        origin = a.origin if a.skip else b.origin
-    return Block(a.source, b.goals, a.program + b.program, a.entries + b.entries, skip, origin, a.matrices + b.matrices)
+    skip = None if a.skip is None or b.skip is None else a.skip + b.skip
+    matrices = a.matrices + b.matrices
+    return Block(a.source, b.goals, a.program + b.program, a.entries + b.entries, skip, a.source, matrices)
+
+
+def _trimmed(block: Block) -> Block:
+    """The skip without the additions that it begins with, which are the identity."""
+    if not block.skip:
+        return block
+    skip, passed = list(block.skip), [block.source]
+    while skip and _is_identity(skip[0], passed):
+        passed += skip.pop(0).outputs
+    return replace(block, skip=tuple(skip), origin=passed[-1])
+
+
+def _is_identity(call: Call, passed: list[int | None]) -> bool:
+    """Whether it adds to what has passed so far, once, something else."""
+    addition = (call.fn in ADDITION or call.fn in _IN_PLACE) and not call.kwargs
+    return addition and len(call.inputs) == 2 and len([v for v in call.inputs if v in passed]) == 1
