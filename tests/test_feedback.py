@@ -410,6 +410,15 @@ def test_cells_of_a_feature_map() -> None:
     assert shapes == {"auto": (4 * 4 * 3, 10), "position": (48 * 3, 10), "shared": (3, 10)}
 
 
+def test_the_mean_of_a_cell() -> None:
+    """What ``B e`` puts at every position of a cell is that cell's mean, however large the cell is."""
+    output = Output([(0, Layout.BATCH_FIRST, (5, 10))], 5)
+    for structure, shape in (("auto", (5, 3, 7, 6)), ("shared", (5, 3, 7, 6)), ("position", (5, 3, 3, 2))):
+        place = Place(Layout.BATCH_FIRST, shape, True, output, Form(structure, None))
+        b, e = torch.randn(place.b_shape), torch.randn(5, 1, 10)
+        torch.testing.assert_close(place.mean(place.predict(e, b))[:, 0], e[:, 0] @ b.T)
+
+
 def test_starts_at_the_product_of_the_weights() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(5, 3)).double()
@@ -595,6 +604,11 @@ def test_preflight_tells_the_form_and_the_size() -> None:
     made = build("transformer")
     report = preflight(optimizer_of(made), made.closure)
     assert "block 2 of 3 by itself" in str(report) and report.reversed == 2 and "up to 2 matrix sites" in str(report)
+    assert "from weights" in str(report)
+    opt = optimizer_of(made)
+    opt.step(made.closure)
+    states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values() if entry["state"]]
+    assert report.feedback == sum(state[key].nbytes for state in states for key in ("B", "errors") if key in state)
     made = build("mlp")
     opt = GuessGradOptimizer(made.named, torch.optim.SGD, Downstream(l=2), lr=0.1)
     assert preflight(opt, made.closure).reversed == 2

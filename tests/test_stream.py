@@ -315,9 +315,9 @@ def test_unbiased_at_gamma_1(ahead: int) -> None:
         assert abs(float(each.mean()) - 1) <= 5 * float(each.std()) / len(each) ** 0.5 + 1e-9, name
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_learns_the_deviation_of_a_linear_network(ahead: int) -> None:
-    """There every deviation is one matrix, and the predictions become exact."""
+@pytest.mark.parametrize(("ahead", "source", "steps"), [(0, "auto", 400), (1, "guesses", 400), (1, "weights", 6)])
+def test_learns_the_deviation_of_a_linear_network(ahead: int, source: str, steps: int) -> None:
+    """There every deviation is one matrix, and the predictions become exact; from weights, a block a step."""
     torch.manual_seed(0)
 
     class Linear(nn.Module):
@@ -334,9 +334,9 @@ def test_learns_the_deviation_of_a_linear_network(ahead: int) -> None:
     def closure() -> Tensor:
         return net(x).square().mean()
 
-    opt = optimizer(net.named_parameters(), lr=0.0, gamma=0, ahead=ahead, leak=0.0)
+    opt = optimizer(net.named_parameters(), lr=0.0, gamma=0, ahead=ahead, leak=0.0, source=source)
     before = cosine(opt, closure).per_site["0.weight"]
-    for _ in range(400):
+    for _ in range(steps):
         opt.step(closure)
     after = cosine(opt, closure).per_site["0.weight"]
     assert before < 0.95 and after > 0.98
@@ -351,6 +351,41 @@ def test_a_deviation_that_foresees_nothing_is_not_used() -> None:
     for _ in range(30):
         opt.step(closure)
     assert cosine(opt, closure).total > 0.999
+
+
+def test_feedback_from_weights_is_a_least_squares_fit() -> None:
+    """Of what the last block by itself makes of the exact error, to that error."""
+    net, closure = stack(3, n=64)
+    opt = optimizer(net.named_parameters(), lr=0.0, gamma=0, leak=0.0)
+    for _ in range(3):
+        opt.step(closure)
+    x = closure.__closure__[-1].cell_contents  # type: ignore[index]
+    start = net[:3](x).detach().requires_grad_()
+    last = net[3](start)
+    (e,) = torch.autograd.grad(F.cross_entropy(net[4:](last), labels(64, 3)), last)
+    (wanted,) = torch.autograd.grad(last, start, e)
+    wanted = wanted - e  # the skip is the identity
+    states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values()]
+    (b,) = [state["B"] for state in states if "errors" in state]  # the one before the last block keeps them
+    best = e @ torch.linalg.lstsq(e, wanted).solution
+    assert float((e @ b.T - best).norm() / best.norm()) < 0.05
+    assert float((wanted - best).norm() / wanted.norm()) > 0.05  # one matrix for all examples does not say everything
+
+
+def test_a_bad_batch_does_no_harm_to_feedback_from_weights() -> None:
+    """Targets scaled by 1e4, then inputs, then examples that are all alike: the prediction stays as good as it was."""
+    net, _ = stack(3)
+    net.float()
+    x, y = torch.randn(64, 4), torch.randn(64, 3)
+    opt = GuessGradOptimizer(net.named_parameters(), torch.optim.AdamW, LearnedFeedback(gamma=0), lr=1e-3, seed=1)
+    for _ in range(30):
+        opt.step(lambda: F.mse_loss(net(x), y))
+    before = cosine(opt, lambda: F.mse_loss(net(x), y)).total
+    for a, b in ((x, y * 1e4), (x * 1e4, y), (x, y * 1e4), (x[:1].expand(64, 4), y[:1].expand(64, 3))):
+        opt.step(lambda: F.mse_loss(net(a), b))  # noqa: B023 (called at once)
+    for _ in range(30):
+        opt.step(lambda: F.mse_loss(net(x), y))
+    assert cosine(opt, lambda: F.mse_loss(net(x), y)).total > min(before, 0.95) - 0.05
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -386,22 +421,25 @@ def test_engines_agree(engine: str, ahead: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_no_tangents_where_nothing_is_learned_or_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "tangents"), [({"beta": 0}, False), ({}, False), ({"source": "guesses"}, True)])
+def test_no_tangents_where_nothing_is_corrected_or_learned_from_them(
+    options: dict[str, Any], tangents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import guessopt.stepping as module
 
     net, closure = stack(2)
-    opt = optimizer(net.named_parameters(), gamma=0, beta=0)
-    guesses: list[int] = []
+    opt = optimizer(net.named_parameters(), gamma=0, **options)
+    guesses: list[bool] = []
     estimated = module.estimated_cotangents
 
     def spy(graph: Any, record: Any, formed: Any) -> Any:
-        guesses.append(len(record.guesses))
+        guesses.append(bool(record.states))
         return estimated(graph, record, formed)
 
     monkeypatch.setattr(module, "estimated_cotangents", spy)
     for _ in range(3):
         opt.step(closure)
-    assert guesses == [0, 0, 0]
+    assert guesses == [tangents] * 3
 
 
 @pytest.mark.parametrize(("every", "most"), [(1, 4.0), (10**6, 3.0)])
@@ -411,7 +449,7 @@ def test_memory_grows_by_inputs_and_states_alone(every: int, most: float) -> Non
     peaks, n = [], 4096
     for blocks in (4, 12):
         net, closure = stack(blocks, n=n)
-        opt = optimizer(net.named_parameters(), gamma=0, every=every)
+        opt = optimizer(net.named_parameters(), gamma=0, every=every, source="guesses")
         for _ in range(9):  # past the probes
             opt.step(closure)
         peaks.append(cpu_peak(lambda opt=opt, closure=closure: opt.step(closure))[1])
@@ -456,7 +494,7 @@ def test_attention_on_a_skip(every: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(Queries(), *(Residual(8) for _ in range(3)), nn.Linear(8, 3))
     x, y = torch.randn(6, 5, 4), labels(6, 3)
-    opt = optimizer(net.named_parameters(), gamma=0, every=every)
+    opt = optimizer(net.named_parameters(), gamma=0, every=every, source="guesses")
 
     def closure() -> Tensor:
         return F.cross_entropy(net(x).mean(1), y)

@@ -18,8 +18,8 @@ from guessopt.estimators.base import Estimator, Lesson, Noise, describe, make_es
 from guessopt.estimators.correction import amplitude
 from guessopt.estimators.places import STRUCTURES, Form, Output, Place
 from guessopt.estimators.sitewise import Chart, Sitewise, open_ways
-from guessopt.estimators.stream import Streamwise, stream_places
-from guessopt.sites import Matrix, Site, SiteGraph, numel
+from guessopt.estimators.stream import Streamwise, readers, stream_places
+from guessopt.sites import Matrix, Site, SiteGraph, Stream, numel
 from guessopt.tracing.local import Local
 
 STARTS = ("weights", "random", "zero")
@@ -183,14 +183,18 @@ class LearnedFeedback(Estimator):
 
     def forms(self, sites: tuple[Site, ...], graph: SiteGraph) -> dict[int, tuple[str, int]]:
         found: dict[int, tuple[str, int]] = {}
-        if graph.stream is not None and self.residual:
-            places = stream_places({site.index for site in sites}, graph, self.form)
+        stream = self._stream(graph)
+        if stream is not None:
+            places = stream_places({site.index for site in sites}, graph, self)
             kept = {keeper: place for keeper, place in places.values()}
-            *blocks, head = graph.stream.blocks
+            reading = set(readers(places).values()) if self.along_weights else set()
+            *blocks, head = stream.blocks
             for number, block in enumerate([*blocks, head], 1):
                 text = "exact error" if block is head else f"block {number} of {len(blocks)} by itself"
                 for index in block.sites:
-                    found[index] = (text + _b_of(kept.get(index)), _bytes(kept.get(index), graph.sites[index]))
+                    place, site = kept.get(index), graph.sites[index]
+                    errors = place.b_shape[1] ** 2 if place is not None and index in reading else 0
+                    found[index] = (text + _b_of(place, self.along_weights), _bytes(place, site, errors))
             return {site.index: found[site.index] for site in sites if site.index in found}
         chart = Chart.of(self, sites, graph)
         for site in sites:
@@ -203,21 +207,19 @@ class LearnedFeedback(Estimator):
                 text = "exact error through the head"
             elif self.ahead and site.index in chart.ahead:
                 text = "one matrix site ahead"
-            source = " from weights" if chart.by_weights else ""
-            found[site.index] = (text + _b_of(way) + source, _bytes(way, site))
+            found[site.index] = (text + _b_of(way, chart.by_weights), _bytes(way, site))
         return found
 
     def reversed_matrices(self, graph: SiteGraph) -> int:
         guess = self.guess.reversed_matrices(graph)
-        if graph.stream is None or not self.residual:
-            return guess
-        return max(guess, *(block.matrices for block in graph.stream.blocks))
+        stream = self._stream(graph)
+        return guess if stream is None else max(guess, *(block.matrices for block in stream.blocks))
 
     # --- the estimate -------------------------------------------------------------------------------------------------
 
     def injects(self, step: int, graph: SiteGraph) -> bool:
-        taught = self.beta and not graph.derived.get(("by weights", self))
-        return bool(self.gamma != 0 or taught) and super().injects(step, graph)
+        follows = self.along_weights if self._stream(graph) else graph.derived.get(("by weights", self))
+        return bool(self.gamma != 0 or (self.beta and not follows)) and super().injects(step, graph)
 
     def period(self, graph: SiteGraph) -> int:
         if isinstance(self.every, int):
@@ -227,13 +229,21 @@ class LearnedFeedback(Estimator):
 
     def _rows(self, graph: SiteGraph) -> float:
         """Of all ``B``, to a sample of a batch."""
-        key = "rows", self.form, self.residual
+        key = "rows", self
         if key not in graph.derived:
             graph.derived[key] = sum(
                 place.b_shape[0] / place.samples * (SUMMED if place.sums else 1) for place in self._places(graph)
             )
         found: float = graph.derived[key]
         return found
+
+    @property
+    def along_weights(self) -> bool:
+        """Whether along a stream every ``B`` is to follow the next block."""
+        return bool(self.ahead and self.beta) and self.source != "guesses"
+
+    def _stream(self, graph: SiteGraph | None) -> Stream | None:
+        return graph.stream if graph is not None and self.residual else None
 
     def takes_weights(self, graph: SiteGraph, whole: bool) -> bool:
         """Whether every ``B`` is to follow the next one; ``whole``: weights lead on from every site. The first batch
@@ -251,19 +261,19 @@ class LearnedFeedback(Estimator):
 
     def _places(self, graph: SiteGraph) -> list[Place]:
         """Wherever a ``B`` may be learned."""
-        if graph.stream is not None and self.residual:
+        if self._stream(graph):
             every = {site.index for site in graph.sites}
-            return [place for _, place in stream_places(every, graph, self.form).values()]
+            return [place for _, place in stream_places(every, graph, self).values()]
         inner = (site for site in graph.sites if site.shares is None and site.cut is None)
         return list(open_ways(inner, Output.of_cuts(graph), self.form).values())
 
     def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:
-        if graph.stream is not None and self.residual:
+        if self._stream(graph):
             return Streamwise(self, sites, graph, states)
         return Sitewise(self, sites, graph, states, noise)
 
     def stores(self, graph: SiteGraph | None) -> str | None:
-        if graph is not None and graph.stream is not None and self.residual:
+        if self._stream(graph):
             return (
                 "along a residual stream predictions are made from its end back to its beginning, which takes every "
                 "block's input: residual=False serves each site by itself"
@@ -271,10 +281,10 @@ class LearnedFeedback(Estimator):
         return None
 
 
-def _b_of(place: Place | None) -> str:
-    return "" if place is None else f", B {list(place.b_shape)}"
+def _b_of(place: Place | None, by_weights: bool) -> str:
+    return "" if place is None else f", B {list(place.b_shape)}" + (" from weights" if by_weights else "")
 
 
-def _bytes(place: Place | None, site: Site) -> int:
-    """Of ``B``, which is float32 at least."""
-    return 0 if place is None else numel(place.b_shape) * max(site.dtype.itemsize, 4)
+def _bytes(place: Place | None, site: Site, more: int = 0) -> int:
+    """Of ``B`` and so many entries more, which are float32 at least."""
+    return 0 if place is None else (numel(place.b_shape) + more) * max(site.dtype.itemsize, 4)

@@ -48,21 +48,54 @@ def crowd(news: list[tuple[State, int]]) -> Tensor:
     return 1 + torch.stack([new["power"] / new["width"].clamp_min(TINY) / n for new, n in news]).sum()
 
 
-def stepped(
-    old: State | None, new: State, gradient: Tensor, crowded: Tensor, *, beta: float, leak: float, clip: float
-) -> State:
-    """``B`` and ``usual`` after a normalised least-mean-squares step; a gradient that is not finite teaches nothing,
-    one larger than ``clip`` times the usual is scaled down."""
+def normalised(new: State, crowded: Tensor, beta: float) -> Tensor:
+    """The gain of a normalised least-mean-squares step."""
+    gain: Tensor = max(beta, 1 / (new["steps"] + 1)) / (new["width"] * crowded).clamp_min(TINY)
+    return gain
+
+
+def stepped(old: State | None, steps: int, gradient: Tensor, gain: Any, *, leak: float, clip: float) -> State:
+    """``B`` and ``usual`` after a step; a gradient that is not finite teaches nothing, one larger than ``clip`` times
+    the usual is scaled down."""
     size = gradient.norm()
     sound = torch.isfinite(size)
     usual = None if old is None else old.get("usual")
     bounded = size if usual is None else torch.minimum(size, clip * usual)
-    gain = max(beta, 1 / (new["steps"] + 1)) / (new["width"] * crowded).clamp_min(TINY)
     step = torch.where(sound, gradient * (gain * bounded / size.clamp_min(TINY)), 0)
     b = step if old is None else (1 - leak) * old["B"] + step
     if usual is None:
         return {"B": b, "usual": torch.where(sound, size, 0)}
-    return {"B": b, "usual": recent(usual, torch.where(sound, bounded, usual), new["steps"])}
+    return {"B": b, "usual": recent(usual, torch.where(sound, bounded, usual), steps)}
+
+
+def proven(old: State | None, missed: Tensor, own: Tensor, steps: int) -> State:
+    """``share``: the regression of what was missing on what ``B`` made of it before it had seen it, cut to [0, 1]."""
+    if old is None:
+        return {"share": own.new_zeros(())}
+    with_ = (missed * own).sum().nan_to_num(0, 0, 0)
+    size = own.expand_as(missed).square().sum().nan_to_num(0, 0, 0)
+    if "with" in old:
+        with_, size = recent(old["with"], with_, steps), recent(old["size"], size, steps)
+    share = (with_ / size.clamp_min(TINY)).clamp(0, 1)
+    return {"with": with_, "size": size, "share": share}
+
+
+#: Of the mean eigenvalue of ``errors``, what is added to all of them.
+RIDGE = 1e-2
+
+
+def whitened(old: State | None, e: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """What residuals ``[N, f]`` are multiplied with for the gradient of recursive least squares on ``e``, ``[N, c]``;
+    and the running second moment of ``e``, ``errors``, to which every batch counts alike."""
+    scale = e.square().mean().sqrt()
+    unit = torch.where(torch.isfinite(scale) & (scale > 0), e / scale, 0)
+    errors = unit.mT @ unit / len(e)
+    if old is not None and "errors" in old:
+        errors = old["errors"] + gain * (errors - old["errors"])
+    mean = errors.diagonal().mean().clamp_min(TINY)
+    firm = errors + RIDGE * mean * torch.eye(len(errors), dtype=e.dtype, device=e.device)
+    solved = torch.linalg.solve_ex(firm, unit.mT).result.mT
+    return solved / (scale * len(e)).clamp_min(TINY), errors
 
 
 def shrunken(old: State | None, each: Tensor, steps: int) -> State:

@@ -134,35 +134,45 @@ class Place:
 
     def predict(self, e: Tensor, b: Tensor) -> Tensor:
         """``B e``, in the shape of the place."""
+        return self.view.fold(self.spread(self.read(e) @ b.T))  # n g c, f c -> n g f
+
+    def read(self, e: Tensor) -> Tensor:
+        """The output's error as ``B`` reads it, ``[n, g, c]``."""
         if not self.matched and e.shape[1] > 1:
             e = e.sum(1, keepdim=True)
-        return self.view.fold(self.spread(self._mixed(e) @ b.T))  # n g c, f c -> n g f
+        return self._mixed(e)
 
     def spread(self, u: Tensor) -> Tensor:
         """``[n, g, f]`` of every row of ``B`` at every position, ``[n, p, f]``."""
         n, p, f = u.shape[0], self.view.positions, self.view.features
         if self.cells > 1:
             u = u.reshape(n, self.cells, f)
-        if u.shape[1] != p:  # in the place's own order in memory, which what pulls it back runs fastest on
-            if self.view.maps:
-                return u.mT[:, :, self._cells(u.device)].mT
-            return u.expand(n, p, f) if self.cells == 1 else u[:, self._cells(u.device)]
-        return u.mT.contiguous().mT if self.view.maps else u
+        if u.shape[1] == p:  # in the place's own order in memory, which what pulls it back runs fastest on
+            return u.mT.contiguous().mT if self.view.maps else u
+        return u.expand(n, p, f) if self.cells == 1 else (u.mT @ self._cells(u).mT).mT
 
     def see(self, t: Tensor) -> Tensor:
         """A tangent of the place as ``B`` sees it, ``[n, g, f]``."""
         r = self.view.unfold(wide(t))
         if self.matched:
             return r
-        n, p, f = r.shape
         if self.cells == 1:
             return r.sum(1, keepdim=True)
-        if self.cells != p:
-            r = r.new_zeros(n, self.cells, f).index_add_(1, self._cells(r.device), r)
+        if self.cells != r.shape[1]:
+            r = self._cells(r).mT @ r
         return r.flatten(1)[:, None]
 
-    def _cells(self, device: torch.device) -> Tensor:
-        return _cells(tuple(self.grid), tuple(self.coarse), device)
+    def mean(self, c: Tensor) -> Tensor:
+        """A cotangent of the place in the mean of each cell, ``[n, g, f]``: what ``B e`` is to be like."""
+        r = self.see(c)
+        if self.matched or self.cells == self.view.positions:
+            return r
+        if self.cells == 1:
+            return r / self.view.positions
+        return (r.unflatten(-1, (self.cells, -1)) / self._cells(r).sum(0)[:, None]).flatten(2)
+
+    def _cells(self, like: Tensor) -> Tensor:
+        return _cells(tuple(self.grid), tuple(self.coarse), like.dtype, like.device)
 
     def foreseen(self, r: Tensor, b: Tensor) -> Tensor:
         """``B^T r``: the output tangent expected of it; broadcasts over the output's positions."""
@@ -184,12 +194,12 @@ class Place:
 
 
 @lru_cache(maxsize=64)
-def _cells(grid: Shape, coarse: Shape, device: torch.device) -> Tensor:
-    """Each position's cell, ``[p]``."""
+def _cells(grid: Shape, coarse: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which position is in which cell, ``[p, cells]`` of 0 and 1: products with it are faster than indexing by it."""
     found = torch.zeros(1, dtype=torch.long)
     for size, parts in zip(grid, coarse, strict=True):
         found = (found[:, None] * parts + torch.arange(size) * parts // size).flatten()
-    return found.to(device)
+    return torch.nn.functional.one_hot(found, numel(coarse)).to(device, dtype)
 
 
 @lru_cache(maxsize=64)

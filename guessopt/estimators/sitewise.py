@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guessopt.estimators.base import Lesson, Noise
 from guessopt.estimators.correction import Correction, amplitude, less
-from guessopt.estimators.moments import TINY, State, crowd, moments, samples, stepped
+from guessopt.estimators.moments import TINY, State, crowd, moments, normalised, samples, stepped
 from guessopt.estimators.places import Form, Output, View, Way, apart, wide
 from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
 from guessopt.tracing.local import Local
@@ -243,9 +243,8 @@ class Sitewise(Lesson):
         way, state, new = self.chart.ways[index], self.before[index], self.moments[index]
         r = self.moved.pop(index) if index in self.moved else way.push_forward(local, y)
         gradient = way.outer(r, self.d) / (self.samples[index] * amplitude(state) ** 2)
-        self.steps[index] = new | stepped(
-            state, new, gradient, self.crowded, beta=options.beta, leak=options.leak, clip=options.clip
-        )
+        gain = normalised(new, self.crowded, options.beta)
+        self.steps[index] = new | stepped(state, new["steps"], gradient, gain, leak=options.leak, clip=options.clip)
 
     def learned(self) -> dict[int, Any]:
         reach = {index: new["B"].norm() * new["width"].sqrt() for index, new in self.steps.items()}

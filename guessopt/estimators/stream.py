@@ -16,14 +16,18 @@ from torch import Tensor
 
 from guessopt.estimators.base import Lesson
 from guessopt.estimators.correction import Correction, less
-from guessopt.estimators.moments import TINY, State, crowd, moments, recent, samples, stepped
-from guessopt.estimators.places import Form, Output, Place, apart
+from guessopt.estimators.moments import State, crowd, moments, normalised, proven, samples, stepped, whitened
+from guessopt.estimators.places import Form, Output, Place, apart, wide
 from guessopt.rules.base import push
 from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
 from guessopt.tracing.local import Local, Stretch, evaluate
 
 if TYPE_CHECKING:
     from guessopt.estimators.feedback import LearnedFeedback
+
+
+#: What a ``B`` reads of the output's error: whether position by position, and by how many mixtures.
+Reader = tuple[bool, "int | None"]
 
 
 class Streamwise(Lesson):
@@ -44,17 +48,16 @@ class Streamwise(Lesson):
     def estimate(
         self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
     ) -> dict[int, Tensor]:
-        options, found = self.options, dict[int, Tensor]()
-        course = Course(self.served, record, self.graph, self.states, options.form, options.ahead)
-        guesses = record.guesses
+        found, guesses = dict[int, Tensor](), record.guesses
+        course = Course(self.options, self.served, record, self.graph, self.states)
         for piece in course.predicted():
             if guesses:
                 found |= piece
             else:
                 spend(piece)
-        if options.beta:
-            self.steps = course.learn(beta=options.beta, leak=options.leak, clip=options.clip)
-        rest = record.d
+        if self.options.beta and not course.by_weights:
+            course.learn()
+        self.steps, rest = course.steps, record.d
         for index, c in found.items():
             if index in guesses:
                 rest = less(rest, c, guesses[index], self.graph.sites[index], self.graph.batch)
@@ -69,36 +72,44 @@ class Streamwise(Lesson):
 class Course:
     """One step along the stream of ``graph``.
 
+    ``p_l = S^T p_{l+1} + B_l e``. ``ahead=0``: ``c_l = p_l``. ``ahead=1``: ``c_l = S^T c_{l+1} + F^T p_{l+1}``, which
+    takes along what each later block by itself does to the prediction of its output's cotangent; ``by_weights``:
+    ``B_l e`` is fitted to that.
+
     Args:
         served: indices of the sites whose cotangents are asked for.
         states: what was learned, by site index; a state's deviation is kept with the last site of the block before it.
-        form: of the deviations' ``B``.
-        ahead: ``p_l = S^T p_{l+1} + B_l e``; 0: ``c_l = p_l``; 1: ``c_l = S^T c_{l+1} + F^T p_{l+1}``, which takes
-            along what each later block by itself does to the prediction of its output's cotangent.
     """
 
     def __init__(
-        self, served: set[int], record: ForwardRecord, graph: SiteGraph, states: dict[int, Any], form: Form, ahead: int
+        self,
+        options: LearnedFeedback,
+        served: set[int],
+        record: ForwardRecord,
+        graph: SiteGraph,
+        states: dict[int, Any],
     ) -> None:
         assert graph.stream is not None
-        self.record, self.graph, self.ahead = record, graph, ahead
+        self.options, self.record, self.graph, self.by_weights = options, record, graph, options.along_weights
         *self.blocks, self.head = graph.stream.blocks
         self.served = served
         assert self.head.source is not None
         self.last = self.head.source
         self.autocast = next((visit.autocast for visit in record.visits if visit.autocast), None)
         self.output = _output(graph)
-        self.places = stream_places(served, graph, form)
+        self.places = stream_places(served, graph, options)
         self.exact = set(self._inside(self.head))
-        self.learned: dict[int, State | None] = {}
+        self.before: dict[int, State | None] = {}
+        self.steps: dict[int, State] = {}
+        self.readers = readers(self.places)
+        self.white: dict[Reader, Tensor] = {}
         for keeper, place in self.places.values():
             state = states[keeper]
-            fits = state is not None and "B" in state and tuple(state["B"].shape) == place.b_shape
-            self.learned[keeper] = state if fits else None
+            fits = state is not None and "B" in state and ("power" not in state) == self.by_weights
+            self.before[keeper] = state if fits and tuple(state["B"].shape) == place.b_shape else None
 
     def predicted(self) -> Iterator[dict[int, Tensor]]:
         """Cotangents by site index, block by block, from the head on."""
-        values = self.record.values
         inside = self._inside(self.head)
         run: Stretch | None = self._again(self.head.program, [self.last, *inside.values()])
         assert run is not None
@@ -108,7 +119,7 @@ class Course:
         assert e is not None
         for block in reversed(self.blocks):
             inside = self._inside(block)
-            through = self.ahead and block.source is not None
+            through = self.options.ahead and block.source is not None
             run = None
             if inside or through:
                 own = [block.source] if through and block.source is not None else []
@@ -117,13 +128,15 @@ class Course:
                     yield dict(zip(inside, run.pull_back(block.goals, [c], list(inside.values())), strict=True))
             if block.source is None:
                 break
-            if self.ahead:
+            skip = self._skip(block)
+            skipped = skip(p)
+            if self.options.ahead:
                 assert run is not None
                 moved = run.pull_back(block.goals, [p], [block.source])[0]  # (S + F)^T p
-                c = moved if block.skip is None else self._back(block, c - p) + moved
-            p = self._back(block, p) if block.skip is not None else torch.zeros_like(values[block.source])
-            p = p + self._deviation(block.source, e, p)
-            c = c if self.ahead else p
+                c = moved if c is p else skip(c - p) + moved
+                p = skipped + self._deviation(block.source, e, moved - skipped if self.by_weights else None)
+            else:
+                c = p = skipped + self._deviation(block.source, e, None)
             del run
 
     def _again(self, calls: tuple[Call, ...], variables: list[int]) -> Stretch:
@@ -135,21 +148,41 @@ class Course:
         """Values of the block's sites, by index."""
         return {i: self.graph.sites[i].value for i in block.sites if i in self.served}
 
-    def _deviation(self, v: int, e: Tensor, like: Tensor) -> Any:
-        """``B e`` at a state, by the share that has proved itself."""
+    def _deviation(self, v: int, e: Tensor, wanted: Tensor | None) -> Any:
+        """``B e`` at a state, by the share that has proved itself; ``wanted``: what ``B`` is to make of the error."""
         keeper, place = self.places.get(v, (None, None))
-        state = self.learned.get(keeper) if keeper is not None else None
-        if place is None or state is None:
+        if keeper is None or place is None:
             return 0
-        return (state["share"] * place.predict(e, state["B"])).to(like.dtype)
+        state = self.before[keeper]
+        own = place.predict(e, state["B"]) if state is not None else None
+        if wanted is not None:
+            self._follow(keeper, place, e, wanted, own)
+        return 0 if own is None or state is None else (state["share"] * own).to(self.record.values[v].dtype)
 
-    def _back(self, block: Block, c: Tensor) -> Tensor:
-        """``S^T c``."""
+    def _follow(self, keeper: int, place: Place, e: Tensor, wanted: Tensor, own: Tensor | None) -> None:
+        """A step of recursive least squares: ``B e`` towards what the next block by itself made of ``p_{l+1}``."""
+        options, old, wanted = self.options, self.before[keeper], wide(wanted)
+        own = torch.zeros_like(wanted) if own is None else own
+        steps = 1 if old is None else old["steps"] + 1
+        gain = max(options.beta, 1 / steps)
+        new = {"steps": steps} | proven(old, wanted, own, steps)
+        reader = place.matched, place.rank
+        if self.readers[reader] == keeper:
+            self.white[reader], new["errors"] = whitened(old, place.read(e).flatten(0, 1), gain)
+        gradient = place.mean(wanted - own).flatten(0, 1).mT @ self.white[reader]
+        self.steps[keeper] = new | stepped(old, steps, gradient, gain, leak=options.leak, clip=options.clip)
+
+    def _skip(self, block: Block) -> Callable[[Tensor], Tensor]:
+        """``S^T``."""
+        if block.skip is None:
+            assert block.source is not None
+            zeros = torch.zeros_like(self.record.values[block.source])
+            return lambda c: zeros
         if not block.skip:
-            return c
+            return lambda c: c
         assert block.origin is not None
-        run = self._again(block.skip, [block.origin])
-        return run.pull_back(block.goals, [c], [block.origin])[0]
+        run, goals, origin = self._again(block.skip, [block.origin]), block.goals, block.origin
+        return lambda c: run.pull_back(goals, [c], [origin])[0]
 
     def _forth(self, block: Block, t: Tensor) -> Tensor:
         """``S t``."""
@@ -164,35 +197,26 @@ class Course:
         with torch.autocast(*self.autocast) if self.autocast else nullcontext():
             return push(run, [values[origin]], [t])[0]
 
-    def learn(self, *, beta: float, leak: float, clip: float) -> dict[int, State]:
+    def learn(self) -> None:
         """A step of every deviation on what the output's tangent has beyond the foreseen: ``t_L - S t_l - B^T t_l``."""
-        t_last = self.output.join({self.last: self.record.states.get(self.last)})
+        options, t_last = self.options, self.output.join({self.last: self.record.states.get(self.last)})
         if t_last is None:
-            return {}
-        found: dict[int, State] = {}
+            return
         for number, block in enumerate(self.blocks):
             v = block.goals[0]
             t = self.record.states.get(v)
             if v not in self.places or t is None:
                 continue
             keeper, place = self.places[v]
-            old = self.learned[keeper]
+            old = self.before[keeper]
             r = place.see(t)
             missed = t_last - self._foreseen(number, t)
+            own = torch.zeros_like(missed[:, :1]) if old is None else place.foreseen(r, old["B"])
             new = moments(old, r)
-            if old is not None:
-                own = place.foreseen(r, old["B"])
-                with_, size = (missed * own).sum(), own.expand_as(missed).square().sum()
-                new["with"] = recent(old["with"], with_, new["steps"]) if "with" in old else with_
-                new["size"] = recent(old["size"], size, new["steps"]) if "size" in old else size
-                new["share"] = (new["with"] / new["size"].clamp_min(TINY)).nan_to_num(0, 0, 0).clamp(0, 1)
-                missed = missed - own
-            else:
-                new["share"] = torch.zeros_like(new["width"])
-            gradient = place.outer(r, missed) / samples(r)
-            new |= stepped(old, new, gradient, crowd([(new, samples(r))]), beta=beta, leak=leak, clip=clip)
-            found[keeper] = new
-        return found
+            new |= proven(old, missed, own, new["steps"])
+            gradient = place.outer(r, missed - own) / samples(r)
+            gain = normalised(new, crowd([(new, samples(r))]), options.beta)
+            self.steps[keeper] = new | stepped(old, new["steps"], gradient, gain, leak=options.leak, clip=options.clip)
 
     def _foreseen(self, number: int, t: Tensor) -> Tensor:
         """What skips and later deviations make of a state's tangent, as the output sees it; not its own deviation."""
@@ -204,7 +228,7 @@ class Course:
             v = block.goals[0]
             if v in self.places:
                 keeper, place = self.places[v]
-                state = self.learned[keeper]
+                state = self.before[keeper]
                 if state is not None:
                     total = total + state["share"] * place.foreseen(place.see(t), state["B"])
         last = self.output.join({self.last: t})
@@ -225,11 +249,12 @@ def _output(graph: SiteGraph) -> Output:
     return Output([(last, apart(Layout.COUPLED, shape, n), shape)], n)
 
 
-def stream_places(served: set[int], graph: SiteGraph, form: Form) -> dict[int, tuple[int, Place]]:
+def stream_places(served: set[int], graph: SiteGraph, options: LearnedFeedback) -> dict[int, tuple[int, Place]]:
     """By state, where a ``B`` is learned, and the site that keeps it: the last one served of the block before."""
     assert graph.stream is not None
-    output, found = _output(graph), {}
-    form = Form("shared", form.entries) if form.structure == "auto" else form
+    output, found, form = _output(graph), {}, options.form
+    if form.structure == "auto" and not options.along_weights:
+        form = Form("shared", form.entries)
     for block in graph.stream.blocks[:-2]:
         v, keeper = block.goals[0], max(served.intersection(block.sites), default=None)
         if keeper is not None:
@@ -237,3 +262,8 @@ def stream_places(served: set[int], graph: SiteGraph, form: Form) -> dict[int, t
             layout = apart(Layout.COUPLED, shape, graph.batch)
             found[v] = (keeper, Place(layout, shape, len(shape) > 3, output, form))
     return found
+
+
+def readers(places: dict[int, tuple[int, Place]]) -> dict[Reader, int]:
+    """The site that keeps what is known of the errors that a ``B`` reads: of those alike, the one nearest the head."""
+    return {(place.matched, place.rank): keeper for keeper, place in places.values()}
