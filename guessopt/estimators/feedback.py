@@ -16,10 +16,11 @@ from torch import Tensor
 
 from guessopt.estimators.base import Estimator, Lesson, Noise, describe, make_estimator, register_estimator
 from guessopt.estimators.correction import amplitude
+from guessopt.estimators.fitting import readers
 from guessopt.estimators.places import STRUCTURES, Form, Output, Place
 from guessopt.estimators.sitewise import Chart, Sitewise, open_ways
-from guessopt.estimators.stream import Streamwise, readers, stream_places
-from guessopt.sites import Matrix, Site, SiteGraph, Stream, numel
+from guessopt.estimators.stream import Streamwise, stream_places
+from guessopt.sites import Matrix, Site, SiteGraph, Stream
 from guessopt.tracing.local import Local
 
 STARTS = ("weights", "random", "zero")
@@ -186,17 +187,17 @@ class LearnedFeedback(Estimator):
         stream = self._stream(graph)
         if stream is not None:
             places = stream_places({site.index for site in sites}, graph, self)
-            kept = {keeper: place for keeper, place in places.values()}
-            reading = set(readers(places).values()) if self.along_weights else set()
+            kept = dict(places.values())
+            reading = set(readers(kept).values()) if self.along_weights else set()
             *blocks, head = stream.blocks
             for number, block in enumerate([*blocks, head], 1):
                 text = "exact error" if block is head else f"block {number} of {len(blocks)} by itself"
                 for index in block.sites:
                     place, site = kept.get(index), graph.sites[index]
-                    errors = place.b_shape[1] ** 2 if place is not None and index in reading else 0
-                    found[index] = (text + _b_of(place, self.along_weights), _bytes(place, site, errors))
+                    found[index] = (text + _b_of(place, self.along_weights), _bytes(place, site, index in reading))
             return {site.index: found[site.index] for site in sites if site.index in found}
         chart = Chart.of(self, sites, graph)
+        reading = set(readers(chart.fitted).values())
         for site in sites:
             way = chart.ways.get(site.index)
             if way is None:
@@ -207,7 +208,8 @@ class LearnedFeedback(Estimator):
                 text = "exact error through the head"
             elif self.ahead and site.index in chart.ahead:
                 text = "one matrix site ahead"
-            found[site.index] = (text + _b_of(way, chart.by_weights), _bytes(way, site))
+            place = chart.fitted.get(site.index) if chart.by_weights else way
+            found[site.index] = (text + _b_of(place, chart.by_weights), _bytes(place, site, site.index in reading))
         return found
 
     def reversed_matrices(self, graph: SiteGraph) -> int:
@@ -285,6 +287,9 @@ def _b_of(place: Place | None, by_weights: bool) -> str:
     return "" if place is None else f", B {list(place.b_shape)}" + (" from weights" if by_weights else "")
 
 
-def _bytes(place: Place | None, site: Site, more: int = 0) -> int:
-    """Of ``B`` and so many entries more, which are float32 at least."""
-    return 0 if place is None else (numel(place.b_shape) + more) * max(site.dtype.itemsize, 4)
+def _bytes(place: Place | None, site: Site, reads: bool) -> int:
+    """Of ``B``, and of the errors' second moment where it is kept; both are float32 at least."""
+    if place is None:
+        return 0
+    rows, columns = place.b_shape
+    return (rows * columns + reads * columns**2) * max(site.dtype.itemsize, 4)

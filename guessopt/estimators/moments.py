@@ -68,10 +68,10 @@ def stepped(old: State | None, steps: int, gradient: Tensor, gain: Any, *, leak:
     return {"B": b, "usual": recent(usual, torch.where(sound, bounded, usual), steps)}
 
 
-def proven(old: State | None, missed: Tensor, own: Tensor, steps: int) -> State:
+def proven(old: State | None, missed: Tensor, own: Tensor | None, steps: int) -> State:
     """``share``: the regression of what was missing on what ``B`` made of it before it had seen it, cut to [0, 1]."""
-    if old is None:
-        return {"share": own.new_zeros(())}
+    if old is None or own is None:
+        return {"share": missed.new_zeros(())}
     with_ = (missed * own).sum().nan_to_num(0, 0, 0)
     size = own.expand_as(missed).square().sum().nan_to_num(0, 0, 0)
     if "with" in old:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from guessopt.estimators.base import Lesson, Noise
 from guessopt.estimators.correction import Correction, amplitude, less
+from guessopt.estimators.fitting import Fitting
 from guessopt.estimators.moments import TINY, State, crowd, moments, normalised, samples, stepped
-from guessopt.estimators.places import Form, Output, View, Way, apart, wide
+from guessopt.estimators.places import Form, Output, Place, View, Way, apart, wide
 from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
 from guessopt.tracing.local import Local
 
@@ -39,8 +41,9 @@ class Chart:
 
     ``ways``: of the sites whose examples can be told apart; ``closed``: the others. ``ahead``: by site, the one that
     has the cotangent of the next matrix site's output; ``exact``: the cut that has it. ``products``: the sites from
-    which weights, one after another, lead to the output, from the last to the first; ``by_weights``: each ``B`` follows
-    the next one through these weights, and none learns from guesses."""
+    which weights, one after another, lead to the output, from the last to the first, whose ``B`` begins at their
+    product; ``by_weights``: each ``B`` follows the next one through these weights, and none learns from guesses;
+    ``fitted``: the ways of those that do, which are those that predict for another site."""
 
     output: Output
     ways: dict[int, Way]
@@ -49,6 +52,10 @@ class Chart:
     exact: dict[int, int]
     products: list[int]
     by_weights: bool
+
+    @cached_property
+    def fitted(self) -> dict[int, Place]:
+        return {index: self.ways[index] for index in sorted(set(self.ahead.values()))} if self.by_weights else {}
 
     @staticmethod
     def of(
@@ -82,6 +89,8 @@ class Chart:
         by_weights = options.takes_weights(graph, whole) if by_weights is None else by_weights and whole
         if by_weights and form.structure == "auto":
             ways = open_ways(sites, output, Form("position", form.entries))
+        if by_weights:
+            products = [index for index in products if index in ahead.values()]
         return Chart(output, ways, closed, ahead, exact, products, by_weights)
 
 
@@ -104,13 +113,14 @@ class Sitewise(Lesson):
     ) -> None:
         self.options, self.graph, self.noise = options, graph, noise
         own = next((state for state in states.values() if state is not None and "B" in state), None)
-        self.chart = Chart.of(options, sites, graph, None if own is None else "steps" not in own)
+        self.chart = Chart.of(options, sites, graph, None if own is None else "power" not in own)
         graph.derived["by weights", options] = self.chart.by_weights
         self.before = {
             index: state if _fits(state := states[index], way, self.chart.by_weights) else None
             for index, way in self.chart.ways.items()
         }
         self.correction = Correction(options.gamma, graph, states, self.chart.closed)
+        self.fitting = Fitting(options, self.chart.fitted, self.before)
         self.fresh: dict[int, State] = {}
         self.unborn = [k for k in self.chart.products if self._is_new(k)] if options.start == "weights" else []
         if options.start == "random" or (options.start == "weights" and not options.beta):
@@ -216,17 +226,24 @@ class Sitewise(Lesson):
         if state is not None and (served or (ahead is None and cut is None)):
             assert self.e is not None
             c = chart.ways[index].pull_back(local, self.e, state["B"])  # M_i B_i e
-            for each, _ in served:
-                self._renew(each, local)
-            found += [(each.site.index, _through_next(each, c), guess) for each, guess in served]
+            found += [(each.site.index, self._through_next(each, c), guess) for each, guess in served]
         if ahead is not None:
             self.waiting.setdefault(ahead, []).append((local.held(), y))
         elif cut is not None:
-            self._renew(local, None)
-            found.append((index, _through_next(local, self.errors[cut]), y))
+            found.append((index, self._through_next(local, self.errors[cut]), y))
         else:
             found.append((index, c, y))
         return found
+
+    def _through_next(self, local: Local, c: Tensor) -> Tensor:
+        """``M_i W_{i+1}^T c_{i+1}``; what ``B_i`` follows lies on the way."""
+        u, index = _before_next(local, c), local.site.index
+        if index in self.chart.fitted and index not in self.fresh:
+            state = self.before[index]
+            assert self.e is not None
+            own = None if state is None else self.chart.ways[index].predict(self.e, state["B"])
+            self.fresh[index] = self.fitting.step(index, self.e, u, own)
+        return local.pull_back(u, spent=True)
 
     def _less(self, index: int, c: Tensor | None, y: Tensor | None) -> None:
         if c is not None and y is not None:
@@ -279,17 +296,10 @@ class Sitewise(Lesson):
     def _is_new(self, index: int) -> bool:
         return self.before[index] is None
 
-    def _renew(self, local: Local, ahead: Local | None) -> None:
-        """``B_i`` anew from ``B_{i+1}``, for the next step."""
-        index = local.site.index
-        if self.chart.by_weights and index not in self.fresh:
-            self.fresh[index] = {"B": self._product(local, ahead)}
-
     def _begin(self, index: int, b: Tensor) -> None:
-        state: State = {"B": b}
+        state: State = {"B": b, "steps": round(1 / self.options.beta) if self.options.beta else 0}
         if not self.chart.by_weights:
-            steps = round(1 / self.options.beta) if self.options.beta else 0
-            state |= {"steps": steps, "power": b.new_zeros(()), "pairs": b.new_zeros(())}
+            state |= {"power": b.new_zeros(()), "pairs": b.new_zeros(())}
         self.before[index] = self.fresh[index] = state
 
     def _draw(self) -> None:
@@ -361,13 +371,8 @@ def _before_next(local: Local, c: Tensor, n: int | None = None) -> Tensor:
     return m.rule.transpose(m, w, c.to(w.dtype), m.x_shape if n is None else (n, *m.x_shape[1:]))
 
 
-def _through_next(local: Local, c: Tensor) -> Tensor:
-    """``M_i W_{i+1}^T c_{i+1}``."""
-    return local.pull_back(_before_next(local, c), spent=True)
-
-
 def _fits(state: State | None, way: Way, by_weights: bool) -> bool:
     """Whether the state was learned at this size, and in this way."""
-    if state is None or "B" not in state or by_weights == ("steps" in state):
+    if state is None or "B" not in state or by_weights == ("power" in state):
         return False
     return tuple(state["B"].shape) == way.b_shape

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from guessopt.estimators.base import Lesson
 from guessopt.estimators.correction import Correction, less
-from guessopt.estimators.moments import State, crowd, moments, normalised, proven, samples, stepped, whitened
+from guessopt.estimators.fitting import Fitting
+from guessopt.estimators.moments import State, crowd, moments, normalised, proven, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart, wide
 from guessopt.rules.base import push
 from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
@@ -24,10 +25,6 @@ from guessopt.tracing.local import Local, Stretch, evaluate
 
 if TYPE_CHECKING:
     from guessopt.estimators.feedback import LearnedFeedback
-
-
-#: What a ``B`` reads of the output's error: whether position by position, and by how many mixtures.
-Reader = tuple[bool, "int | None"]
 
 
 class Streamwise(Lesson):
@@ -101,12 +98,11 @@ class Course:
         self.exact = set(self._inside(self.head))
         self.before: dict[int, State | None] = {}
         self.steps: dict[int, State] = {}
-        self.readers = readers(self.places)
-        self.white: dict[Reader, Tensor] = {}
         for keeper, place in self.places.values():
             state = states[keeper]
             fits = state is not None and "B" in state and ("power" not in state) == self.by_weights
             self.before[keeper] = state if fits and tuple(state["B"].shape) == place.b_shape else None
+        self.fitting = Fitting(options, dict(self.places.values()), self.before)
 
     def predicted(self) -> Iterator[dict[int, Tensor]]:
         """Cotangents by site index, block by block, from the head on."""
@@ -156,21 +152,9 @@ class Course:
         state = self.before[keeper]
         own = place.predict(e, state["B"]) if state is not None else None
         if wanted is not None:
-            self._follow(keeper, place, e, wanted, own)
+            new = self.fitting.step(keeper, e, wanted, own)
+            self.steps[keeper] = new | proven(state, wide(wanted), own, new["steps"])
         return 0 if own is None or state is None else (state["share"] * own).to(self.record.values[v].dtype)
-
-    def _follow(self, keeper: int, place: Place, e: Tensor, wanted: Tensor, own: Tensor | None) -> None:
-        """A step of recursive least squares: ``B e`` towards what the next block by itself made of ``p_{l+1}``."""
-        options, old, wanted = self.options, self.before[keeper], wide(wanted)
-        own = torch.zeros_like(wanted) if own is None else own
-        steps = 1 if old is None else old["steps"] + 1
-        gain = max(options.beta, 1 / steps)
-        new = {"steps": steps} | proven(old, wanted, own, steps)
-        reader = place.matched, place.rank
-        if self.readers[reader] == keeper:
-            self.white[reader], new["errors"] = whitened(old, place.read(e).flatten(0, 1), gain)
-        gradient = place.mean(wanted - own).flatten(0, 1).mT @ self.white[reader]
-        self.steps[keeper] = new | stepped(old, steps, gradient, gain, leak=options.leak, clip=options.clip)
 
     def _skip(self, block: Block) -> Callable[[Tensor], Tensor]:
         """``S^T``."""
@@ -211,10 +195,10 @@ class Course:
             old = self.before[keeper]
             r = place.see(t)
             missed = t_last - self._foreseen(number, t)
-            own = torch.zeros_like(missed[:, :1]) if old is None else place.foreseen(r, old["B"])
+            own = None if old is None else place.foreseen(r, old["B"])
             new = moments(old, r)
             new |= proven(old, missed, own, new["steps"])
-            gradient = place.outer(r, missed - own) / samples(r)
+            gradient = place.outer(r, missed if own is None else missed - own) / samples(r)
             gain = normalised(new, crowd([(new, samples(r))]), options.beta)
             self.steps[keeper] = new | stepped(old, new["steps"], gradient, gain, leak=options.leak, clip=options.clip)
 
@@ -262,8 +246,3 @@ def stream_places(served: set[int], graph: SiteGraph, options: LearnedFeedback) 
             layout = apart(Layout.COUPLED, shape, graph.batch)
             found[v] = (keeper, Place(layout, shape, len(shape) > 3, output, form))
     return found
-
-
-def readers(places: dict[int, tuple[int, Place]]) -> dict[Reader, int]:
-    """The site that keeps what is known of the errors that a ``B`` reads: of those alike, the one nearest the head."""
-    return {(place.matched, place.rank): keeper for keeper, place in places.values()}

@@ -1,0 +1,58 @@
+"""Feedback from weights: each ``B`` fitted to what the next one's prediction became on its way back to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from guessopt.estimators.moments import State, stepped, whitened
+from guessopt.estimators.places import Place, wide
+
+if TYPE_CHECKING:
+    from guessopt.estimators.feedback import LearnedFeedback
+
+#: Gain in units of ``beta``: what is fitted is known for every example, where guesses tell it along one direction.
+KNOWN = 4
+
+#: What a ``B`` reads of the output's error: whether position by position, and by how many mixtures.
+Reader = tuple[bool, "int | None"]
+
+
+class Fitting:
+    """One step of recursive least squares of every ``B`` on the output's error.
+
+    Args:
+        places: by the site that keeps the ``B``, from the first to the last.
+        before: the states as they were.
+    """
+
+    def __init__(self, options: LearnedFeedback, places: dict[int, Place], before: dict[int, State | None]) -> None:
+        self.options, self.places, self.before = options, places, before
+        self.readers = readers(places)
+        self.white: dict[Reader, Tensor] = {}
+        self.errors: dict[Reader, Tensor] = {}
+
+    def step(self, index: int, e: Tensor, wanted: Tensor, own: Tensor | None) -> State:
+        """``B e`` towards ``wanted``; ``own``: what it was before."""
+        options, place, old = self.options, self.places[index], self.before[index]
+        missed = place.mean(wide(wanted) if own is None else wide(wanted) - own).flatten(0, 1)
+        steps, gain = self._pace(index)
+        reader = place.matched, place.rank
+        if reader not in self.white:
+            keeper = self.readers[reader]
+            read = place.read(e).flatten(0, 1)
+            self.white[reader], self.errors[reader] = whitened(self.before[keeper], read, self._pace(keeper)[1])
+        new = stepped(old, steps, missed.mT @ self.white[reader], gain, leak=0.0, clip=options.clip)
+        return new | {"steps": steps} | ({"errors": self.errors[reader]} if self.readers[reader] == index else {})
+
+    def _pace(self, index: int) -> tuple[int, float]:
+        """Steps, with this one, and its gain."""
+        old = self.before[index]
+        steps = 1 if old is None else old["steps"] + 1
+        return steps, max(min(KNOWN * self.options.beta, 1.0), 1 / steps)
+
+
+def readers(places: dict[int, Place]) -> dict[Reader, int]:
+    """The site that keeps what is known of the errors that a ``B`` reads: of those alike, the last."""
+    return {(place.matched, place.rank): index for index, place in places.items()}
