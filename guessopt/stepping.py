@@ -515,7 +515,7 @@ class Stepping:
         for estimator, lesson in record.lessons.items():
             own = [index for index in record.locals if guesses[index][0] == estimator]
             locals = {index: record.locals.pop(index) for index in own}
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(record.errors[0]):
                 formed |= lesson.estimate(locals, record, spend or formed.update)
         self._learn(plan, record)
         return formed

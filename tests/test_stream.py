@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -472,6 +473,30 @@ def test_autocast() -> None:
     assert opt._plans[0].graph.stream is not None
     assert found.per_parameter["2.one.weight"] > 0.99
     opt.step(closure)
+
+
+@pytest.mark.parametrize("source", ["weights", "guesses"])
+def test_autocast_around_the_step(source: str) -> None:
+    """As inside the closure: what is learned stays float32."""
+    ends = []
+    for around in (False, True):
+        net, _ = stack(3)
+        net.float()
+        x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+        opt = optimizer(net.named_parameters(), gamma=0, source=source)
+        inside, outside = (torch.autocast("cpu", dtype=torch.bfloat16, enabled=on) for on in (not around, around))
+
+        def closure() -> Tensor:
+            with inside if not around else nullcontext():  # noqa: B023 (called at once)
+                return F.cross_entropy(net(x).float(), labels(12, 3))  # noqa: B023
+
+        for _ in range(4):
+            with outside:
+                opt.step(closure)
+        states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values() if entry["state"]]
+        assert all(state["B"].dtype == torch.float32 for state in states)
+        ends.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 class Queries(nn.Module):

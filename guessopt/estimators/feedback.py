@@ -55,12 +55,12 @@ class LearnedFeedback(Estimator):
             per site, by the share of noise in the correction (James-Stein).
         every: a forward-mode pass on one step in so many; the others cost a plain forward pass and use ``c_i``.
             ``"auto"``: 1, 2, 4, 8 or 16, the fewer the more rows the ``B`` have for each sample of a batch.
-        beta: gain of the least-mean-squares steps, as a fraction of a stable one; the first steps take more. 0: ``B``
-            stays as it starts.
+        beta: gain of the least-mean-squares steps, as a fraction of a stable one; the first steps take more, those from
+            weights four times as much. 0: ``B`` stays as it starts.
         structure: ``"position"``: a ``B`` that tells positions apart; ``"shared"``: one for all positions; ``"auto"``:
             in a feature map one for each cell of a 4x4 grid, elsewhere one for all. Where the output has as many
             positions as a site (a language model), each position's error serves that position.
-        leak: fraction of ``B`` forgotten in every update.
+        leak: fraction of ``B`` forgotten in every update from guesses.
         clip: largest update, in units of the usual one.
         ahead: how far a prediction is from the site that it serves. 0: none but the site's own activation lies between,
             ``c_i = M_i B_i e``. 1: the next matrix site, as above; in a stream, a block.
@@ -69,11 +69,12 @@ class LearnedFeedback(Estimator):
             derivative at its mean, wherever weights alone lead on to an output of at most 128 features; zero
             elsewhere (with ``beta=0``: random); ``"random"``: ``N(0, 1 / rows)``; ``"zero"``. Deviations along a stream
             begin at zero.
-        source: where ``B`` comes from as training goes. ``"guesses"``: least mean squares; ``"weights"``: in
-            every step each ``B`` is renewed from the next one, through the weight between and the mean derivative of
-            the activation, and no guess is needed but for the correction; ``"auto"``: weights, where they lead from
-            every site to an output of at most 128 features and ``B`` has too many rows for the samples of a batch (and
-            then tells all positions apart); else guesses.
+        source: where ``B`` comes from as training goes. ``"guesses"``: least mean squares on forward-mode derivatives;
+            ``"weights"``: in every step each ``B`` is fitted, by recursive least squares on the error, to what the next
+            one's prediction became on its way back through the weight or block between, and no guess is needed but for
+            the correction; ``"auto"``: weights along a stream, and where they lead from every site to an output of at
+            most 128 features and ``B`` has too many rows for the samples of a batch (and then tells all positions
+            apart); else guesses.
         entries: most entries of a ``B``; a larger one tells fewer positions apart, then reads fixed random mixtures of
             the output's features. None: no bound.
 
