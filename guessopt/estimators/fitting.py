@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from guessopt.estimators.moments import State, stepped, whitened
-from guessopt.estimators.places import Place, wide
+from guessopt.estimators.places import Place
 
 if TYPE_CHECKING:
     from guessopt.estimators.feedback import LearnedFeedback
@@ -34,9 +34,9 @@ class Fitting:
         self.errors: dict[Reader, Tensor] = {}
 
     def step(self, index: int, e: Tensor, wanted: Tensor, own: Tensor | None) -> State:
-        """``B e`` towards ``wanted``; ``own``: what it was before."""
+        """``B e`` towards ``wanted``; ``own``: what it was before; both by rows of ``B``."""
         options, place, old = self.options, self.places[index], self.before[index]
-        missed = place.mean(wide(wanted) if own is None else wide(wanted) - own).flatten(0, 1)
+        missed = (wanted if own is None else wanted - own).flatten(0, 1)
         steps, gain = self._pace(index)
         reader = place.matched, place.rank
         if reader not in self.white:

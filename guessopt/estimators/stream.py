@@ -18,7 +18,7 @@ from guessopt.estimators.base import Lesson
 from guessopt.estimators.correction import Correction, less
 from guessopt.estimators.fitting import Fitting
 from guessopt.estimators.moments import State, crowd, moments, normalised, proven, samples, stepped
-from guessopt.estimators.places import Form, Output, Place, apart, wide
+from guessopt.estimators.places import Form, Output, Place, apart
 from guessopt.rules.base import push
 from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
 from guessopt.tracing.local import Local, Stretch, evaluate
@@ -115,24 +115,28 @@ class Course:
         assert e is not None
         for block in reversed(self.blocks):
             inside = self._inside(block)
-            through = self.options.ahead and block.source is not None
-            run = None
-            if inside or through:
-                own = [block.source] if through and block.source is not None else []
+            own = [block.source] if self.options.ahead and block.source is not None else []
+            run, moved = None, list[Tensor]()
+            if inside or own:
                 run = self._again(block.program, [*own, *inside.values()])
-                if inside:
-                    yield dict(zip(inside, run.pull_back(block.goals, [c], list(inside.values())), strict=True))
+            if inside:
+                assert run is not None
+                both = own if c is p else []  # one way back is enough
+                found = run.pull_back(block.goals, [c], [*inside.values(), *both])
+                yield dict(zip(inside, found, strict=False))
+                moved = found[len(inside) :]
+                del found
             if block.source is None:
                 break
             skip = self._skip(block)
-            skipped = skip(p)
-            if self.options.ahead:
+            skipped, wanted = skip(p), None
+            if own:
                 assert run is not None
-                moved = run.pull_back(block.goals, [p], [block.source])[0]  # (S + F)^T p
-                c = moved if c is p else skip(c - p) + moved
-                p = skipped + self._deviation(block.source, e, moved - skipped if self.by_weights else None)
-            else:
-                c = p = skipped + self._deviation(block.source, e, None)
+                (back,) = moved or run.pull_back(block.goals, [p], own)  # (S + F)^T p
+                c = back if c is p else skip(c - p) + back
+                wanted = back - skipped if self.by_weights else None
+            p = skipped + self._deviation(block.source, e, wanted)
+            c = c if own else p
             del run
 
     def _again(self, calls: tuple[Call, ...], variables: list[int]) -> Stretch:
@@ -150,11 +154,12 @@ class Course:
         if keeper is None or place is None:
             return 0
         state = self.before[keeper]
-        own = place.predict(e, state["B"]) if state is not None else None
+        own = place.rows(e, state["B"]) if state is not None else None
         if wanted is not None:
-            new = self.fitting.step(keeper, e, wanted, own)
-            self.steps[keeper] = new | proven(state, wide(wanted), own, new["steps"])
-        return 0 if own is None or state is None else (state["share"] * own).to(self.record.values[v].dtype)
+            aim = place.mean(wanted)
+            new = self.fitting.step(keeper, e, aim, own)
+            self.steps[keeper] = new | proven(state, aim, own, new["steps"])
+        return 0 if own is None or state is None else place.put(state["share"] * own).to(self.record.values[v].dtype)
 
     def _skip(self, block: Block) -> Callable[[Tensor], Tensor]:
         """``S^T``."""
