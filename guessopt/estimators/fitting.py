@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from guessopt.estimators.moments import State, stepped, whitened
+from guessopt.estimators.moments import TINY, State, stepped
 from guessopt.estimators.places import Place
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 #: Gain in units of ``beta``: what is fitted is known for every example, where guesses tell it along one direction.
 KNOWN = 4
+
+#: Of the mean eigenvalue of ``errors``, what is added to all of them.
+RIDGE = 1e-2
 
 #: What a ``B`` reads of the output's error: whether position by position, and by how many mixtures.
 Reader = tuple[bool, "int | None"]
@@ -56,3 +60,17 @@ class Fitting:
 def readers(places: dict[int, Place]) -> dict[Reader, int]:
     """The site that keeps what is known of the errors that a ``B`` reads: of those alike, the last."""
     return {(place.matched, place.rank): index for index, place in places.items()}
+
+
+def whitened(old: State | None, e: Tensor, gain: float) -> tuple[Tensor, Tensor]:
+    """What residuals ``[N, f]`` are multiplied with for the gradient of recursive least squares on ``e``, ``[N, c]``;
+    and the running second moment of ``e``, ``errors``, to which every batch counts alike."""
+    scale = e.square().mean().sqrt()
+    unit = torch.where(torch.isfinite(scale) & (scale > 0), e / scale, 0)
+    errors = unit.mT @ unit / len(e)
+    if old is not None and "errors" in old:
+        errors = old["errors"] + gain * (errors - old["errors"])
+    mean = errors.diagonal().mean().clamp_min(TINY)
+    firm = errors + RIDGE * mean * torch.eye(len(errors), dtype=e.dtype, device=e.device)
+    solved = torch.linalg.solve_ex(firm, unit.mT).result.mT
+    return solved / (scale * len(e)).clamp_min(TINY), errors

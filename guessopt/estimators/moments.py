@@ -80,24 +80,6 @@ def proven(old: State | None, missed: Tensor, own: Tensor | None, steps: int) ->
     return {"with": with_, "size": size, "share": share}
 
 
-#: Of the mean eigenvalue of ``errors``, what is added to all of them.
-RIDGE = 1e-2
-
-
-def whitened(old: State | None, e: Tensor, gain: float) -> tuple[Tensor, Tensor]:
-    """What residuals ``[N, f]`` are multiplied with for the gradient of recursive least squares on ``e``, ``[N, c]``;
-    and the running second moment of ``e``, ``errors``, to which every batch counts alike."""
-    scale = e.square().mean().sqrt()
-    unit = torch.where(torch.isfinite(scale) & (scale > 0), e / scale, 0)
-    errors = unit.mT @ unit / len(e)
-    if old is not None and "errors" in old:
-        errors = old["errors"] + gain * (errors - old["errors"])
-    mean = errors.diagonal().mean().clamp_min(TINY)
-    firm = errors + RIDGE * mean * torch.eye(len(errors), dtype=e.dtype, device=e.device)
-    solved = torch.linalg.solve_ex(firm, unit.mT).result.mT
-    return solved / (scale * len(e)).clamp_min(TINY), errors
-
-
 def shrunken(old: State | None, each: Tensor, steps: int) -> State:
     """``gamma = 1 - noise / signal`` (positive part): of the squared mean correction, the share that is not the noise
     of a mean over so many examples. ``each``: the correction by example."""
