@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 #: Largest amplitude of a guess, in units of the smallest.
 LOUDEST = 1e4
 
-#: Most features of the output, each of which takes a pull-back at every site, for ``B`` to come from weights.
+#: Most features of the output, each of which takes a pull-back at every site, for ``B`` to begin at the product of the
+#: weights, and so to come from weights.
 COLUMNS = 128
 
 #: A site's number, its predicted cotangent (None: there is nothing to predict by) and its guess, if it has one.
