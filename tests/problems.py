@@ -5,10 +5,13 @@ One row here exercises every test that is parametrised over ``PROBLEMS``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from guessopt import GuessGradOptimizer
 
 
 @dataclass
@@ -30,6 +33,12 @@ def of(model: nn.Module, closure: Callable[[nn.Module], Tensor], batch: int | No
 
 def labels(n: int, classes: int) -> Tensor:
     return torch.arange(n) % classes
+
+
+def learned(opt: GuessGradOptimizer) -> dict[str, Any]:
+    """What it has learned, by site."""
+    cache = opt.state_dict()["guessopt"]["cache"]
+    return {key: entry["state"] for key, entry in cache.items() if key.startswith("learned: ")}
 
 
 def mlp() -> Problem:

@@ -16,7 +16,7 @@ from guessopt.estimators import describe, make_estimator
 from guessopt.estimators.places import Form, Output, Place
 from guessopt.sites import Layout
 
-from .problems import Problem, build
+from .problems import Problem, build, learned
 
 Closure = Callable[[], Tensor]
 
@@ -42,8 +42,7 @@ STREAMS = ("residual, batch norm in eval mode", "transformer", "prompts", "rotar
 
 def feedback(opt: GuessGradOptimizer) -> list[Tensor]:
     """The ``B`` of every hidden site, in order."""
-    cache = opt.state_dict()["guessopt"]["cache"]
-    return [entry["state"]["B"] for entry in cache.values() if isinstance(entry["state"], dict)]
+    return [state["B"] for state in learned(opt).values()]
 
 
 class Reference:
@@ -564,7 +563,7 @@ def test_the_first_batch_decides_where_feedback_comes_from(memory: str) -> None:
         )
         for n in sizes:
             opt.step(lambda n=n: F.cross_entropy(net(x[:n]), torch.arange(n) % 3))
-            states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values() if entry["state"]]
+            states = learned(opt).values()
             assert len(states) == 1 + guessed and all(("power" in state) == guessed for state in states)
         assert all(state["steps"] == (13 if guessed else 12) for state in states)
 
@@ -621,8 +620,9 @@ def test_preflight_tells_the_form_and_the_size() -> None:
     assert "from weights" in str(report)
     opt = optimizer_of(made)
     opt.step(made.closure)
-    states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values() if entry["state"]]
-    assert report.feedback == sum(state[key].nbytes for state in states for key in ("B", "errors") if key in state)
+    assert report.feedback == sum(
+        state[key].nbytes for state in learned(opt).values() for key in ("B", "errors") if key in state
+    )
     made = build("mlp")
     opt = GuessGradOptimizer(made.named, torch.optim.SGD, Downstream(l=2), lr=0.1)
     assert preflight(opt, made.closure).reversed == 2

@@ -25,6 +25,8 @@ from guessopt import (
     WTranspose,
 )
 
+from .problems import learned
+
 
 class Residual(nn.Module):
     def __init__(self) -> None:
@@ -334,14 +336,8 @@ FEEDBACK: dict[str, dict[str, Any]] = {
 }
 
 
-def _learned(opt: GuessGradOptimizer) -> dict[str, Any]:
-    """What it has learned, by site."""
-    cache = opt.state_dict()["guessopt"]["cache"]
-    return {key: entry["state"] for key, entry in cache.items() if key.startswith("learned: ")}
-
-
 def _assert_same_lessons(a: GuessGradOptimizer, b: GuessGradOptimizer) -> None:
-    one, other = _learned(a), _learned(b)
+    one, other = learned(a), learned(b)
     assert one.keys() == other.keys() and one
     for key, state in one.items():
         assert state.keys() == other[key].keys()
@@ -491,7 +487,7 @@ def test_learned_feedback_resumes(model: str, memory: str) -> None:
 def test_learned_feedback_after_a_failed_step(failing: int, memory: str) -> None:
     """Whichever pass fails (before the first update): parameters, ``B`` and random states are as before."""
     net, _, _, opt = _train("convolutions", memory=memory, estimator=LearnedFeedback())
-    before, lessons = copy.deepcopy(net.state_dict()), _learned(opt)
+    before, lessons = copy.deepcopy(net.state_dict()), learned(opt)
     x, runs = torch.randn(5, 6).double(), 0
 
     def closure() -> Tensor:
@@ -507,7 +503,7 @@ def test_learned_feedback_after_a_failed_step(failing: int, memory: str) -> None
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, noise["generators"][k]) for k, v in opt._noise.state()["generators"].items())
-    after = _learned(opt)
+    after = learned(opt)
     assert lessons.keys() == after.keys() and all(after[k] is state for k, state in lessons.items())
 
 
@@ -533,10 +529,10 @@ def test_learned_feedback_finishes_a_partial_update() -> None:
     def closure() -> Tensor:
         return net(x).square().mean()
 
-    lessons = _learned(opt)
+    lessons = learned(opt)
     with pytest.raises(PartialUpdateError, match=r"4 of 6 parameters.*out of memory") as caught:
         opt.step(closure)
-    assert all(_learned(opt)[k] is state for k, state in lessons.items())
+    assert all(learned(opt)[k] is state for k, state in lessons.items())
     after = copy.deepcopy(net.state_dict())
     failing.remove()
     opt.finish(caught.value.journal, closure)

@@ -15,7 +15,7 @@ from guessopt.diagnostics import cosine, estimated_gradient, true_gradient
 from guessopt.memory import cpu_peak
 from guessopt.sites import Stream
 
-from .problems import build, labels
+from .problems import build, labels, learned
 
 Closure = Callable[[], Tensor]
 
@@ -366,8 +366,9 @@ def test_feedback_from_weights_is_a_least_squares_fit() -> None:
     (e,) = torch.autograd.grad(F.cross_entropy(net[4:](last), labels(64, 3)), last)
     (wanted,) = torch.autograd.grad(last, start, e)
     wanted = wanted - e  # the skip is the identity
-    states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values()]
-    (b,) = [state["B"] for state in states if "errors" in state]  # the one before the last block keeps them
+    (b,) = [
+        state["B"] for state in learned(opt).values() if "errors" in state
+    ]  # the one before the last block keeps them
     best = e @ torch.linalg.lstsq(e, wanted).solution
     assert float((e @ b.T - best).norm() / best.norm()) < 0.05
     assert float((wanted - best).norm() / wanted.norm()) > 0.05  # one matrix for all examples does not say everything
@@ -484,17 +485,17 @@ def test_autocast_around_the_step(source: str) -> None:
         net.float()
         x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
         opt = optimizer(net.named_parameters(), gamma=0, source=source)
-        inside, outside = (torch.autocast("cpu", dtype=torch.bfloat16, enabled=on) for on in (not around, around))
+        low = torch.autocast("cpu", dtype=torch.bfloat16)
+        inside, outside = (nullcontext(), low) if around else (low, nullcontext())
 
         def closure() -> Tensor:
-            with inside if not around else nullcontext():  # noqa: B023 (called at once)
+            with inside:  # noqa: B023 (called at once)
                 return F.cross_entropy(net(x).float(), labels(12, 3))  # noqa: B023
 
         for _ in range(4):
             with outside:
                 opt.step(closure)
-        states = [entry["state"] for entry in opt.state_dict()["guessopt"]["cache"].values() if entry["state"]]
-        assert all(state["B"].dtype == torch.float32 for state in states)
+        assert all(state["B"].dtype == torch.float32 for state in learned(opt).values())
         ends.append([p.detach().clone() for p in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 

@@ -34,8 +34,7 @@ class Fitting:
     def __init__(self, options: LearnedFeedback, places: dict[int, Place], before: dict[int, State | None]) -> None:
         self.options, self.places, self.before = options, places, before
         self.readers = readers(places)
-        self.white: dict[Reader, Tensor] = {}
-        self.errors: dict[Reader, Tensor] = {}
+        self.known: dict[Reader, tuple[Tensor, Tensor]] = {}
 
     def step(self, index: int, e: Tensor, wanted: Tensor, own: Tensor | None) -> State:
         """``B e`` towards ``wanted``; ``own``: what it was before; both by rows of ``B``."""
@@ -43,12 +42,13 @@ class Fitting:
         missed = (wanted if own is None else wanted - own).flatten(0, 1)
         steps, gain = self._pace(index)
         reader = place.matched, place.rank
-        if reader not in self.white:
-            keeper = self.readers[reader]
+        keeper = self.readers[reader]
+        if reader not in self.known:
             read = place.read(e).flatten(0, 1)
-            self.white[reader], self.errors[reader] = whitened(self.before[keeper], read, self._pace(keeper)[1])
-        new = stepped(old, steps, missed.mT @ self.white[reader], gain, leak=0.0, clip=options.clip)
-        return new | {"steps": steps} | ({"errors": self.errors[reader]} if self.readers[reader] == index else {})
+            self.known[reader] = whitened(self.before[keeper], read, self._pace(keeper)[1])
+        white, errors = self.known[reader]
+        new = stepped(old, steps, missed.mT @ white, gain, leak=0.0, clip=options.clip)
+        return new | {"steps": steps} | ({"errors": errors} if keeper == index else {})
 
     def _pace(self, index: int) -> tuple[int, float]:
         """Steps, with this one, and its gain."""

@@ -20,6 +20,13 @@ RECENT = 0.02
 State = dict[str, Any]
 
 
+def fits(state: State | None, shape: tuple[int, ...], by_weights: bool) -> bool:
+    """Whether ``B`` was learned at this size, and from weights, or else from guesses, whose ``power`` is kept."""
+    if state is None or "B" not in state or by_weights == ("power" in state):
+        return False
+    return tuple(state["B"].shape) == shape
+
+
 def samples(r: Tensor) -> int:
     return r.shape[0] * r.shape[1]
 

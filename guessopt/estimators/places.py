@@ -175,8 +175,6 @@ class Place:
         r = self.see(c)
         if self.matched or self.cells == self.view.positions:
             return r
-        if self.cells == 1:
-            return r / self.view.positions
         return (r.unflatten(-1, (self.cells, -1)) / self._cells(r).sum(0)[:, None]).flatten(2)
 
     def _cells(self, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from guessopt.estimators.base import Lesson, Noise
 from guessopt.estimators.correction import Correction, amplitude, less
 from guessopt.estimators.fitting import Fitting
-from guessopt.estimators.moments import TINY, State, crowd, moments, normalised, samples, stepped
+from guessopt.estimators.moments import TINY, State, crowd, fits, moments, normalised, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, View, Way, apart, wide
 from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
 from guessopt.tracing.local import Local
@@ -56,7 +56,7 @@ class Chart:
 
     @cached_property
     def fitted(self) -> dict[int, Place]:
-        return {index: self.ways[index] for index in sorted(set(self.ahead.values()))} if self.by_weights else {}
+        return {index: self.ways[index] for index in reversed(self.products)} if self.by_weights else {}
 
     @staticmethod
     def of(
@@ -117,7 +117,7 @@ class Sitewise(Lesson):
         self.chart = Chart.of(options, sites, graph, None if own is None else "power" not in own)
         graph.derived["by weights", options] = self.chart.by_weights
         self.before = {
-            index: state if _fits(state := states[index], way, self.chart.by_weights) else None
+            index: state if fits(state := states[index], way.b_shape, self.chart.by_weights) else None
             for index, way in self.chart.ways.items()
         }
         self.correction = Correction(options.gamma, graph, states, self.chart.closed)
@@ -370,10 +370,3 @@ def _before_next(local: Local, c: Tensor, n: int | None = None) -> Tensor:
     """``W_{i+1}^T c_{i+1}``: the cotangent of the next matrix site's input from that of its output (``n`` examples)."""
     m, w = local.weights()[0]
     return m.rule.transpose(m, w, c.to(w.dtype), m.x_shape if n is None else (n, *m.x_shape[1:]))
-
-
-def _fits(state: State | None, way: Way, by_weights: bool) -> bool:
-    """Whether the state was learned at this size, and in this way."""
-    if state is None or "B" not in state or by_weights == ("power" in state):
-        return False
-    return tuple(state["B"].shape) == way.b_shape

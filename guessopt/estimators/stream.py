@@ -17,7 +17,7 @@ from torch import Tensor
 from guessopt.estimators.base import Lesson
 from guessopt.estimators.correction import Correction, less
 from guessopt.estimators.fitting import Fitting
-from guessopt.estimators.moments import State, crowd, moments, normalised, proven, samples, stepped
+from guessopt.estimators.moments import State, crowd, fits, moments, normalised, proven, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart
 from guessopt.rules.base import push
 from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
@@ -100,8 +100,7 @@ class Course:
         self.steps: dict[int, State] = {}
         for keeper, place in self.places.values():
             state = states[keeper]
-            fits = state is not None and "B" in state and ("power" not in state) == self.by_weights
-            self.before[keeper] = state if fits and tuple(state["B"].shape) == place.b_shape else None
+            self.before[keeper] = state if fits(state, place.b_shape, self.by_weights) else None
         self.fitting = Fitting(options, dict(self.places.values()), self.before)
 
     def predicted(self) -> Iterator[dict[int, Tensor]]:
