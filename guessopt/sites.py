@@ -154,7 +154,8 @@ class Segment:
     ``elementwise`` lists the unary calls of the path where it is nothing else; otherwise ``program`` lists, in order,
     the calls that lead from the site's output to the ``matrices``' inputs. ``weight_program`` computes the weights that
     are expressions of parameters. ``fused``: ``(u, s, spent) -> M u`` in one kernel, for a well-known
-    activation (``spent``: in ``u``'s memory).
+    activation (``spent``: in ``u``'s memory). ``rectified``: the path is a rectifier and no more, whose derivative can
+    be told from what it made.
     ``onward`` leads further, through l = 1, 2, ... matrix sites; fewer where the network ends.
     """
 
@@ -164,6 +165,7 @@ class Segment:
     program: tuple[Call, ...]
     weight_program: tuple[Call, ...] = ()
     fused: Callable[[Tensor, Tensor, bool], Tensor] | None = None
+    rectified: bool = False
     onward: tuple[Onward, ...] = ()
 
     @cached_property
@@ -371,6 +373,17 @@ class SiteGraph:
         states = self.stream.shapes if self.stream is not None else {}
         noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
+
+    @cached_property
+    def rectified(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        """By call: the sites of which it reads what a rectifier made, and as which of its arguments."""
+        found: dict[int, tuple[tuple[int, int], ...]] = {}
+        for site in self.sites:
+            for m in site.segment.matrices if site.segment is not None and site.segment.rectified else ():
+                if Value(m.x) in m.call.args:
+                    entry = site.index, m.call.args.index(Value(m.x))
+                    found[m.call.index] = (*found.get(m.call.index, ()), entry)
+        return found
 
     #: Identities of the parameters that a call read, once checked against ``reads``.
     verified: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)

@@ -36,7 +36,7 @@ from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource
 from guessopt.rules.base import Known
-from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, numel
+from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
 from guessopt.tracing.interceptor import without_autocast
 from guessopt.tracing.local import JointLocal, Local, centred, draw
 
@@ -440,7 +440,8 @@ class Stepping:
         elif not all(lesson.keeps[0] for lesson in lessons.values()):
             guess = _forgetting(guess, round.locals)
         directions = self._directions(count, self._noise)
-        run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps)
+        left = partial(_let_go, plan.graph, round.locals) if lessons and keeps else None
+        run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps, left=left)
         run.known = {} if round.known is None else round.known
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
@@ -722,6 +723,14 @@ def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
         return y
 
     return forgetting
+
+
+def _let_go(graph: SiteGraph, locals: dict[int, Local], visit: Visit) -> None:
+    """Where a call has read what a rectifier made of a site's output, which has the same derivative, that stands for
+    the output, whose memory is given back."""
+    for index, position in graph.rectified.get(visit.call.index, ()):
+        if index in locals:
+            locals[index].s = visit.args[position]
 
 
 def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:

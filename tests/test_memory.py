@@ -24,6 +24,7 @@ from guessopt import (
     WPerp,
     WTranspose,
 )
+from guessopt.memory import cpu_peak
 
 from .problems import learned
 
@@ -448,6 +449,24 @@ def test_learned_feedback_updates_as_the_pass_goes(ahead: int) -> None:
     opt.step(lambda: net(x).square().mean())
     assert moved[:6] == [0] * 6  # the first pass
     assert moved[6:] == ([0, 0, 1, 2, 3, 5] if ahead else [0, 1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(("activation", "values"), [(nn.ReLU(), 1), (nn.ReLU(inplace=True), 1), (nn.SiLU(), 2)])
+def test_what_a_rectifier_has_made_stands_for_what_it_read(activation: nn.Module, values: int) -> None:
+    """With each layer more, learned feedback keeps what backprop does: of a rectifier, what it has made."""
+    peaks, n, width = [], 2048, 16
+    for depth in (4, 12):
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), activation)]
+        net, x = nn.Sequential(*layers, nn.Linear(width, 3)), torch.randn(n, width)
+        opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, LearnedFeedback(gamma=0, every=10**6), lr=1e-3)
+
+        def closure(net: nn.Module = net, x: Tensor = x) -> Tensor:
+            return F.cross_entropy(net(x), torch.arange(n) % 3)
+
+        for _ in range(9):  # past the probes
+            opt.step(closure)
+        peaks.append(cpu_peak(lambda opt=opt, closure=closure: opt.step(closure))[1])
+    assert (peaks[1] - peaks[0]) / 8 == pytest.approx(values * n * width * 4, rel=0.1)
 
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")

@@ -38,6 +38,7 @@ class Pass(Interceptor):
         directions: tangents for parameters, by position.
         saved: tensors of the user's that the closure writes, with their values before; added to.
         keeps: whether what parameter gradients will need (the sites' inputs, the guesses) is kept.
+        left: called with every visit that is kept, once it is over.
 
     Attributes:
         known: by call, what guesses have found of calls to come.
@@ -53,10 +54,12 @@ class Pass(Interceptor):
         saved: Saved,
         *,
         keeps: bool = True,
+        left: Callable[[Visit], None] | None = None,
     ) -> None:
         super().__init__(params)
         self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
         self.keeps = self.keeps_guesses = keeps
+        self.left = left
         self.keeps_graph = False
         self.known: dict[int, Known] = {}
         self.values: dict[int, Tensor] = dict(graph.constants)
@@ -241,6 +244,8 @@ class Pass(Interceptor):
         """A site's call is over, its outputs have had their guesses."""
         if self.keeps:
             self.visits.append(visit)
+            if self.left is not None:
+                self.left(visit)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """The site's output with its guess for tangent."""

@@ -34,8 +34,8 @@ def samples(r: Tensor) -> int:
 def moments(old: State | None, r: Tensor, amplitude: Any = 1.0) -> State:
     """``power``, ``pairs``, ``width`` and ``steps`` after one more look at ``r`` ``[n, g, f]``, at amplitude 1."""
     flat = r.flatten(0, 1)
-    power = flat.square().sum(1).mean() / amplitude**2
-    pairs = (flat * flat.roll(1, 0) / amplitude**2).sum(1).square().mean()
+    power = torch.linalg.vector_norm(flat).square() / len(flat) / amplitude**2
+    pairs = (flat * flat.roll(1, 0)).sum(1).square().mean() / amplitude**4
     steps = 1 if old is None else old["steps"] + 1
     if old is not None:
         power = recent(old["power"], power.nan_to_num(0, 0, 0), steps)

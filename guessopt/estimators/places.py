@@ -165,7 +165,7 @@ class Place:
         if self.matched:
             return r
         if self.cells == 1:
-            return r.sum(1, keepdim=True)
+            return r.sum(1, keepdim=True) if r.shape[1] > 1 else r
         if self.cells != r.shape[1]:
             r = self._cells(r).mT @ r
         return r.flatten(1)[:, None]

@@ -74,6 +74,11 @@ def fused_pull_back(calls: Sequence[Call]) -> Callable[[Tensor, Tensor, bool], T
     return partial(_backward, torch.ops.aten.silu_backward) if call.fn is F.silu else None
 
 
+def is_rectifier(calls: Sequence[Call]) -> bool:
+    """Whether a path is a ReLU and no more: its derivative at what it makes is that at what it is made from."""
+    return len(calls) == 1 and calls[0].fn in RELU
+
+
 def _backward(kernel: Any, u: Tensor, s: Tensor, spent: bool = False, **options: Any) -> Tensor:
     """``M u``; in ``u``'s own memory if that is spent."""
     if spent and u.dtype is s.dtype and not u.requires_grad:

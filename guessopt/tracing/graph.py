@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, rule_for
-from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise
+from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
 from guessopt.sites import (
     Call,
     Cut,
@@ -267,7 +267,8 @@ class Analysis:
             self.blocked[source] = str(error)
             return None
         fused = None if chain is None else fused_pull_back(chain)
-        return Segment(source, matrices, chain, program, weights, fused, self._onward(source, x))
+        rectified = chain is not None and is_rectifier(chain)
+        return Segment(source, matrices, chain, program, weights, fused, rectified, self._onward(source, x))
 
     def _next_input(self, values: list[int]) -> int | None:
         """The input of the first matrix site that these values reach; None where none follows."""
