@@ -119,7 +119,7 @@ class ZerothOrder(Learner):
 
 class Guessed(Guess):
     """A guess optimizer in one of its memory modes, on the same fused AdamW. Learned feedback predicts at the site
-    itself, its least arithmetic; in two passes, which do not go along residual streams, it leaves these alone."""
+    itself, its least arithmetic; in two passes it leaves residual streams alone."""
 
     def __init__(self, model: nn.Module, lr: float, method: str, memory: str = "store") -> None:
         super().__init__(model, lr, method)

@@ -208,7 +208,9 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         return limit is None or peak <= limit
 
     modes = []
-    for mode in ("store",) if opt._stores(traced[0].graph) else ("store", "replay", "stream"):
+    for mode in ("store", "replay", "stream"):
+        if opt._refused(mode, traced[0].graph):
+            continue
         opt._cache.restore({})
         try:
             peak = max(floor, peak_of(lambda: step(mode))[1])  # noqa: B023 (called here)

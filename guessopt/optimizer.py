@@ -47,12 +47,13 @@ class GuessGradOptimizer(Stepping, Optimizer):
             normal; what guesses have in common is not counted twice. Guesses in turn are then all kept.
         exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
         memory: ``"store"``: one pass, which keeps every site's input and guess until the directional derivatives are
-            known. ``"replay"``: two passes; the first keeps nothing, the second makes inputs and guesses again, as the
-            random states are the same. ``"stream"``: replay in which ``step(closure)`` has ``base`` update each
-            parameter as soon as its gradient is whole, and frees it: no full ``.grad`` ever exists (``estimate`` fills
-            ``.grad`` as ever, to accumulate or to clip). A base of ``torch.optim`` is built with ``fused=True`` where
-            it can be. ``"auto"``: the fastest of these within ``budget``, by ``guessopt.plan`` in the first step, whose
-            name the attribute ``memory`` then has.
+            known (learned feedback along a residual stream: what each block computes). ``"replay"``: two passes; the
+            first keeps nothing, the second makes inputs and guesses again, as the random states are the same (along a
+            stream: block after block, each from its state). ``"stream"``: replay in which ``step(closure)`` has
+            ``base`` update each parameter as soon as its gradient is whole, and frees it: no full ``.grad`` ever exists
+            (``estimate`` fills ``.grad`` as ever, to accumulate or to clip); refused along a stream. A base of
+            ``torch.optim`` is built with ``fused=True`` where it can be. ``"auto"``: the fastest of these within
+            ``budget``, by ``guessopt.plan`` in the first step, whose name the attribute ``memory`` then has.
         budget: for ``memory="auto"``: bytes that a step may take above parameters and base state, as an integer or a
             string such as ``"8GB"``; None: the GPU's free memory, or on a CPU no limit.
         engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
@@ -316,7 +317,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
             start, count = len(self._estimators), len(group["params"])
             names = self._names[start : start + count]
             self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
-        if self.memory in ("replay", "stream") and (why := self._stores()):
+        if why := self._refused(self.memory):
             raise ValueError(f"memory: {why}")
         entries: dict[Estimator, int] = {}
         for position, p in self._by_position.items():

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 if TYPE_CHECKING:
     from guessopt.rules.base import MatrixRule, Rule
@@ -283,10 +284,26 @@ class Block:
     def needs(self) -> set[int]:
         """Values that the programs read and do not make."""
         found = {v for v in (self.source, self.origin, *self.entries) if v is not None}
-        for calls in (self.program, self.skip or ()):
-            made = {o for call in calls for o in call.outputs}
-            found.update(v for call in calls for v in call.inputs if v not in made)
-        return found
+        return found | _read(self.program) | _read(self.skip or ())
+
+    @cached_property
+    def ends_in_skip(self) -> bool:
+        """Whether all that reads the skip's origin is the skip itself: what comes after an addition, say."""
+        if not self.skip or self.origin == self.source:
+            return False
+        reached, calls = {self.origin}, {call.index for call in self.skip}
+        for call in self.program:
+            if reached.intersection(call.inputs):
+                reached.update(call.outputs)
+                if call.index not in calls:
+                    return False
+        return True
+
+
+def _read(calls: tuple[Call, ...]) -> set[int]:
+    """Values that the calls read and do not make."""
+    made = {o for call in calls for o in call.outputs}
+    return {v for call in calls for v in call.inputs if v not in made}
 
 
 @dataclass(frozen=True)
@@ -297,6 +314,22 @@ class Stream:
     blocks: tuple[Block, ...]
     shapes: dict[int, Shape]
     fragile: frozenset[int] = frozenset()
+
+    @cached_property
+    def reverses(self) -> frozenset[int]:
+        """The calls that the blocks' reverse graphs hold."""
+        return frozenset(call.index for block in self.blocks for call in block.program)
+
+    @cached_property
+    def origins(self) -> frozenset[int]:
+        """Where skips begin to which a block's graph can be pulled back, since nothing else reads these values."""
+        return frozenset(block.origin for block in self.blocks if block.ends_in_skip and block.origin is not None)
+
+    @cached_property
+    def needs(self) -> frozenset[int]:
+        """Values that are needed beside the blocks' graphs: the states, and what skips read that are run once more."""
+        skips = (_read(block.skip) for block in self.blocks if block.skip and not block.ends_in_skip)
+        return frozenset(self.shapes).union(*skips)
 
 
 @dataclass(frozen=True)
@@ -375,6 +408,18 @@ class SiteGraph:
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
 
     @cached_property
+    def direct(self) -> frozenset[int]:
+        """The sites' calls that the reverse graphs of the stream's blocks hold."""
+        return frozenset() if self.stream is None else self.stream.reverses.intersection(self.sites_at)
+
+    @cached_property
+    def marked(self) -> frozenset[int]:
+        """Values to which these graphs may be pulled back inside a block: the skips' origins, and the outputs of the
+        sites that no graph holds, since they read the network's input alone."""
+        entries = (site.value for site in self.sites if site.call.index not in self.direct)
+        return frozenset() if self.stream is None else self.stream.origins.union(entries)
+
+    @cached_property
     def rectified(self) -> dict[int, tuple[tuple[int, int], ...]]:
         """By call: the sites of which it reads what a rectifier made, and as which of its arguments."""
         found: dict[int, tuple[tuple[int, int], ...]] = {}
@@ -415,6 +460,28 @@ class Visit:
     directions: list[Tensor] | None = None
 
 
+class End(NamedTuple):
+    """Where a reverse graph may be pulled back to, without the tensor that was there."""
+
+    edge: GradientEdge
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(t: Tensor) -> End:
+        return End(get_gradient_edge(t), t.shape, t.dtype)
+
+
+@dataclass
+class Graphs:
+    """Reverse graphs of a stream's blocks as a pass has left them, by value: from ``goals``, the states and the cuts,
+    back to ``marks`` inside, and to ``sources``, the states as the next block reads them."""
+
+    goals: dict[int, Tensor] = field(default_factory=dict)
+    marks: dict[int, End] = field(default_factory=dict)
+    sources: dict[int, End] = field(default_factory=dict)
+
+
 @dataclass
 class ForwardRecord:
     """What one forward-mode pass leaves behind.
@@ -424,7 +491,9 @@ class ForwardRecord:
     reads itself, by position. ``params``: the guesses made for parameters, by position. ``locals``: by site index, the
     surroundings of sites whose estimator forms the cotangent itself. ``noise``: where the guesses' stream stood before.
     ``values``: what the graph has kept aside; ``states``: tangents of the residual stream's states, by value.
-    ``lessons``: of the estimators that learn.
+    ``lessons``: of the estimators that learn. ``graphs``: of the stream's blocks, where they are kept.
+    ``direct``: by call, the visits of those whose ``gradients`` (with the variables that they are of) the blocks'
+    graphs give.
     A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the visits'
     ``directions``.
     """
@@ -442,6 +511,9 @@ class ForwardRecord:
     states: dict[int, Tensor] = field(default_factory=dict)
     noise: Any = None
     lessons: dict[Any, Any] = field(default_factory=dict)
+    graphs: Graphs | None = None
+    direct: dict[int, Visit] = field(default_factory=dict)
+    gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def count(self) -> int:

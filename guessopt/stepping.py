@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from guessopt.cache import SiteCache
 from guessopt.engine.forward import Departure, Guess, Pass
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import ErrorLevel, FastLevel, Level, PlainLevel
+from guessopt.engine.levels import BlockLevel, ErrorLevel, FastLevel, Level, PlainLevel
 from guessopt.engine.planning import (
     Plan,
     Transaction,
@@ -111,8 +111,12 @@ class Stepping:
                     gradients = {position: g / passes for position, g in gradients.items()}
             else:
                 plan, records = self._derivatives(closure, transaction)
-                loss, gradients = records[0].loss, self._replay(plan, records, closure, transaction)
-                self._learn(plan, records[0])
+                loss = records[0].loss
+                if plan.graph.stream is None:
+                    gradients = self._replay(plan, records, closure, transaction)
+                    self._learn(plan, records[0])
+                else:  # block by block, without another pass
+                    gradients = self._gradients(plan, records[0])
             self._steps += 1
             return loss, {k: _laid_out(g, self._params[k]) for k, g in gradients.items()}
 
@@ -121,12 +125,12 @@ class Stepping:
         if self.memory == "auto":
             self.memory = choose(self, closure, self._budget)
 
-    def _stores(self, graph: SiteGraph | None = None) -> str | None:
-        """Why ``memory="store"`` alone serves, as far as is known without a graph; None if every mode does."""
-        for e in dict.fromkeys(e for e in self._estimators if e.learns):
+    def _refused(self, memory: str, graph: SiteGraph | None = None) -> str | None:
+        """Why a memory mode does not serve, as far as is known without a graph; None if it does."""
+        for e in dict.fromkeys(e for e in self._estimators if e.learns and memory in ("replay", "stream")):
             several = f"guesses={self.guesses}: what one teaches serves the next, so that each needs passes of its own"
-            if why := several if self.guesses > 1 else e.stores(graph):
-                return f"{e.name} does not go with memory={self.memory!r} here: {why}; or use memory='store'"
+            if why := several if self.guesses > 1 else e.refuses(memory, graph):
+                return f"{e.name} does not go with memory={memory!r} here: {why}; or use memory='store'"
         return None
 
     @contextmanager
@@ -164,16 +168,20 @@ class Stepping:
             record = self._in_turn(plan, record, closure, transaction)
         if self.check_finite:
             check_finite(record.loss, record.d)
-        guesses, gradients = len(record.d) if record.d.dim() == 2 else 1, None
-        if guesses > 1:
-            weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
-            record, formed = combined(record, plan.graph, weights)
-        else:
-            gradients = Gradients(plan.graph, self._by_position, self._ids, directed=record.params)
-            formed = self._formed(plan, record, partial(gradients.spend, record))
+        guesses = len(record.d) if record.d.dim() == 2 else 1
+        if guesses == 1:
+            return record.loss, self._gradients(plan, record), 1
+        weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
+        record, formed = combined(record, plan.graph, weights)
         cotangents = estimated_cotangents(plan.graph, record, formed)
-        found = parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids, gradients)
-        return record.loss, found, guesses
+        return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids), guesses
+
+    def _gradients(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
+        """By position, from what a pass with one guess, or none, has left."""
+        gradients = Gradients(plan.graph, self._by_position, self._ids, directed=record.params)
+        formed = self._formed(plan, record, partial(gradients.spend, record))
+        cotangents = estimated_cotangents(plan.graph, record, formed)
+        return parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids, gradients)
 
     def _derivatives(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
         """The first pass of replay, or where guesses go in turn one for each: what it leaves is ``D_n``, the loss and
@@ -424,6 +432,7 @@ class Stepping:
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
     ) -> ForwardRecord:
         guesses, lessons = self._guesses_of(plan), self._lessons(plan)
+        keeps = keeps or plan.graph.stream is not None
         before = None if keeps else self._noise.snapshot()
         while not keeps and any(lesson.begins for lesson in lessons.values()):
             self._show(plan, lessons, "begin", before, closure, transaction)
@@ -432,7 +441,7 @@ class Stepping:
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
         elif isinstance(level, FastLevel) and self._rests(plan):
-            level = ErrorLevel(frozen_statistics=level.frozen_statistics)
+            level = self._resting(plan)
         round = Round(count, self._noise, {} if level.resumes else None)
         guess: Guess = partial(self._guess, plan, round)
         if lessons and not keeps:
@@ -441,11 +450,15 @@ class Stepping:
             guess = _forgetting(guess, round.locals)
         directions = self._directions(count, self._noise)
         left = partial(_let_go, plan.graph, round.locals) if lessons and keeps else None
-        run = Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=keeps, left=left)
+        run = Pass(
+            self._ids, plan.graph, level, guess, directions, transaction.saved,
+            keeps=keeps, left=left, direct=self._direct(plan, lessons),
+        )  # fmt: skip
         run.known = {} if round.known is None else round.known
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
         record.noise, record.lessons = before, lessons
+        record.graphs = level.graphs if isinstance(level, BlockLevel) else None
         if keeps:
             record.locals = round.locals
         else:
@@ -520,6 +533,20 @@ class Stepping:
                 formed |= lesson.estimate(locals, record, spend or formed.update)
         self._learn(plan, record)
         return formed
+
+    def _direct(self, plan: Plan, lessons: Mapping[Estimator, Lesson]) -> frozenset[int]:
+        """Calls whose gradients a stream's blocks give with their own graphs: no guess corrects them in this step."""
+        graph = plan.graph
+        corrected = any(lesson.keeps[1] and e.injects(self._steps, graph) for e, lesson in lessons.items())
+        return frozenset() if corrected else graph.direct
+
+    def _resting(self, plan: Plan) -> Level:
+        """A step without a guess takes the exact errors; along a stream the blocks' graphs as well, unless they are to
+        be made again."""
+        frozen, stream = self.batch_norm == "frozen_statistics", plan.graph.stream
+        if stream is None or self.memory == "replay" or any(cut.shared for cut in plan.graph.cuts):
+            return ErrorLevel(frozen_statistics=frozen)
+        return BlockLevel(stream, plan.graph.marked, frozen_statistics=frozen)
 
     def _rests(self, plan: Plan) -> bool:
         """Whether this step makes no guess at all: every estimator learns, and lives on what it knows."""
@@ -640,7 +667,7 @@ class Stepping:
     def _check_plan(self, plan: Plan) -> None:
         """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""
         own = [site for site in plan.graph.sites if site.shares is None]
-        if self.memory in ("replay", "stream") and (why := self._stores(plan.graph)):
+        if why := self._refused(self.memory, plan.graph):
             raise ValueError(f"memory: {why}")
         by_estimator: dict[Estimator, list[Site]] = {}
         for site in own:

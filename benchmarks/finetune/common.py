@@ -173,11 +173,11 @@ METHODS = {
     "w_perp_stream": Method(
         "W-perp, stream", guess("w_perp", exact_last=True, memory="stream"), 3, 1, follows="w_perp"
     ),
-    "learned_feedback": Method("learned feedback", guess("learned_feedback"), 4, 1),
+    "learned_feedback": Method("learned feedback", guess("learned_feedback", memory="replay"), 4, 1),
 }
 """A pass is the network evaluated once, or tangents or gradients carried through it once; gradients of parameters cost
 another one times the share of the weights tuned. Along a residual stream, as all these models have, learned feedback
-carries no tangents; it runs each block once more and carries gradients through it twice."""
+carries no tangents; it runs each block once more, to keep no more than one, and carries gradients through it twice."""
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

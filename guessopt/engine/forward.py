@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from guessopt.tracing.interceptor import CustomFunction, Interceptor, autocast_o
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 Saved = dict[int, tuple[Tensor, Tensor]]
+_AS_IT_IS = nullcontext[None]()
 
 
 class Departure(BaseException):
@@ -39,6 +40,8 @@ class Pass(Interceptor):
         saved: tensors of the user's that the closure writes, with their values before; added to.
         keeps: whether what parameter gradients will need (the sites' inputs, the guesses) is kept.
         left: called with every visit that is kept, once it is over.
+        direct: calls whose visits are kept apart and without arguments, since their gradients come from a block's own
+            graph.
 
     Attributes:
         known: by call, what guesses have found of calls to come.
@@ -55,16 +58,18 @@ class Pass(Interceptor):
         *,
         keeps: bool = True,
         left: Callable[[Visit], None] | None = None,
+        direct: Collection[int] = (),
     ) -> None:
         super().__init__(params)
         self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
         self.keeps = self.keeps_guesses = keeps
-        self.left = left
+        self.left, self.direct = left, direct
         self.keeps_graph = False
         self.known: dict[int, Known] = {}
         self.values: dict[int, Tensor] = dict(graph.constants)
         self.guesses: dict[int, Tensor] = {}
         self.visits: list[Visit] = []
+        self.visited: dict[int, Visit] = {}
         self.visit: Visit | None = None
         self.leaves: dict[int, Tensor] = {}
         self.duals: dict[int, Tensor] = {}
@@ -106,8 +111,10 @@ class Pass(Interceptor):
             for where, k, value in watch:
                 if where == "out":
                     self._keep(value, results[k])
+                    self.level.mark(value, results[k], False)
             for _, k, value in graph.noted.get(index, ()):
-                self.level.note(value, results[k], clone=self._is_fragile(value))
+                after = self.level.note(value, results[k], clone=self._is_fragile(value))
+                out, results[k] = _put(out, results[k], after), after
             for number, cut in cuts or ():
                 if tuple(results[cut.output].shape) != cut.shape:
                     raise Departure
@@ -124,6 +131,8 @@ class Pass(Interceptor):
         return out
 
     def _keep(self, value: int, t: Tensor) -> None:
+        if self.level.needs is not None and value not in self.level.needs:
+            return
         primal = self.level.primal(t)
         self.values[value] = primal.clone() if self._is_fragile(value) else primal
 
@@ -151,10 +160,10 @@ class Pass(Interceptor):
         mine: list[Tensor],
     ) -> Any:
         if kind is Kind.PLAIN:
-            with self.no_grad:
+            with self._mode(index):
                 return self._call(index, fn, args, kwargs)
         if kind is Kind.SITE:
-            with self.no_grad:
+            with self._mode(index):
                 return self._site(index, fn, args, kwargs, tensors, mine)
         if kind is Kind.EXPRESSION:
             out = fn(*args, **kwargs)
@@ -165,6 +174,9 @@ class Pass(Interceptor):
         if kind is Kind.STOPPED:
             args, kwargs = _map(args, self.level.primal), _map(kwargs, self.level.primal)
         return fn(*args, **kwargs)
+
+    def _mode(self, index: int) -> AbstractContextManager[Any]:
+        return _AS_IT_IS if index in self.level.reverses else self.no_grad
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = self.known.pop(index, None)
@@ -204,7 +216,7 @@ class Pass(Interceptor):
     ) -> Any:
         sites = self.graph.sites_at[index]
         in_place = sites[0].call.in_place
-        self.visit = self._visit(fn, args, kwargs, tensors, mine, sites[0])
+        self.visit = self._visit(index, fn, args, kwargs, tensors, mine, sites[0])
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
@@ -221,6 +233,7 @@ class Pass(Interceptor):
 
     def _visit(
         self,
+        index: int,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -232,12 +245,15 @@ class Pass(Interceptor):
         wanted = [k for k, t in enumerate(tensors) if any(t is m for m in mine) and not self._is_directed(t)]
         if not wanted:
             return None
+        variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
+        if index in self.direct:
+            self.visited[index] = Visit(site.call, (), {}, wanted, variables)
+            return None
         primal: Callable[[Tensor], Tensor] = self.level.primal
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
         state = RandomState.capture() if draws(fn) else None
-        variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
         return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
 
     def leave(self, visit: Visit) -> None:
@@ -255,7 +271,7 @@ class Pass(Interceptor):
             if isinstance(y, list):
                 y = self._by_parameter(site, y)
         if y is None:
-            return s
+            return self.level.mark(site.value, s, site.overwritten)
         y, kept = y if isinstance(y, tuple) else (y, y)
         if self.keeps_guesses and (self.visit is None or self.visit.directions is None):
             self.guesses[site.index] = kept
@@ -331,6 +347,7 @@ class Pass(Interceptor):
         return ForwardRecord(
             loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses, visits=self.visits,
             exact=exact, params=dict(self.directions), values=self.values, states=self.level.notes,
+            direct=self.visited,
         )  # fmt: skip
 
 

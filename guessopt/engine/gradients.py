@@ -144,7 +144,11 @@ class Gradients:
             self._keep(variable, sum_over_examples(d, v))
 
     def close(self, record: ForwardRecord, share: float = 1.0) -> None:
-        """What no site contributes: guesses for parameters themselves, and parameters that the loss reads."""
+        """What no site contributes: guesses for parameters themselves, parameters that the loss reads, and what blocks'
+        own graphs have given."""
+        for variable, gradient in record.gradients:
+            self._keep(variable, gradient)
+        record.gradients = []
         for position, v in record.params.items():  # grad = D v (Baydin 2022; Singhal A.2)
             if record.count == 1:
                 self.add(position, (record.d.sum() * share).to(v.dtype) * v)

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.rules.base import Known, tangent_for
+from guessopt.sites import End, Graphs, Stream
 
 T = TypeVar("T")
 
@@ -65,8 +66,21 @@ class Level(ABC):
         """End the network at ``v``: note its tangent; return what the closure goes on with, and the leaf whose gradient
         is the exact error. ``shared``: the network goes on as well. ``clone``: the loss writes into it."""
 
-    def note(self, value: int, t: Tensor, clone: bool) -> None:  # noqa: B027 (a level without tangents has none)
-        """Keep the tangent of ``t``, if it has one. ``clone``: a later call writes into it."""
+    #: Calls that run with a reverse graph.
+    reverses: frozenset[int] = frozenset()
+
+    #: Values to keep aside, of those that the graph watches; None: all.
+    needs: frozenset[int] | None = None
+
+    def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
+        """Keep the tangent of ``t``, a state of the residual stream, if it has one; return what the closure goes on
+        with. ``clone``: a later call writes into it."""
+        return t
+
+    def mark(self, value: int, t: Tensor, clone: bool) -> Tensor:
+        """Remember where ``t`` lies in a reverse graph, if that is wanted of a value; return what the closure goes on
+        with. ``clone``: as for ``note``."""
+        return t
 
     def outside(self) -> AbstractContextManager[Any]:
         """Where ordinary tensors are worked on as if no pass were under way."""
@@ -194,10 +208,11 @@ class DualLevel(Level):
                 return _pack(leaf, tangent), leaf
             return (leaf.clone() if clone else leaf), leaf
 
-    def note(self, value: int, t: Tensor, clone: bool) -> None:
+    def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
         tangent = _unpack(t)[1]
         if tangent is not None:
             self.notes[value] = tangent.clone() if clone else tangent
+        return t
 
 
 class FastLevel(DualLevel):
@@ -282,9 +297,45 @@ class ErrorLevel(PlainLevel):
 
     def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
         self.tangents[number] = None
-        with torch.enable_grad():
-            leaf = v.detach().requires_grad_()
-            return (leaf.clone() if clone else leaf), leaf
+        leaf, after = _leaf(v, clone)
+        return after, leaf
+
+
+class BlockLevel(ErrorLevel):
+    """The same, and of every block of a residual stream a reverse graph of its own, which ends at the block's source.
+
+    Args:
+        marked: values to which the graphs will be pulled back, beside their sources and parameters.
+    """
+
+    def __init__(self, stream: Stream, marked: frozenset[int], *, frozen_statistics: bool = False) -> None:
+        super().__init__(frozen_statistics=frozen_statistics)
+        self.reverses, self.needs, self.goals = stream.reverses, stream.needs, stream.blocks[-1].goals
+        self.marked, self.graphs = marked, Graphs()
+
+    def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
+        self.graphs.goals[value] = t
+        leaf, t = _leaf(t, clone)
+        self.graphs.sources[value] = End.of(leaf)
+        return t
+
+    def mark(self, value: int, t: Tensor, clone: bool) -> Tensor:
+        if value not in self.marked:
+            return t
+        before, t = (t, t) if t.requires_grad else _leaf(t, clone)
+        self.graphs.marks[value] = End.of(before)
+        return t
+
+    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+        self.graphs.goals[self.goals[number]] = v
+        return super().cut(number, v, shared=shared, clone=clone)
+
+
+def _leaf(t: Tensor, clone: bool) -> tuple[Tensor, Tensor]:
+    """Where a graph begins anew, and what goes on from there: a copy if that is written into."""
+    with torch.enable_grad():
+        leaf = t.detach().requires_grad_()
+        return leaf, leaf.clone() if clone else leaf
 
 
 def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -395,8 +446,9 @@ class FuncLevel(Level):
         self.notes = dict(zip(self._noted, tangents[len(self._cuts) :], strict=False))
         return results[0]
 
-    def note(self, value: int, t: Tensor, clone: bool) -> None:
+    def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
         self._noted[value] = t.clone() if clone else t
+        return t
 
     def primal(self, t: Tensor) -> Tensor:
         return self.plain(t.detach())

@@ -150,8 +150,8 @@ class Estimator(ABC):
         """
         raise NotImplementedError
 
-    def stores(self, graph: SiteGraph | None) -> str | None:
-        """Why this estimator can serve with ``memory="store"`` alone, and what to do; None if it can in every mode.
+    def refuses(self, memory: str, graph: SiteGraph | None) -> str | None:
+        """Why this estimator cannot serve in a memory mode other than ``"store"``, and what to do; None if it can.
         ``graph`` None: as far as the options tell."""
         return None
 

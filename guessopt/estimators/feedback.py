@@ -275,11 +275,12 @@ class LearnedFeedback(Estimator):
             return Streamwise(self, sites, graph, states)
         return Sitewise(self, sites, graph, states, noise)
 
-    def stores(self, graph: SiteGraph | None) -> str | None:
-        if self._stream(graph):
+    def refuses(self, memory: str, graph: SiteGraph | None) -> str | None:
+        if memory == "stream" and self._stream(graph):
             return (
-                "along a residual stream predictions are made from its end back to its beginning, which takes every "
-                "block's input: residual=False serves each site by itself"
+                "along a residual stream predictions are made from its end back to its beginning, not as a second pass "
+                "goes: memory='replay' runs each block once more in place of keeping what it computes, and "
+                "residual=False serves each site by itself"
             )
         return None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from guessopt.estimators.moments import TINY, State, stepped
+from guessopt.estimators.moments import TINY, Products, State, stepped
 from guessopt.estimators.places import Place
 
 if TYPE_CHECKING:
@@ -23,6 +23,30 @@ RIDGE = 1e-2
 Reader = tuple[bool, "int | None"]
 
 
+class Errors(NamedTuple):
+    """A batch's output errors ``e`` as some ``B`` read them, in a unit of their own, ``[N, c]``; their products
+    ``e^T e``; the running second moment, ``errors``, to which every batch counts alike, and its inverse, made firm by a
+    ridge."""
+
+    e: Tensor
+    unit: Tensor
+    squares: Tensor
+    errors: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def of(old: State | None, e: Tensor, gain: float) -> Errors:
+        unit = e.square().mean().sqrt()
+        e = torch.where(torch.isfinite(unit) & (unit > 0), e / unit, 0)
+        squares = e.mT @ e
+        errors = squares / len(e)
+        if old is not None and "errors" in old:
+            errors = old["errors"] + gain * (errors - old["errors"])
+        mean = errors.diagonal().mean().clamp_min(TINY)
+        firm = errors + RIDGE * mean * torch.eye(len(errors), dtype=e.dtype, device=e.device)
+        return Errors(e, unit, squares, errors, torch.linalg.inv_ex(firm).inverse)
+
+
 class Fitting:
     """One step of recursive least squares of every ``B`` on the output's error.
 
@@ -34,21 +58,28 @@ class Fitting:
     def __init__(self, options: LearnedFeedback, places: dict[int, Place], before: dict[int, State | None]) -> None:
         self.options, self.places, self.before = options, places, before
         self.readers = readers(places)
-        self.known: dict[Reader, tuple[Tensor, Tensor]] = {}
+        self.known: dict[Reader, Errors] = {}
 
-    def step(self, index: int, e: Tensor, wanted: Tensor, own: Tensor | None) -> State:
-        """``B e`` towards ``wanted``; ``own``: what it was before; both by rows of ``B``."""
-        options, place, old = self.options, self.places[index], self.before[index]
-        missed = (wanted if own is None else wanted - own).flatten(0, 1)
+    def step(self, index: int, e: Tensor, wanted: Tensor) -> tuple[State, Products | None]:
+        """``B e`` towards ``wanted``, by rows of ``B``; and how it agreed with that before. All but one product is of
+        ``B``'s size, not of the batch's."""
+        place, old = self.places[index], self.before[index]
         steps, gain = self._pace(index)
         reader = place.matched, place.rank
         keeper = self.readers[reader]
         if reader not in self.known:
             read = place.read(e).flatten(0, 1)
-            self.known[reader] = whitened(self.before[keeper], read, self._pace(keeper)[1])
-        white, errors = self.known[reader]
-        new = stepped(old, steps, missed.mT @ white, gain, leak=0.0, clip=options.clip)
-        return new | {"steps": steps} | ({"errors": errors} if keeper == index else {})
+            self.known[reader] = Errors.of(self.before[keeper], read, self._pace(keeper)[1])
+        known, agreed = self.known[reader], None
+        missed = wanted.flatten(0, 1).mT @ known.e
+        if old is not None:
+            b = old["B"] * known.unit
+            own = b @ known.squares
+            agreed = (b * missed).sum(), (b * own).sum()
+            missed = missed - own
+        gradient = missed @ known.inverse / (known.unit * len(known.e)).clamp_min(TINY)
+        new = stepped(old, steps, gradient, gain, leak=0.0, clip=self.options.clip)
+        return new | {"steps": steps} | ({"errors": known.errors} if keeper == index else {}), agreed
 
     def _pace(self, index: int) -> tuple[int, float]:
         """Steps, with this one, and its gain."""
@@ -60,17 +91,3 @@ class Fitting:
 def readers(places: dict[int, Place]) -> dict[Reader, int]:
     """The site that keeps what is known of the errors that a ``B`` reads: of those alike, the last."""
     return {(place.matched, place.rank): index for index, place in places.items()}
-
-
-def whitened(old: State | None, e: Tensor, gain: float) -> tuple[Tensor, Tensor]:
-    """What residuals ``[N, f]`` are multiplied with for the gradient of recursive least squares on ``e``, ``[N, c]``;
-    and the running second moment of ``e``, ``errors``, to which every batch counts alike."""
-    scale = e.square().mean().sqrt()
-    unit = torch.where(torch.isfinite(scale) & (scale > 0), e / scale, 0)
-    errors = unit.mT @ unit / len(e)
-    if old is not None and "errors" in old:
-        errors = old["errors"] + gain * (errors - old["errors"])
-    mean = errors.diagonal().mean().clamp_min(TINY)
-    firm = errors + RIDGE * mean * torch.eye(len(errors), dtype=e.dtype, device=e.device)
-    solved = torch.linalg.solve_ex(firm, unit.mT).result.mT
-    return solved / (scale * len(e)).clamp_min(TINY), errors

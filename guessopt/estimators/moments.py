@@ -19,6 +19,9 @@ RECENT = 0.02
 
 State = dict[str, Any]
 
+#: ``<a, b>`` and ``|b|^2``, to tell how well ``b`` foretells ``a``.
+Products = tuple[Tensor, Tensor]
+
 
 def fits(state: State | None, shape: tuple[int, ...], by_weights: bool) -> bool:
     """Whether ``B`` was learned at this size, and from weights, or else from guesses, whose ``power`` is kept."""
@@ -75,12 +78,16 @@ def stepped(old: State | None, steps: int, gradient: Tensor, gain: Any, *, leak:
     return {"B": b, "usual": recent(usual, torch.where(sound, bounded, usual), steps)}
 
 
-def proven(old: State | None, missed: Tensor, own: Tensor | None, steps: int) -> State:
+def agreement(missed: Tensor, own: Tensor) -> Products:
+    """``<missed, own>`` and ``|own|^2``."""
+    return (missed * own).sum(), own.expand_as(missed).square().sum()
+
+
+def proven(old: State | None, agreed: Products | None, steps: int, like: Tensor) -> State:
     """``share``: the regression of what was missing on what ``B`` made of it before it had seen it, cut to [0, 1]."""
-    if old is None or own is None:
-        return {"share": missed.new_zeros(())}
-    with_ = (missed * own).sum().nan_to_num(0, 0, 0)
-    size = own.expand_as(missed).square().sum().nan_to_num(0, 0, 0)
+    if old is None or agreed is None:
+        return {"share": like.new_zeros(())}
+    with_, size = (product.nan_to_num(0, 0, 0) for product in agreed)
     if "with" in old:
         with_, size = recent(old["with"], with_, steps), recent(old["size"], size, steps)
     share = (with_ / size.clamp_min(TINY)).clamp(0, 1)

@@ -240,10 +240,8 @@ class Sitewise(Lesson):
         """``M_i W_{i+1}^T c_{i+1}``; what ``B_i`` follows lies on the way."""
         u, index = _before_next(local, c), local.site.index
         if index in self.chart.fitted and index not in self.fresh:
-            state, way = self.before[index], self.chart.ways[index]
             assert self.e is not None
-            own = None if state is None else way.rows(self.e, state["B"])
-            self.fresh[index] = self.fitting.step(index, self.e, way.mean(u), own)
+            self.fresh[index], _ = self.fitting.step(index, self.e, self.chart.ways[index].mean(u))
         return local.pull_back(u, spent=True)
 
     def _less(self, index: int, c: Tensor | None, y: Tensor | None) -> None:

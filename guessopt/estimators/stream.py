@@ -17,7 +17,7 @@ from torch import Tensor
 from guessopt.estimators.base import Lesson
 from guessopt.estimators.correction import Correction, less
 from guessopt.estimators.fitting import Fitting
-from guessopt.estimators.moments import State, crowd, fits, moments, normalised, proven, samples, stepped
+from guessopt.estimators.moments import State, agreement, crowd, fits, moments, normalised, proven, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart
 from guessopt.rules.base import push
 from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
@@ -94,8 +94,11 @@ class Course:
         self.last = self.head.source
         self.autocast = next((visit.autocast for visit in record.visits if visit.autocast), None)
         self.output = _output(graph)
-        self.places = stream_places(served, graph, options)
-        self.exact = set(self._inside(self.head))
+        key = options, frozenset(served)
+        if key not in graph.derived:
+            graph.derived[key] = stream_places(served, graph, options)
+        self.places: dict[int, tuple[int, Place]] = graph.derived[key]
+        self.exact = self.served.intersection(self.head.sites)
         self.before: dict[int, State | None] = {}
         self.steps: dict[int, State] = {}
         for keeper, place in self.places.values():
@@ -105,47 +108,70 @@ class Course:
 
     def predicted(self) -> Iterator[dict[int, Tensor]]:
         """Cotangents by site index, block by block, from the head on."""
-        inside = self._inside(self.head)
-        run: Stretch | None = self._again(self.head.program, [self.last, *inside.values()])
+        inside, variables = self._inside(self.head), self._variables(self.head)
+        run: Stretch | None = self._stretch(self.head, [self.last], inside, variables)
         assert run is not None
-        c, *exact = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values()])
-        yield dict(zip(inside, exact, strict=True))
+        c, *found = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values(), *variables])
+        yield self._sorted(found, inside, variables)
         e, p = self.output.join({self.last: c}), c
         assert e is not None
         for block in reversed(self.blocks):
-            inside = self._inside(block)
+            inside, variables = self._inside(block), self._variables(block)
             own = [block.source] if self.options.ahead and block.source is not None else []
             run, moved = None, list[Tensor]()
-            if inside or own:
-                run = self._again(block.program, [*own, *inside.values()])
-            if inside:
+            if inside or variables or own:
+                run = self._stretch(block, own, inside, variables)
+            if inside or variables:
                 assert run is not None
                 both = own if c is p else []  # one way back is enough
-                found = run.pull_back(block.goals, [c], [*inside.values(), *both])
-                yield dict(zip(inside, found, strict=False))
-                moved = found[len(inside) :]
+                found = run.pull_back(block.goals, [c], [*inside.values(), *variables, *both])
+                moved = found[len(inside) + len(variables) :]
+                yield self._sorted(found, inside, variables)
                 del found
             if block.source is None:
                 break
-            skip = self._skip(block)
+            skip = self._skip(block, run)
             skipped, wanted = skip(p), None
             if own:
                 assert run is not None
                 (back,) = moved or run.pull_back(block.goals, [p], own)  # (S + F)^T p
-                c = back if c is p else skip(c - p) + back
-                wanted = back - skipped if self.by_weights else None
-            p = skipped + self._deviation(block.source, e, wanted)
+                wanted = back - skipped  # F^T p
+                c = back if c is p else skip(c) + wanted
+            p = skipped + self._deviation(block.source, e, wanted if self.by_weights else None)
             c = c if own else p
+            if self.by_weights:
+                del self.record.values[block.goals[0]]  # no earlier block reads it
             del run
 
-    def _again(self, calls: tuple[Call, ...], variables: list[int]) -> Stretch:
+    def _sorted(self, found: list[Tensor], inside: dict[int, int], variables: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The sites' cotangents, by index; the variables' gradients go into the record."""
+        self.record.gradients += zip(variables.values(), found[len(inside) :], strict=False)
+        return dict(zip(inside, found, strict=False))
+
+    def _stretch(self, block: Block, own: list[int], inside: dict[int, int], variables: dict[int, Tensor]) -> Stretch:
+        """The block with a graph: as the pass has left it, or run once more."""
+        if self.record.graphs is not None:
+            return Stretch.kept(self.record.graphs, block, inside.values(), variables)
+        return self._again(block.program, [*own, *inside.values(), *variables])
+
+    def _again(self, calls: tuple[Call, ...], ends: list[int]) -> Stretch:
         """The calls run once more, under the autocast that they ran under."""
         with torch.autocast(*self.autocast) if self.autocast else nullcontext():
-            return Stretch(calls, self.record.values, frozenset(variables))
+            return Stretch.again(calls, self.record.values, ends)
 
     def _inside(self, block: Block) -> dict[int, int]:
-        """Values of the block's sites, by index."""
-        return {i: self.graph.sites[i].value for i in block.sites if i in self.served}
+        """Values of the block's sites whose cotangents are wanted, by index."""
+        sites, direct = self.graph.sites, self.record.direct
+        return {i: sites[i].value for i in block.sites if i in self.served and sites[i].call.index not in direct}
+
+    def _variables(self, block: Block) -> dict[int, Tensor]:
+        """The tensors whose gradients the block's graph gives, by value."""
+        visits = (self.record.direct[call.index] for call in block.program if call.index in self.record.direct)
+        return {
+            visit.call.inputs[k]: variable
+            for visit in visits
+            for k, variable in zip(visit.wanted, visit.variables, strict=True)
+        }
 
     def _deviation(self, v: int, e: Tensor, wanted: Tensor | None) -> Any:
         """``B e`` at a state, by the share that has proved itself; ``wanted``: what ``B`` is to make of the error."""
@@ -153,15 +179,13 @@ class Course:
         if keeper is None or place is None:
             return 0
         state = self.before[keeper]
-        own = place.rows(e, state["B"]) if state is not None else None
         if wanted is not None:
-            aim = place.mean(wanted)
-            new = self.fitting.step(keeper, e, aim, own)
-            self.steps[keeper] = new | proven(state, aim, own, new["steps"])
-        return 0 if own is None or state is None else place.put(state["share"] * own).to(self.record.values[v].dtype)
+            new, agreed = self.fitting.step(keeper, e, place.mean(wanted))
+            self.steps[keeper] = new | proven(state, agreed, new["steps"], new["B"])
+        return 0 if state is None else place.predict(e, state["share"] * state["B"]).to(self.record.values[v].dtype)
 
-    def _skip(self, block: Block) -> Callable[[Tensor], Tensor]:
-        """``S^T``."""
+    def _skip(self, block: Block, run: Stretch | None) -> Callable[[Tensor], Tensor]:
+        """``S^T``; ``run``: the block's."""
         if block.skip is None:
             assert block.source is not None
             zeros = torch.zeros_like(self.record.values[block.source])
@@ -169,8 +193,10 @@ class Course:
         if not block.skip:
             return lambda c: c
         assert block.origin is not None
-        run, goals, origin = self._again(block.skip, [block.origin]), block.goals, block.origin
-        return lambda c: run.pull_back(goals, [c], [origin])[0]
+        goals, origin = block.goals, block.origin
+        through = run if run is not None and origin in run.ends and block.ends_in_skip else None
+        through = through or self._again(block.skip, [origin])
+        return lambda c: through.pull_back(goals, [c], [origin])[0]
 
     def _forth(self, block: Block, t: Tensor) -> Tensor:
         """``S t``."""
@@ -201,7 +227,7 @@ class Course:
             missed = t_last - self._foreseen(number, t)
             own = None if old is None else place.foreseen(r, old["B"])
             new = moments(old, r)
-            new |= proven(old, missed, own, new["steps"])
+            new |= proven(old, None if own is None else agreement(missed, own), new["steps"], missed)
             gradient = place.outer(r, missed if own is None else missed - own) / samples(r)
             gain = normalised(new, crowd([(new, samples(r))]), options.beta)
             self.steps[keeper] = new | stepped(old, new["steps"], gradient, gain, leak=options.leak, clip=options.clip)

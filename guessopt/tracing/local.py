@@ -5,7 +5,7 @@ Letters: s the site's output, x the next matrix site's input, u a cotangent of x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,7 @@ from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
 from guessopt.rules.norm import without_side_effects
-from guessopt.sites import Call, Joint, Layout, Matrix, Onward, Shape, Site, Value
+from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Shape, Site, Value
 from guessopt.tracing.interceptor import autocast_of, tensors_in
 
 
@@ -276,29 +276,50 @@ def evaluate(
 
 
 class Stretch:
-    """Recorded calls run once more with a graph of their own, to be pulled back through as often as asked.
+    """A stretch of the network with a reverse graph of its own, to be pulled back through as often as asked.
 
-    Args:
-        calls: in order.
-        values: what they read; taken without any graph that these may have.
-        variables: the values to which ``pull_back`` may lead; given ones, or made by the calls.
+    ``values``: by number, the goals among them; ``ends``: where ``pull_back`` may lead.
     """
 
-    def __init__(self, calls: tuple[Call, ...], values: dict[int, Tensor], variables: frozenset[int]) -> None:
+    def __init__(self, values: dict[int, Tensor], ends: dict[int, End]) -> None:
+        self.values, self.ends = values, ends
+
+    @staticmethod
+    def again(calls: tuple[Call, ...], values: dict[int, Tensor], ends: list[int]) -> Stretch:
+        """Recorded calls run once more.
+
+        Args:
+            calls: in order.
+            values: what they read; taken without any graph that these may have.
+            ends: given values, or made by the calls.
+        """
+        variables = frozenset(ends)
         needed = {v for call in calls for v in call.inputs} | variables
         own = {v: values[v].detach() for v in needed if v in values}
         for v in variables & own.keys():
             own[v].requires_grad_()
         with torch.enable_grad():
-            self.values = evaluate(calls, own, variables)
+            own = evaluate(calls, own, variables)
+        return Stretch(own, {v: End.of(own[v]) for v in ends})
+
+    @staticmethod
+    def kept(graphs: Graphs, block: Block, outputs: Iterable[int], variables: Mapping[int, Tensor]) -> Stretch:
+        """As the closure's own calls have left it, taken over; ``outputs``: of sites."""
+        ends = {v: graphs.marks.pop(v) for v in outputs} | {v: End.of(t) for v, t in variables.items()}
+        if block.origin in graphs.marks:
+            ends[block.origin] = graphs.marks.pop(block.origin)
+        if block.source is not None:
+            ends[block.source] = graphs.sources.pop(block.source)
+        return Stretch({v: graphs.goals.pop(v) for v in block.goals}, ends)
 
     def pull_back(self, goals: tuple[int, ...], us: list[Tensor], variables: list[int]) -> list[Tensor]:
         """``J^T u``: from the goals to each of the variables."""
-        outs = [self.values[goal] for goal in goals]
+        outs, ends = [self.values[goal] for goal in goals], [self.ends[v] for v in variables]
         us = [u.to(out.dtype) for u, out in zip(us, outs, strict=True)]
-        leaves = [self.values[v] for v in variables]
-        found = torch.autograd.grad(outs, leaves, us, allow_unused=True, retain_graph=True)
-        return [torch.zeros_like(v) if g is None else g for v, g in zip(leaves, found, strict=True)]
+        found = torch.autograd.grad(outs, [end.edge for end in ends], us, allow_unused=True, retain_graph=True)
+        return [
+            us[0].new_zeros(end.shape, dtype=end.dtype) if g is None else g for g, end in zip(found, ends, strict=True)
+        ]
 
 
 def _run(
