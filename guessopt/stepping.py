@@ -170,7 +170,14 @@ class Stepping:
             check_finite(record.loss, record.d)
         guesses = len(record.d) if record.d.dim() == 2 else 1
         if guesses == 1:
-            return record.loss, self._gradients(plan, record), 1
+            try:
+                return record.loss, self._gradients(plan, record), 1
+            except RuntimeError as error:
+                if record.graphs is None or "inplace operation" not in str(error):
+                    raise
+            self._forgo_graphs(plan)
+            transaction.rewind()
+            return self._guess_once(closure, transaction)
         weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
         record, formed = combined(record, plan.graph, weights)
         cotangents = estimated_cotangents(plan.graph, record, formed)
@@ -544,7 +551,8 @@ class Stepping:
         """A step without a guess takes the exact errors; along a stream the blocks' graphs as well, unless they are to
         be made again."""
         frozen, stream = self.batch_norm == "frozen_statistics", plan.graph.stream
-        if stream is None or self.memory == "replay" or any(cut.shared for cut in plan.graph.cuts):
+        lacks = not plan.keeps_graphs or any(cut.shared for cut in plan.graph.cuts)
+        if stream is None or lacks or self.memory == "replay":
             return ErrorLevel(frozen_statistics=frozen)
         return BlockLevel(stream, plan.graph.marked, frozen_statistics=frozen)
 
@@ -700,6 +708,13 @@ class Stepping:
         if unread:
             few = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
             self._warn(f"the loss does not depend on {few}: no gradient will be estimated for them")
+
+    def _forgo_graphs(self, plan: Plan) -> None:
+        plan.keeps_graphs = False
+        self._warn(
+            "the network writes into memory that its own backward would read, so that no block's graph can be kept: "
+            "each is run once more, which takes longer"
+        )
 
     def _check_orthogonal(self, plan: Plan) -> None:
         for estimator in self._estimators:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from guessopt import GuessGradOptimizer, LearnedFeedback
+from guessopt import GuessGradOptimizer, GuessWarning, LearnedFeedback
 from guessopt.diagnostics import cosine, estimated_gradient, true_gradient
 from guessopt.memory import cpu_peak
 from guessopt.sites import Stream
@@ -485,6 +486,79 @@ def test_replay_makes_the_updates_of_store(model: str, options: dict[str, Any]) 
     torch.testing.assert_close(losses, other[0], rtol=1e-9, atol=1e-12)
     for a, b in zip(params + feedback, other[1] + other[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+class Awkward(nn.Module):
+    """``h + W2 tanh(W1 h)``, in ways that a kept graph has to get right."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.one, self.two, self.way = nn.Linear(5, 7), nn.Linear(7, 5), way
+        self.scale = nn.Parameter(torch.ones(5))
+        if way == "weight norm":
+            self.one = nn.utils.parametrizations.weight_norm(self.one)
+        if way == "frozen":
+            self.requires_grad_(False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.way == "rectified in place":
+            h = F.relu_(h)
+        out: Tensor = self.two(torch.tanh(self.one(h))) * self.scale
+        if self.way == "sum in place":
+            out += h
+            return F.relu_(out)
+        if self.way == "state in place":
+            h += out
+            return h
+        if self.way == "views":
+            return (h.view(-1, 1, 5) + out.view(-1, 1, 5)).reshape(-1, 5)
+        if self.way == "checkpoint":
+            return h + checkpoint(lambda t: self.two(torch.tanh(self.one(t))) * self.scale, h, use_reentrant=False)
+        return h + out
+
+
+#: Torch's own backward refuses them.
+SPOILED = ("state in place",)
+AWKWARD = (
+    "rectified in place",
+    "sum in place",
+    "state in place",
+    "views",
+    "weight norm",
+    "frozen",
+    "shared",
+    "checkpoint",
+)
+
+
+@pytest.mark.filterwarnings("ignore:torch.compile")
+@pytest.mark.parametrize("options", [{}, {"gamma": 1, "every": 2}], ids=str)
+@pytest.mark.parametrize("way", AWKWARD)
+def test_kept_graphs_of_awkward_blocks(way: str, options: dict[str, Any]) -> None:
+    """The updates of an engine that keeps none. A network that writes into what its own backward reads is told so, and
+    trains all the same."""
+    ends = []
+    for engine in ("dual", "fast"):
+        torch.manual_seed(0)
+        blocks = [Awkward("plain" if way == "frozen" and k in (0, 3) else way) for k in range(4)]
+        blocks = blocks[:1] * 4 if way == "shared" else blocks
+        net = nn.Sequential(nn.Linear(4, 5), *blocks, nn.Linear(5, 3)).double()
+        x = torch.randn(12, 4, dtype=torch.float64)
+        named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        opt = GuessGradOptimizer(
+            named, torch.optim.SGD, LearnedFeedback(**{"gamma": 0, **options}), lr=0.05, seed=1, engine=engine
+        )
+        with (
+            pytest.warns(GuessWarning, match="writes into memory")
+            if engine == "fast" and way in SPOILED
+            else nullcontext()
+        ):
+            for _ in range(5):
+                opt.step(lambda net=net, x=x: F.cross_entropy(net(x), labels(12, 3)))
+        assert opt._plans[0].graph.stream is not None
+        ends.append([p.detach().clone() for p in net.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_kept_graph_passes_dropout_as_it_was_drawn() -> None:

@@ -23,7 +23,8 @@ from guessopt.tracing.tape import Tape
 class Plan:
     """A graph in use. ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so
     far; ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``; ``joints``:
-    sites that are guessed as one, by the first one's index."""
+    sites that are guessed as one, by the first one's index; ``keeps_graphs``: whether a pass may leave the stream's
+    blocks with reverse graphs, as far as is known."""
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -41,6 +42,7 @@ class Plan:
     stacks: bool | None = None
     ways: dict[int, bool] = field(default_factory=dict)
     stream: bool = False
+    keeps_graphs: bool = True
     joints: dict[int, Joint] = field(default_factory=dict)
 
 

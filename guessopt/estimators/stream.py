@@ -194,8 +194,8 @@ class Course:
             return lambda c: c
         assert block.origin is not None
         goals, origin = block.goals, block.origin
-        through = run if run is not None and origin in run.ends and block.ends_in_skip else None
-        through = through or self._again(block.skip, [origin])
+        kept = run is not None and block.ends_in_skip and origin in run.ends
+        through = run if run is not None and kept else self._again(block.skip, [origin])
         return lambda c: through.pull_back(goals, [c], [origin])[0]
 
     def _forth(self, block: Block, t: Tensor) -> Tensor:

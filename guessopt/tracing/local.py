@@ -306,7 +306,7 @@ class Stretch:
     def kept(graphs: Graphs, block: Block, outputs: Iterable[int], variables: Mapping[int, Tensor]) -> Stretch:
         """As the closure's own calls have left it, taken over; ``outputs``: of sites."""
         ends = {v: graphs.marks.pop(v) for v in outputs} | {v: End.of(t) for v, t in variables.items()}
-        if block.origin in graphs.marks:
+        if block.ends_in_skip and block.origin is not None:
             ends[block.origin] = graphs.marks.pop(block.origin)
         if block.source is not None:
             ends[block.source] = graphs.sources.pop(block.source)
