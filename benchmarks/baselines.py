@@ -119,13 +119,13 @@ class ZerothOrder(Learner):
 
 class Guessed(Guess):
     """A guess optimizer in one of its memory modes, on the same fused AdamW. Learned feedback predicts at the site
-    itself, its least arithmetic; in two passes it leaves residual streams alone."""
+    itself, its least arithmetic; with ``"stream"``, which does not go along residual streams, it leaves these alone."""
 
     def __init__(self, model: nn.Module, lr: float, method: str, memory: str = "store") -> None:
         super().__init__(model, lr, method)
         estimator = ESTIMATORS[method]()
         if isinstance(estimator, LearnedFeedback):
-            estimator = replace(estimator, ahead=0, residual=memory == "store")
+            estimator = replace(estimator, ahead=0, residual=memory != "stream")
         self.every = getattr(estimator, "every", 1)  # steps between forward-mode passes
         self.optimizer = GuessGradOptimizer(model.parameters(), AdamW, estimator, memory=memory, lr=lr, fused=True)
 
