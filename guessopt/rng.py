@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -46,6 +46,11 @@ class RandomState:
         if numpy is not None and self.numpy is not None:
             numpy.random.set_state(self.numpy)
         random.setstate(self.python)
+
+
+def cuda_devices(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Those on which any of the tensors lies."""
+    return tuple({t.device.index for t in tensors if t.is_cuda})
 
 
 @contextmanager

@@ -309,11 +309,12 @@ def _read(calls: tuple[Call, ...]) -> set[int]:
 @dataclass(frozen=True)
 class Stream:
     """A network as a chain of blocks, the head last; ``shapes``: of the states, by value; ``fragile``: values that
-    later calls write into."""
+    later calls write into; ``drawing``: calls inside blocks that may draw random numbers."""
 
     blocks: tuple[Block, ...]
     shapes: dict[int, Shape]
     fragile: frozenset[int] = frozenset()
+    drawing: frozenset[int] = frozenset()
 
     @cached_property
     def reverses(self) -> frozenset[int]:
@@ -328,8 +329,17 @@ class Stream:
     @cached_property
     def needs(self) -> frozenset[int]:
         """Values that are needed beside the blocks' graphs: the states, and what skips read that are run once more."""
-        skips = (_read(block.skip) for block in self.blocks if block.skip and not block.ends_in_skip)
-        return frozenset(self.shapes).union(*skips)
+        return frozenset(self.shapes).union(*map(_read, self._apart))
+
+    @cached_property
+    def redrawn(self) -> frozenset[int]:
+        """Of the calls that draw, those that are run once more beside the blocks' graphs."""
+        return self.drawing.intersection(call.index for skip in self._apart for call in skip)
+
+    @property
+    def _apart(self) -> list[tuple[Call, ...]]:
+        """Skips to which no block's graph leads."""
+        return [block.skip for block in self.blocks if block.skip and not block.ends_in_skip]
 
 
 @dataclass(frozen=True)
@@ -493,7 +503,7 @@ class ForwardRecord:
     ``values``: what the graph has kept aside; ``states``: tangents of the residual stream's states, by value.
     ``lessons``: of the estimators that learn. ``graphs``: of the stream's blocks, where they are kept.
     ``direct``: by call, the visits of those whose ``gradients`` (with the variables that they are of) the blocks'
-    graphs give.
+    graphs give. ``random``: the random states before calls of blocks that draw, where these are to be run once more.
     A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the visits'
     ``directions``.
     """
@@ -514,6 +524,7 @@ class ForwardRecord:
     graphs: Graphs | None = None
     direct: dict[int, Visit] = field(default_factory=dict)
     gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    random: dict[int, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:

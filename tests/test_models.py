@@ -20,7 +20,7 @@ from benchmarks.coverage import EXACT, LOW, in_precision, survey
 from benchmarks.exactness import exactness
 from benchmarks.mezo import forward_mode, mezo
 from benchmarks.zoo import Entry, Subject, entries
-from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, preflight
+from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, LearnedFeedback, preflight
 from guessopt.diagnostics.reverse import Truth
 from guessopt.estimators import estimator_names
 from guessopt.rules.base import MatrixRule
@@ -66,6 +66,29 @@ def test_it_runs_unchanged(name: str) -> None:
 @pytest.mark.parametrize("name", rows(["torch/TransformerEncoder", "torch/LSTM", "hf/llama sdpa", "hf/t5 sdpa"]))
 def test_16_bits(name: str, mode: str) -> None:
     assert exactness(in_precision(ENTRIES[name], mode), draws=4).error < LOW
+
+
+RESIDUAL = [
+    "torch/TransformerEncoder", "torchvision/resnet18", "timm/convnext_atto", "hf/gpt2 sdpa", "hf/llama sdpa",
+    "hf/swin eager", "hf/mamba", "peft/LoRA", "peft/LoRA on 4 bits (bitsandbytes)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", rows(RESIDUAL))
+def test_learned_feedback_keeps_a_block_or_runs_it_again(name: str) -> None:
+    """The same updates, dropout and stochastic depth included: graphs that the pass has left, and recorded calls."""
+    ends = []
+    for memory in ("store", "replay"):
+        torch.manual_seed(0)
+        subject = ENTRIES[name].build(ENTRIES[name].dtype)
+        opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, LearnedFeedback(gamma=0), lr=0.01, memory=memory)
+        torch.manual_seed(1)
+        for _ in range(3):
+            opt.step(subject.closure)
+        assert opt._plans[0].graph.stream is not None and opt._plans[0].keeps_graphs
+        ends.append([p.detach() for _, p in subject.named()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(

@@ -463,7 +463,7 @@ def test_memory_grows_by_what_blocks_compute_or_by_states_alone(memory: str, eve
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 @pytest.mark.parametrize("options", [{}, {"source": "guesses", "every": 2}, {"gamma": 1, "every": 2}], ids=str)
-@pytest.mark.parametrize("model", ["sums", "rectified", "in place", "projected", "prompts", "transformer"])
+@pytest.mark.parametrize("model", ["sums", "rectified", "in place", "projected", "prompts", "transformer", "drawing"])
 def test_replay_makes_the_updates_of_store(model: str, options: dict[str, Any]) -> None:
     """Whether a block's graph was kept or made once more; parameters, ``B`` and buffers."""
     ends = []
@@ -471,6 +471,11 @@ def test_replay_makes_the_updates_of_store(model: str, options: dict[str, Any]) 
         if model in ("sums", "rectified"):
             net, closure = stack(4, model == "rectified")
             named = list(net.named_parameters())
+        elif model == "drawing":
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(4, 5), *(Awkward("drawing") for _ in range(3)), nn.Linear(5, 3)).double()
+            x = torch.randn(12, 4, dtype=torch.float64)
+            named, closure = list(net.named_parameters()), lambda net=net, x=x: F.cross_entropy(net(x), labels(12, 3))
         elif model in ("in place", "projected"):
             net, closure = shortcut_net(model == "projected")
             named = list(net.named_parameters())
@@ -502,8 +507,12 @@ class Awkward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         if self.way == "rectified in place":
-            h = F.relu_(h)
-        out: Tensor = self.two(torch.tanh(self.one(h))) * self.scale
+            F.relu_(h)
+        read = h.to(h.dtype) if self.way == "same tensor" else h
+        out: Tensor = self.two(torch.tanh(self.one(read))) * self.scale
+        if self.way == "drawing":
+            out = F.dropout(out, 0.2) * (torch.rand(len(h), 1, dtype=h.dtype) < 0.7)
+            return F.dropout(h, 0.1) + F.dropout(out, 0.3, True, True)
         if self.way == "sum in place":
             out += h
             return F.relu_(out)
@@ -520,6 +529,8 @@ class Awkward(nn.Module):
 #: Torch's own backward refuses them.
 SPOILED = ("state in place",)
 AWKWARD = (
+    "drawing",
+    "same tensor",
     "rectified in place",
     "sum in place",
     "state in place",
@@ -544,6 +555,7 @@ def test_kept_graphs_of_awkward_blocks(way: str, options: dict[str, Any]) -> Non
         blocks = blocks[:1] * 4 if way == "shared" else blocks
         net = nn.Sequential(nn.Linear(4, 5), *blocks, nn.Linear(5, 3)).double()
         x = torch.randn(12, 4, dtype=torch.float64)
+        torch.manual_seed(1)
         named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         opt = GuessGradOptimizer(
             named, torch.optim.SGD, LearnedFeedback(**{"gamma": 0, **options}), lr=0.05, seed=1, engine=engine

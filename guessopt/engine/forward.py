@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
 from guessopt.errors import ClosureError
-from guessopt.rng import RandomState, draws
+from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
@@ -73,7 +73,13 @@ class Pass(Interceptor):
         self.visit: Visit | None = None
         self.leaves: dict[int, Tensor] = {}
         self.duals: dict[int, Tensor] = {}
+        #: Tensors that a call has returned as it got them, and what the closure was handed in their place: it may know
+        #: them by another name. By id.
+        self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.result: Tensor | None = None
+        self.random: dict[int, RandomState | None] = {}
+        if graph.stream is not None:
+            self.random = dict.fromkeys(graph.stream.redrawn if level.reverses else graph.stream.drawing)
         self._answers = iter(graph.answers)
 
     def requires_grad(self, answer: bool) -> bool:
@@ -88,6 +94,8 @@ class Pass(Interceptor):
         tensors: list[Tensor],
         mine: list[Tensor],
     ) -> Any:
+        if self.replaced and any(id(t) in self.replaced for t in tensors):
+            args, kwargs, tensors = self._newest(args), self._newest(kwargs), self._newest(tensors)
         graph = self.graph
         if index >= len(graph.functions) or graph.functions[index] != fn:
             raise Departure
@@ -103,6 +111,8 @@ class Pass(Interceptor):
             if where == "in":
                 self._keep(value, tensors[k])
 
+        if index in self.random:
+            self.random[index] = RandomState.capture(cuda_devices(tensors))
         out = self._run(index, kind, fn, args, kwargs, tensors, mine)
 
         cuts = graph.cuts_at.get(index)
@@ -114,6 +124,8 @@ class Pass(Interceptor):
                     self.level.mark(value, results[k], False)
             for _, k, value in graph.noted.get(index, ()):
                 after = self.level.note(value, results[k], clone=self._is_fragile(value))
+                if after is not results[k] and any(results[k] is t for t in tensors):
+                    self.replaced[id(results[k])] = results[k], after
                 out, results[k] = _put(out, results[k], after), after
             for number, cut in cuts or ():
                 if tuple(results[cut.output].shape) != cut.shape:
@@ -129,6 +141,12 @@ class Pass(Interceptor):
             for value in graph.release.get(index, ()):
                 self.values.pop(value, None)
         return out
+
+    def _newest(self, node: Any) -> Any:
+        def newest(t: Tensor) -> Tensor:
+            return self.replaced[id(t)][1] if id(t) in self.replaced else t
+
+        return _map(node, newest)
 
     def _keep(self, value: int, t: Tensor) -> None:
         if self.level.needs is not None and value not in self.level.needs:
@@ -253,7 +271,7 @@ class Pass(Interceptor):
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
-        state = RandomState.capture() if draws(fn) else None
+        state = RandomState.capture(cuda_devices(tensors)) if draws(fn) else None
         return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
 
     def leave(self, visit: Visit) -> None:
@@ -347,7 +365,7 @@ class Pass(Interceptor):
         return ForwardRecord(
             loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses, visits=self.visits,
             exact=exact, params=dict(self.directions), values=self.values, states=self.level.notes,
-            direct=self.visited,
+            direct=self.visited, random=self.random,
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from guessopt.rules.attention import drops_out
 from guessopt.rules.base import Known, tangent_for
 from guessopt.sites import End, Graphs, Stream
 
@@ -270,7 +271,7 @@ class PlainLevel(Level):
         return super().call(fn, args, kwargs, writes=writes)
 
     def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
-        drops = fn is F.scaled_dot_product_attention and _drops(args, kwargs)
+        drops = fn is F.scaled_dot_product_attention and drops_out(args, kwargs)
         return NotImplemented if drops or known.out is None else known.out
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -338,11 +339,6 @@ def _leaf(t: Tensor, clone: bool) -> tuple[Tensor, Tensor]:
         return leaf, leaf.clone() if clone else leaf
 
 
-def _drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an attention drops out."""
-    return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
-
-
 _FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -391,7 +387,7 @@ def _same_dtype(out: Any) -> Any:
 
 def _fuses(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Attention that a fused kernel may run where no tangent passes; with dropout it might draw otherwise."""
-    return fn is F.scaled_dot_product_attention and not _drops(args, kwargs)
+    return fn is F.scaled_dot_product_attention and not drops_out(args, kwargs)
 
 
 def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

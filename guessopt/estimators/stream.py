@@ -157,7 +157,7 @@ class Course:
     def _again(self, calls: tuple[Call, ...], ends: list[int]) -> Stretch:
         """The calls run once more, under the autocast that they ran under."""
         with torch.autocast(*self.autocast) if self.autocast else nullcontext():
-            return Stretch.again(calls, self.record.values, ends)
+            return Stretch.again(calls, self.record.values, ends, self.record.random)
 
     def _inside(self, block: Block) -> dict[int, int]:
         """Values of the block's sites whose cotangents are wanted, by index."""
@@ -202,11 +202,11 @@ class Course:
         """``S t``."""
         if not block.skip:
             return t
-        origin, calls, values = block.origin, block.skip, self.record.values
+        origin, calls, values, random = block.origin, block.skip, self.record.values, self.record.random
         assert origin is not None
 
         def run(h: Tensor) -> tuple[Tensor, ...]:
-            return (evaluate(calls, {**values, origin: h})[block.goals[0]],)
+            return (evaluate(calls, {**values, origin: h}, random=random)[block.goals[0]],)
 
         with torch.autocast(*self.autocast) if self.autocast else nullcontext():
             return push(run, [values[origin]], [t])[0]

@@ -207,6 +207,11 @@ def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
 PULLED_BACK[torch.unbind] = PULLED_BACK[Tensor.unbind] = unbind
 
 
+def drops_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an attention does."""
+    return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
+
+
 def differentiable_attention(
     q: Tensor,
     k: Tensor,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -264,14 +265,23 @@ def evaluate(
     values: dict[int, Tensor],
     variables: frozenset[int] = frozenset(),
     known: dict[int, Known] | None = None,
+    random: Mapping[int, RandomState] | None = None,
 ) -> dict[int, Tensor]:
-    """Run recorded calls on values, functionally: dropout passes as its mean, in-place writes go to a copy, global
-    random states are left alone. ``variables``: values made here that are to require grad. ``known``: where to leave,
-    by call, what the closure may take over."""
-    values = dict(values)
-    drawing = any(draws(PULLED_BACK.get(call.fn, call.fn)) for call in calls if call.fn not in DROPOUT)
+    """Run recorded calls on values, functionally: in-place writes go to a copy, global random states are left alone.
+
+    Args:
+        variables: values made here that are to require grad.
+        known: where to leave, by call, what the closure may take over.
+        random: the states from which calls are to draw; of the others dropout passes as its mean.
+    """
+    values, random = dict(values), random or {}
+    drawing = any(
+        draws(PULLED_BACK.get(call.fn, call.fn))
+        for call in calls
+        if call.fn not in DROPOUT and call.index not in random
+    )
     with replayed(RandomState.capture() if drawing else None):
-        _run(calls, values, variables, known)
+        _run(calls, values, variables, known, random)
     return values
 
 
@@ -285,13 +295,16 @@ class Stretch:
         self.values, self.ends = values, ends
 
     @staticmethod
-    def again(calls: tuple[Call, ...], values: dict[int, Tensor], ends: list[int]) -> Stretch:
+    def again(
+        calls: tuple[Call, ...], values: dict[int, Tensor], ends: list[int], random: Mapping[int, RandomState]
+    ) -> Stretch:
         """Recorded calls run once more.
 
         Args:
             calls: in order.
             values: what they read; taken without any graph that these may have.
             ends: given values, or made by the calls.
+            random: the states from which calls have drawn.
         """
         variables = frozenset(ends)
         needed = {v for call in calls for v in call.inputs} | variables
@@ -299,7 +312,7 @@ class Stretch:
         for v in variables & own.keys():
             own[v].requires_grad_()
         with torch.enable_grad():
-            own = evaluate(calls, own, variables)
+            own = evaluate(calls, own, variables, random=random)
         return Stretch(own, {v: End.of(own[v]) for v in ends})
 
     @staticmethod
@@ -327,17 +340,20 @@ def _run(
     values: dict[int, Tensor],
     variables: frozenset[int] = frozenset(),
     known: dict[int, Known] | None = None,
+    random: Mapping[int, RandomState] = MappingProxyType({}),
 ) -> None:
     for call in calls:
         fn = call.fn
-        if fn in DROPOUT:
+        if fn in DROPOUT and call.index not in random:
             values[call.outputs[0]] = values[call.inputs[0]]
             continue
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        with _autocasting(call, values):
-            out = (PULLED_BACK.get(fn) or without_side_effects(fn))(*args, **kwargs)
+        state = random.get(call.index)
+        with _autocasting(call, values), replayed(state):
+            run = PULLED_BACK.get(fn) if state is None else None
+            out = (run or without_side_effects(fn))(*args, **kwargs)
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
             if known is not None and fn in RESUMED and not call.in_place:
