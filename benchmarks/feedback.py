@@ -370,7 +370,7 @@ class Bench(Runs):
             for method in ("backprop", *missing):
                 torch.manual_seed(0)
                 steps[method] = partial(Learner(PROBLEMS[problem].network().to(self.device), method, 1e-4).step, x, y)
-            rounds, block = (2, 1) if self.quick else (5, 16)  # forward-mode passes are at most 16 steps apart
+            rounds, block = (2, 1) if self.quick else (9, 16)  # forward-mode passes are at most 16 steps apart
             times = time_ratios(
                 steps, baseline="backprop", rounds=rounds, block=block, device=self.device, clock=self.clock
             )
