@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from guessopt.rules.base import MatrixRule, Rule
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 class Layout(enum.Enum):
@@ -416,6 +417,13 @@ class SiteGraph:
         states = self.stream.shapes if self.stream is not None else {}
         noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
+
+    def derive(self, key: Any, make: Callable[[], T]) -> T:
+        """What ``make`` works out from this graph, once for a key."""
+        if key not in self.derived:
+            self.derived[key] = make()
+        found: T = self.derived[key]
+        return found
 
     @cached_property
     def direct(self) -> frozenset[int]:

@@ -127,7 +127,9 @@ class Stepping:
 
     def _refused(self, memory: str, graph: SiteGraph | None = None) -> str | None:
         """Why a memory mode does not serve, as far as is known without a graph; None if it does."""
-        for e in dict.fromkeys(e for e in self._estimators if e.learns and memory in ("replay", "stream")):
+        if memory not in ("replay", "stream"):
+            return None
+        for e in dict.fromkeys(e for e in self._estimators if e.learns):
             several = f"guesses={self.guesses}: what one teaches serves the next, so that each needs passes of its own"
             if why := several if self.guesses > 1 else e.refuses(memory, graph):
                 return f"{e.name} does not go with memory={memory!r} here: {why}; or use memory='store'"
@@ -465,7 +467,6 @@ class Stepping:
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
         record.noise, record.lessons = before, lessons
-        record.graphs = level.graphs if isinstance(level, BlockLevel) else None
         if keeps:
             record.locals = round.locals
         else:

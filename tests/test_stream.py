@@ -367,9 +367,8 @@ def test_feedback_from_weights_is_a_least_squares_fit() -> None:
     (e,) = torch.autograd.grad(F.cross_entropy(net[4:](last), labels(64, 3)), last)
     (wanted,) = torch.autograd.grad(last, start, e)
     wanted = wanted - e  # the skip is the identity
-    (b,) = [
-        state["B"] for state in learned(opt).values() if "errors" in state
-    ]  # the one before the last block keeps them
+    # The one before the last block keeps them.
+    (b,) = [state["B"] for state in learned(opt).values() if "errors" in state]
     best = e @ torch.linalg.lstsq(e, wanted).solution
     assert float((e @ b.T - best).norm() / best.norm()) < 0.05
     assert float((wanted - best).norm() / wanted.norm()) > 0.05  # one matrix for all examples does not say everything
@@ -560,11 +559,8 @@ def test_kept_graphs_of_awkward_blocks(way: str, options: dict[str, Any]) -> Non
         opt = GuessGradOptimizer(
             named, torch.optim.SGD, LearnedFeedback(**{"gamma": 0, **options}), lr=0.05, seed=1, engine=engine
         )
-        with (
-            pytest.warns(GuessWarning, match="writes into memory")
-            if engine == "fast" and way in SPOILED
-            else nullcontext()
-        ):
+        spoiled = engine == "fast" and way in SPOILED
+        with pytest.warns(GuessWarning, match="writes into memory") if spoiled else nullcontext():
             for _ in range(5):
                 opt.step(lambda net=net, x=x: F.cross_entropy(net(x), labels(12, 3)))
         assert opt._plans[0].graph.stream is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,10 @@ from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
-from guessopt.tracing.interceptor import CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 Saved = dict[int, tuple[Tensor, Tensor]]
-_AS_IT_IS = nullcontext[None]()
 
 
 class Departure(BaseException):
@@ -194,7 +193,7 @@ class Pass(Interceptor):
         return fn(*args, **kwargs)
 
     def _mode(self, index: int) -> AbstractContextManager[Any]:
-        return _AS_IT_IS if index in self.level.reverses else self.no_grad
+        return AS_IT_IS if index in self.level.reverses else self.no_grad
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = self.known.pop(index, None)
@@ -234,7 +233,7 @@ class Pass(Interceptor):
     ) -> Any:
         sites = self.graph.sites_at[index]
         in_place = sites[0].call.in_place
-        self.visit = self._visit(index, fn, args, kwargs, tensors, mine, sites[0])
+        self.visit = self._visit(fn, args, kwargs, tensors, mine, sites[0])
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
@@ -251,7 +250,6 @@ class Pass(Interceptor):
 
     def _visit(
         self,
-        index: int,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -264,8 +262,8 @@ class Pass(Interceptor):
         if not wanted:
             return None
         variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
-        if index in self.direct:
-            self.visited[index] = Visit(site.call, (), {}, wanted, variables)
+        if site.call.index in self.direct:
+            self.visited[site.call.index] = Visit(site.call, (), {}, wanted, variables)
             return None
         primal: Callable[[Tensor], Tensor] = self.level.primal
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
@@ -365,7 +363,7 @@ class Pass(Interceptor):
         return ForwardRecord(
             loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses, visits=self.visits,
             exact=exact, params=dict(self.directions), values=self.values, states=self.level.notes,
-            direct=self.visited, random=self.random,
+            graphs=self.level.graphs, direct=self.visited, random=self.random,
         )  # fmt: skip
 
 

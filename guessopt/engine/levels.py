@@ -73,6 +73,9 @@ class Level(ABC):
     #: Values to keep aside, of those that the graph watches; None: all.
     needs: frozenset[int] | None = None
 
+    #: The reverse graphs of a stream's blocks, where they are kept.
+    graphs: Graphs | None = None
+
     def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
         """Keep the tangent of ``t``, a state of the residual stream, if it has one; return what the closure goes on
         with. ``clone``: a later call writes into it."""
@@ -308,6 +311,8 @@ class BlockLevel(ErrorLevel):
     Args:
         marked: values to which the graphs will be pulled back, beside their sources and parameters.
     """
+
+    graphs: Graphs
 
     def __init__(self, stream: Stream, marked: frozenset[int], *, frozen_statistics: bool = False) -> None:
         super().__init__(frozen_statistics=frozen_statistics)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from guessopt.engine.levels import FastLevel, Level, _pack, _unpack
-from guessopt.rng import RandomState, draws
+from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.attention import stacked_attention
 from guessopt.rules.base import is_in_place, tangent_for
 from guessopt.rules.elementwise import ADDITION, RELU, UNARY, relu_pull_back
@@ -241,7 +241,7 @@ class StackedLevel(FastLevel):
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving, writes: bool
     ) -> Found:
         """The operation K times over, each time from the same random state; it writes into what is not ours once."""
-        state = RandomState.capture(_devices(args)) if draws(fn) else None
+        state = RandomState.capture(cuda_devices(tensors_in(args))) if draws(fn) else None
         first: Any = None
         primals: list[Tensor] = []
         stacks: list[list[Tensor | None]] = []
@@ -287,17 +287,13 @@ class _Before:
     """Random states, and what an operation might write, as they are before it."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving) -> None:
-        self.random = RandomState.capture(_devices(args))
+        self.random = RandomState.capture(cuda_devices(tensors_in(args)))
         self.values = [(t, t.detach().clone()) for t in tensors_in(args, kwargs) if id(t) not in moving]
 
     def restore(self) -> None:
         self.random.restore()
         for t, value in self.values:
             t.detach().copy_(value)
-
-
-def _devices(args: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple({t.device.index for t in tensors_in(args) if t.is_cuda})
 
 
 def _apply(

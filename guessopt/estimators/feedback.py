@@ -232,13 +232,12 @@ class LearnedFeedback(Estimator):
 
     def _rows(self, graph: SiteGraph) -> float:
         """Of all ``B``, to a sample of a batch."""
-        key = "rows", self
-        if key not in graph.derived:
-            graph.derived[key] = sum(
-                place.b_shape[0] / place.samples * (SUMMED if place.sums else 1) for place in self._places(graph)
-            )
-        found: float = graph.derived[key]
-        return found
+
+        def rows() -> float:
+            every = self._places(graph)
+            return sum(place.b_shape[0] / place.samples * (SUMMED if place.sums else 1) for place in every)
+
+        return graph.derive(("rows", self), rows)
 
     @property
     def along_weights(self) -> bool:

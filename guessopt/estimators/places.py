@@ -134,15 +134,7 @@ class Place:
 
     def predict(self, e: Tensor, b: Tensor) -> Tensor:
         """``B e``, in the shape of the place."""
-        return self.put(self.rows(e, b))
-
-    def rows(self, e: Tensor, b: Tensor) -> Tensor:
-        """``B e`` by rows of ``B``, ``[n, g, f]``."""
-        return self.read(e) @ b.T  # n g c, f c -> n g f
-
-    def put(self, u: Tensor) -> Tensor:
-        """What ``rows`` makes, in the shape of the place."""
-        return self.view.fold(self.spread(u))
+        return self.view.fold(self.spread(self.read(e) @ b.T))  # n g c, f c -> n g f
 
     def read(self, e: Tensor) -> Tensor:
         """The output's error as ``B`` reads it, ``[n, g, c]``."""
@@ -171,7 +163,7 @@ class Place:
         return r.flatten(1)[:, None]
 
     def mean(self, c: Tensor) -> Tensor:
-        """A cotangent of the place in the mean of each cell, ``[n, g, f]``: what ``rows`` are to be like."""
+        """A cotangent of the place in the mean of each cell, ``[n, g, f]``: what ``B e`` is to be like."""
         r = self.see(c)
         if self.matched or self.cells == self.view.positions:
             return r

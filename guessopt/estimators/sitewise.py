@@ -64,10 +64,7 @@ class Chart:
     ) -> Chart:
         """``by_weights``: where ``B`` has come from so far; None: nowhere yet."""
         key = options, tuple(site.index for site in sites), by_weights
-        if key not in graph.derived:
-            graph.derived[key] = Chart._made(options, sites, graph, by_weights)
-        found: Chart = graph.derived[key]
-        return found
+        return graph.derive(key, lambda: Chart._made(options, sites, graph, by_weights))
 
     @staticmethod
     def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, by_weights: bool | None) -> Chart:

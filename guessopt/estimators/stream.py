@@ -94,10 +94,7 @@ class Course:
         self.last = self.head.source
         self.autocast = next((visit.autocast for visit in record.visits if visit.autocast), None)
         self.output = _output(graph)
-        key = options, frozenset(served)
-        if key not in graph.derived:
-            graph.derived[key] = stream_places(served, graph, options)
-        self.places: dict[int, tuple[int, Place]] = graph.derived[key]
+        self.places = graph.derive((options, frozenset(served)), lambda: stream_places(served, graph, options))
         self.exact = self.served.intersection(self.head.sites)
         self.before: dict[int, State | None] = {}
         self.steps: dict[int, State] = {}
@@ -194,9 +191,10 @@ class Course:
             return lambda c: c
         assert block.origin is not None
         goals, origin = block.goals, block.origin
-        kept = run is not None and block.ends_in_skip and origin in run.ends
-        through = run if run is not None and kept else self._again(block.skip, [origin])
-        return lambda c: through.pull_back(goals, [c], [origin])[0]
+        if run is None or not block.ends_in_skip or origin not in run.ends:
+            run = self._again(block.skip, [origin])
+        pull_back = run.pull_back
+        return lambda c: pull_back(goals, [c], [origin])[0]
 
     def _forth(self, block: Block, t: Tensor) -> Tensor:
         """``S t``."""

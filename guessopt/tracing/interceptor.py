@@ -64,6 +64,10 @@ class _NoGrad:
         torch._C._set_grad_enabled(self._before.pop())
 
 
+#: The one context that does nothing, for what is entered at every call.
+AS_IT_IS = nullcontext[None]()
+
+
 class Interceptor(TorchFunctionMode):
     """Hands each torch call to ``call``, with the tensors that are trainable parameters or expressions of them.
 

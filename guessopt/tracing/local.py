@@ -6,8 +6,7 @@ Letters: s the site's output, x the next matrix site's input, u a cotangent of x
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
 from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Shape, Site, Value
-from guessopt.tracing.interceptor import autocast_of, tensors_in
+from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, tensors_in
 
 
 class Local:
@@ -338,9 +337,9 @@ class Stretch:
 def _run(
     calls: tuple[Call, ...],
     values: dict[int, Tensor],
-    variables: frozenset[int] = frozenset(),
-    known: dict[int, Known] | None = None,
-    random: Mapping[int, RandomState] = MappingProxyType({}),
+    variables: frozenset[int],
+    known: dict[int, Known] | None,
+    random: Mapping[int, RandomState],
 ) -> None:
     for call in calls:
         fn = call.fn
@@ -351,7 +350,7 @@ def _run(
         if call.in_place:
             args = (args[0].clone(), *args[1:])
         state = random.get(call.index)
-        with _autocasting(call, values), replayed(state):
+        with _autocasting(call, values), AS_IT_IS if state is None else replayed(state):
             run = PULLED_BACK.get(fn) if state is None else None
             out = (run or without_side_effects(fn))(*args, **kwargs)
         if isinstance(out, Tensor):
@@ -365,14 +364,11 @@ def _run(
                 values[v] = values[v].detach().requires_grad_()
 
 
-_AS_IT_IS = nullcontext[None]()
-
-
 def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:
     """The autocast under which the closure made the call."""
     now = autocast_of(values[call.inputs[0]]) if call.inputs else None
     if now == call.autocast or not call.inputs:
-        return _AS_IT_IS
+        return AS_IT_IS
     return torch.autocast(*call.autocast) if call.autocast else torch.autocast(now[0], enabled=False)  # type: ignore[index]
 
 
