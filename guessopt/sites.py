@@ -102,13 +102,13 @@ class Value:
 class Call:
     """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors.
 
-    ``inputs``: the values that it reads, tensor by tensor; ``reads``: the same, with ``~v`` where nothing in the closure
-    has made the value and nothing has read it before. ``outputs``: the values of its ``direct`` results, then those of
-    other tensors into whose memory it wrote. ``target``: which of its tensors it wrote and handed back. ``aliases``: it wrote where others would read it. ``moves``: the values
-    that tensors other than its results had before and have now. ``held``: of the values that a write has changed, old
-    and new, those whose derivative stays what it was (a write under ``no_grad``). ``sources``: the values
-    from which derivatives reach what the call makes or changes. ``autocast``: device type and dtype, where one was in
-    force. ``outline``: see ``tracing.interceptor.split``."""
+    ``inputs``: the values that it reads, tensor by tensor. ``reads``: the same, with ``~v`` where nothing in the
+    closure has made the value and nothing has read it before. ``outputs``: the values of its ``direct`` results, then
+    those of other tensors into whose memory it wrote. ``target``: which of its tensors it wrote and handed back.
+    ``aliases``: it wrote where others would read it. ``moves``: the values that tensors other than its results had
+    before, and have now. ``held``: of the values that a write has changed, old and new, those whose derivative stays
+    what it was (a write under ``no_grad``). ``sources``: the values from which derivatives reach what the call makes or changes.
+    ``autocast``: device type and dtype, where one was in force. ``outline``: see ``tracing.interceptor.split``."""
 
     index: int
     fn: Callable[..., Any]

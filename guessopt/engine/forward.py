@@ -176,9 +176,9 @@ class Pass(Interceptor):
         seen, moved = self._seen, self._moved
         for t, expected in zip(tensors, call.reads, strict=True):
             entry = seen.get(id(t))
-            if entry is not None and entry[0]() is t and entry[1] == (expected if expected >= 0 else ~expected):
-                if not moved or entry[1] not in moved:
-                    continue
+            value = expected if expected >= 0 else ~expected
+            if entry is not None and entry[1] == value and entry[0]() is t and value not in moved:
+                continue
             found = self._value(t)
             if expected < 0 and found < 0:
                 self._meet(call, ~expected, t)

@@ -22,12 +22,14 @@ from guessopt.tracing.tape import Tape
 
 @dataclass
 class Plan:
-    """A graph in use. ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so
-    far; ``changes``: how often what the closure reads has changed, by value of a tensor or number of a call; ``due``:
-    whether such a change asks for a probe; ``stale``: whether the last pass made a guess from what the closure then
-    did not use, ``volatile``: how often one did; ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``; ``joints``:
-    sites that are guessed as one, by the first one's index; ``keeps_graphs``: whether a pass may leave the stream's
-    blocks with reverse graphs, as far as is known."""
+    """A graph in use.
+
+    ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so far. ``changes``:
+    how often what the closure reads has changed, by value of a tensor or number of a call; ``due``: whether such a
+    change asks for a probe. ``stale``: whether the last pass made a guess from what the closure then did not use;
+    ``volatile``: how often one did. ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see
+    ``StackedLevel``. ``joints``: sites that are guessed as one, by the first one's index. ``keeps_graphs``: whether a
+    pass may leave the stream's blocks with reverse graphs, as far as is known."""
 
     graph: SiteGraph
     analysis: Analysis | None

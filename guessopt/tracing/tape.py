@@ -92,8 +92,8 @@ class Tape(Interceptor):
             kind = Kind.SITE if mine else Kind.PLAIN
         if kind is Kind.SITE and is_in_place(fn) and id(tensors[0]) in self.params:
             raise ClosureError(
-                f"{getattr(fn, '__name__', fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} with "
-                "gradients enabled, which autograd refuses as well; write under torch.no_grad()"
+                f"{getattr(fn, '__name__', fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} "
+                "with gradients enabled, which autograd refuses as well; write under torch.no_grad()"
             )
         if kind in (Kind.EXPRESSION, Kind.STOPPED):
             out = fn(*args, **kwargs)
