@@ -288,8 +288,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         check(state_dict, self.base)
-        own, to = state_dict["guessopt"], moved(state_dict["guessopt"], self.base.param_groups)
-        noise, cache = NoiseSource(self._noise.seed), SiteCache()
+        own, noise, cache = state_dict["guessopt"], NoiseSource(self._noise.seed), SiteCache()
+        to = moved(own, self.base.param_groups)
         left = noise.load(own["noise"], to)
         cache.load_state_dict(own["cache"], placement(to))
         before, attributes = Before(self.base), dict(vars(self))
@@ -321,8 +321,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
             "seed": self._noise.seed,
             "budget": self._budget if self.memory == "auto" else None,
         }
-        own = {"_noise": self._noise, "_cache": self._cache, "_steps": self._steps, "_warned": self._warned}
-        return _rebuilt, (type(self), self.base, options), own
+        own = ("_noise", "_cache", "_steps", "_warned", "_pending")
+        return _rebuilt, (type(self), self.base, options), {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -364,6 +364,13 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
 
 def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, Any]) -> GuessGradOptimizer:
-    opt = cls.__new__(cls)
-    GuessGradOptimizer.__init__(opt, [dict(group) for group in base.param_groups], base, **options)
+    opt, params = cls.__new__(cls), [p for group in base.param_groups for p in group["params"]]
+    thawed = [] if any(p.requires_grad for p in params) else [p for p in params if p.is_floating_point()][:1]
+    try:
+        for p in thawed:  # a copy of what is frozen at the moment is no mistake
+            p.requires_grad_(True)
+        GuessGradOptimizer.__init__(opt, [dict(group) for group in base.param_groups], base, **options)
+    finally:
+        for p in thawed:
+            p.requires_grad_(False)
     return opt

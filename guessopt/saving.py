@@ -174,15 +174,19 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_metadata(path, metadata)
-            tree = json.loads(metadata["state"])
-            found = {key: _decode(tree[key], file) for key in ("optimizer", "model", "random")}
+            return _decoded(path, metadata, file)
     except SafetensorError as error:
         raise ValueError(
             f"load: {path} is no complete safetensors file ({error}): it is truncated, damaged, or of another kind"
         ) from error
-    except (KeyError, TypeError, AttributeError, RuntimeError, RecursionError, json.JSONDecodeError) as error:
+
+
+def _decoded(path: str | os.PathLike[str], metadata: Mapping[str, str], file: Any) -> dict[str, Any]:
+    try:
+        tree = json.loads(metadata["state"])
+        return {key: _decode(tree[key], file) for key in ("optimizer", "model", "random")}
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"load: the metadata of {path} is damaged ({type(error).__name__}: {error})") from error
-    return found
 
 
 def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

@@ -83,8 +83,9 @@ def _check_entries(what: str, found: Any, expected: Mapping[str, type]) -> None:
         if key not in found:
             raise ValueError(f"{what} has no entry {key!r}: it is damaged")
         if not isinstance(found[key], kind):
+            expected_name = getattr(kind, "__name__", str(kind))
             raise ValueError(
-                f"{what}[{key!r}]: expected {kind.__name__}, got {type(found[key]).__name__}: it is damaged"
+                f"{what}[{key!r}]: expected {expected_name}, got {type(found[key]).__name__}: it is damaged"
             )
 
 
@@ -123,6 +124,7 @@ def _check_params(saved: Sequence[Any], groups: Groups) -> None:
         )
     for old, p, name in zip(saved, params, names, strict=True):
         _check_entries("state_dict['guessopt']['params']", old, {"shape": list, "dtype": str, "device": str})
+        _check_device(old["device"], f"state_dict['guessopt']['params'], {name}")
         if list(old["shape"]) != list(p.shape):
             raise ValueError(
                 f"state_dict: {name} had shape {list(old['shape'])} and has {list(p.shape)}: another model's state"
@@ -135,15 +137,24 @@ def _check_params(saved: Sequence[Any], groups: Groups) -> None:
             )
 
 
+def _check_device(name: str | None, where: str) -> None:
+    try:
+        torch.device(name or "cpu")
+    except RuntimeError:
+        raise ValueError(f"{where} names no device: {name!r}; it is damaged") from None
+
+
 def _check_own(own: Mapping[str, Any]) -> None:
     noise = own["noise"]
     _check_entries("state_dict['guessopt']['noise']", noise, {"stream": int, "seed": int, "generators": Mapping})
     for name, state in noise["generators"].items():
         if not isinstance(name, str) or not isinstance(state, Tensor):
             raise ValueError(f"state_dict['guessopt']['noise']: the generator {name!r} has no state: it is damaged")
+        _check_device(name.partition(" lane ")[0], "state_dict['guessopt']['noise']")
     for key, entry in own["cache"].items():
         where = f"state_dict['guessopt']['cache'][{key!r}]"
         _check_entries(where, entry, {"step": int, "device": (str | None), "state": object})  # type: ignore[dict-item]
+        _check_device(entry["device"], where)
     for item in own.get("omitted", []):
         if not isinstance(item, list | tuple) or len(item) != 2:
             raise ValueError("state_dict['guessopt']['omitted'] is damaged")
