@@ -316,11 +316,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         optimizer of torch, hooks are left out; plans are made anew by the next step."""
         options = {name: getattr(self, name) for name in inspect.signature(GuessGradOptimizer).parameters
                    if hasattr(self, name) and name not in ("base", "params")}  # fmt: skip
-        options |= {
-            "estimator": self._default,
-            "seed": self._noise.seed,
-            "budget": self._budget if self.memory == "auto" else None,
-        }
+        options |= {"estimator": self._default, "budget": self._budget if self.memory == "auto" else None}
         own = ("_noise", "_cache", "_steps", "_warned", "_pending")
         return _rebuilt, (type(self), self.base, options), {name: getattr(self, name) for name in own}
 
