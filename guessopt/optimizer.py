@@ -314,8 +314,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
     def __reduce__(self) -> Any:
         """Built anew on a copy of the base, with the same options: for ``copy.deepcopy`` and ``pickle``. As with any
         optimizer of torch, hooks are left out; plans are made anew by the next step."""
-        options = {name: getattr(self, name) for name in inspect.signature(GuessGradOptimizer).parameters
-                   if hasattr(self, name) and name not in ("base", "params")}  # fmt: skip
+        names = inspect.signature(GuessGradOptimizer).parameters.keys() - {"base"}
+        options = {name: value for name, value in vars(self).items() if name in names}
         options |= {"estimator": self._default, "budget": self._budget if self.memory == "auto" else None}
         own = ("_noise", "_cache", "_steps", "_warned", "_pending")
         return _rebuilt, (type(self), self.base, options), {name: getattr(self, name) for name in own}

@@ -210,10 +210,16 @@ def load_base(base: Optimizer, state: Mapping[str, Any]) -> None:
     laid out like their parameter, which torch's fused updates take for granted.
 
     Raises:
-        ValueError: an option of a group is missing.
+        ValueError: the base cannot load it, or an option of a group is missing.
     """
     before = [dict(group) for group in base.param_groups]
-    base.load_state_dict({key: value for key, value in state.items() if key != "guessopt"})
+    try:
+        base.load_state_dict({key: value for key, value in state.items() if key != "guessopt"})
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"state_dict: {type(base).__name__} cannot load it ({type(error).__name__}: {error}): it is damaged, or "
+            "another optimizer's"
+        ) from error
     for k, (group, old) in enumerate(zip(base.param_groups, before, strict=True)):
         for key, value in group.items():
             if isinstance(value, Tensor) and isinstance(old.get(key), Tensor):

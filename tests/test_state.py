@@ -1,6 +1,7 @@
 """State: resuming bit for bit, loading whole or not at all, copies of optimizers, and files."""
 
 import copy
+import inspect
 import io
 import json
 import math
@@ -118,6 +119,19 @@ def test_the_whole_matrix_in_another_process() -> None:
     assert resume_mismatches() == []
 
 
+def test_automatic_memory_goes_on_from_what_was_learned() -> None:
+    """The first step after loading measures the modes again; that must not touch what was loaded. Bit for bit only if
+    the same mode is the fastest again."""
+    model, opt = used("learned_feedback", memory="auto")
+    saved = copy.deepcopy((model.state_dict(), opt.state_dict(), torch.get_rng_state()))
+    expected = train(model, opt)
+    model, opt = used("learned_feedback", steps=0, memory="auto")
+    model.load_state_dict(saved[0])
+    opt.load_state_dict(saved[1])
+    torch.set_rng_state(saved[2])
+    assert train(model, opt)[0] == pytest.approx(expected[0], rel=1e-5)
+
+
 def test_another_state_of_the_guesses_is_noticed(tmp_path: Path) -> None:
     """The comparison that the tests above rest on can fail."""
     expected = stopped(HANDFUL[0], tmp_path)
@@ -204,6 +218,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no estimator": (_set("param_groups", 0, "estimator", None), "no entry 'estimator'"),
     "bad options": (_set("param_groups", 0, "estimator", {"name": "w_perp", "q": 1}), "cannot be made"),
     "an option is missing": (_set("param_groups", 0, "betas", None), "has no 'betas', which AdamW needs"),
+    "no step count": (_set("state", 3, "step", None), "AdamW cannot load it .KeyError: 'step'"),
     "state of no parameter": (_set("state", 17, {"exp_avg": torch.ones(2)}), "entry 17"),
     "damaged generator": (_set("guessopt", "noise", "generators", "cpu", torch.zeros(7, dtype=torch.uint8)), "damaged"),
     "generator without a state": (_set("guessopt", "noise", "generators", "cpu", 3), "no state"),
@@ -443,6 +458,8 @@ def test_copies_keep_every_option(steps: int, how: str) -> None:
     _, opt = used({"0.*": "w_transpose", "*": {"name": "w_perp", "k": 2}}, steps, lr=0.3, **options)
     opt.base.param_groups[0]["lr"] = 0.2
     again = COPIES[how](opt)
+    every = inspect.signature(GuessGradOptimizer).parameters.keys() - {"params", "base", "base_kwargs"}
+    assert every - opt.__reduce__()[1][2].keys() == {"seed"}, "an option is not kept as an attribute of its name"
     names = [name for name in options if name not in ("budget", "seed")]
     assert [getattr(again, name) for name in names] == [getattr(opt, name) for name in names]
     assert (again._noise.seed, again._estimators, again._level.args) == (4, opt._estimators, opt._level.args)
