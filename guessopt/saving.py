@@ -362,9 +362,9 @@ def _random_states(opt: GuessGradOptimizer) -> dict[str, Any]:
 
 def _checked(path: str | os.PathLike[str], found: dict[str, Any]) -> RandomState:
     """Random states that can be restored here; each is tried on a generator of its own."""
-    left = [index for index in found["cuda"] if not is_here(torch.device("cuda", index))]
-    here = {index: state for index, state in found["cuda"].items() if index not in left}
     try:
+        left = [index for index in found["cuda"] if not is_here(torch.device("cuda", index))]
+        here = {index: state for index, state in found["cuda"].items() if index not in left}
         torch.Generator().set_state(found["torch"])
         for index, state in here.items():
             torch.Generator(torch.device("cuda", index)).set_state(state)
@@ -373,7 +373,7 @@ def _checked(path: str | os.PathLike[str], found: dict[str, Any]) -> RandomState
             import numpy
 
             numpy.random.RandomState().set_state(found["numpy"])
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
         raise ValueError(f"load: the random states in {path} are damaged: {error}") from error
     if left:
         warnings.warn(

@@ -787,6 +787,11 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: rewrite(p, lambda t: entry(t["optimizer"], "guessopt", "version").__setitem__(1, 99)), "version 99"
     ),
     "no random state of python": (lambda p: rewrite(p, drop("random", "random")), "random states in .* are damaged"),
+    "no random states of GPUs": (lambda p: rewrite(p, drop("random", "cuda")), "random states in .* are damaged"),
+    "negative random state": (
+        lambda p: rewrite(p, lambda t: entry(t["random"], "random")[1]["tuple"][1]["tuple"].__setitem__(0, -1)),
+        "random states in .* are damaged",
+    ),
     "damaged random state": (
         lambda p: rewrite(p, lambda t: entry(t["random"], "torch")[1]["tensor"].update(name="model/5.bias")),
         "random states in .* are damaged",
