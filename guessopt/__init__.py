@@ -22,6 +22,7 @@ from guessopt.memory import MemoryPlan, ModeCost, plan
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.preflight import Preflight, preflight
 from guessopt.rules import register_rule
+from guessopt.saving import load, save
 
 __all__ = [
     "ActivationMixing",
@@ -44,9 +45,11 @@ __all__ = [
     "WPreconditioned",
     "WTranspose",
     "estimators",
+    "load",
     "plan",
     "preflight",
     "register_estimator",
     "register_rule",
+    "save",
 ]
 __version__ = "0.1.0"

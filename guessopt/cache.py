@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 #: Marks the keys of states that are learned from step to step, not prepared anew.
 LEARNED = "learned: "
@@ -56,12 +59,23 @@ class SiteCache:
         self._states = {**kept, **states}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data, tensors included."""
-        return {key: {"step": step, "state": state} for key, (step, state) in self._states.items()}
+        """Plain data, tensors included; each state with its age and its device."""
+        return {
+            key: {"step": step, "state": state, "device": device_of(state)}
+            for key, (step, state) in self._states.items()
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
-        self._states = {key: (entry["step"], entry["state"]) for key, entry in state.items()}
+    def load_state_dict(self, state: Mapping[str, Any], place: Callable[[str], torch.device] = torch.device) -> None:
+        """What ``state_dict`` gave, copied.
+
+        Args:
+            state: it.
+            place: from the name of a state's device at the time of saving to the device where it goes.
+        """
+        self._states = {
+            key: (entry["step"], copied(entry["state"], None if entry["device"] is None else place(entry["device"])))
+            for key, entry in state.items()
+        }
 
     def copy(self) -> dict[str, tuple[int, Any]]:
         """A snapshot for ``restore``."""
@@ -70,3 +84,32 @@ class SiteCache:
     def restore(self, states: dict[str, tuple[int, Any]]) -> None:
         """Back to a snapshot."""
         self._states = states
+
+
+def device_of(state: Any) -> str | None:
+    """The device of the first tensor in nested lists, tuples and dicts; None if there is none.
+
+    >>> device_of([1, {"a": torch.ones(2)}])
+    'cpu'
+    """
+    if isinstance(state, Tensor):
+        return str(state.device)
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return next((found for part in parts if (found := device_of(part)) is not None), None)
+
+
+def copied(state: Any, device: torch.device | None) -> Any:
+    """Nested lists, tuples and dicts with their tensors copied to a device (None: where they are).
+
+    >>> a = [torch.ones(2), {"b": (None, 3)}]
+    >>> b = copied(a, torch.device("cpu"))
+    >>> b[1:], b[0] is a[0]
+    ([{'b': (None, 3)}], False)
+    """
+    if isinstance(state, Tensor):
+        return state.detach().to(device or state.device, copy=True)
+    if isinstance(state, dict):
+        return {key: copied(part, device) for key, part in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(copied(part, device) for part in state)
+    return state

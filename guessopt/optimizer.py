@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from guessopt.estimators.base import Estimator, estimators_for, plain
 from guessopt.groups import build, check_tensors, groups_of, names_of, tensors_of, with_fused
 from guessopt.memory import bytes_of
 from guessopt.rng import NoiseSource
+from guessopt.state import Before, check, described, load_base, moved, placement
 from guessopt.stepping import MODES, Stepping
 
 
@@ -259,38 +261,67 @@ class GuessGradOptimizer(Stepping, Optimizer):
         self._refresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state, and under ``"guessopt"`` the guess stream, the prepared states and their age."""
-        packed = super().state_dict()
+        """The base's state, and under ``"guessopt"`` the guess stream, the prepared and learned states and their age,
+        and what a state must fit. Plain data: ``torch.load(..., weights_only=True)`` reads it."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        packed = dict(self.base.state_dict())
         packed["guessopt"] = {
+            **described(self.base),
             "steps": self._steps,
             "noise": self._noise.state(),
             "cache": self._cache.state_dict(),
         }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What ``state_dict`` gave; training then continues bit for bit.
+        """What ``state_dict`` gave; training then continues bit for bit. On other devices than before it continues
+        from the same state, with new guesses, and a warning says so.
 
         Raises:
-            ValueError: another model's or another optimizer's state.
+            ValueError: another model's or another optimizer's state, a damaged one, or one of a newer version. Nothing
+                has changed then.
         """
-        if "guessopt" not in state_dict:
-            raise ValueError(
-                "state_dict has no 'guessopt' entry: it is not of a GuessGradOptimizer; load a plain optimizer's "
-                "state into opt.base"
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        check(state_dict, self.base)
+        own, noise, cache = state_dict["guessopt"], NoiseSource(self._noise.seed), SiteCache()
+        to = moved(own, self.base.param_groups)
+        left = noise.load(own["noise"], to)
+        cache.load_state_dict(own["cache"], placement(to))
+        before, attributes = Before(self.base), dict(vars(self))
+        try:
+            load_base(self.base, state_dict)
+            self._steps, self._noise, self._cache = own["steps"], noise, cache
+            self._trainable = ()
+            self._refresh()
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
+        except BaseException:
+            before.restore()
+            vars(self).clear()
+            vars(self).update(attributes)
+            raise
+        if left:
+            self._warn(
+                f"the guesses were drawn on {', '.join(left)}, whose generator cannot go on here: guesses start again "
+                "from their seed, so that training continues, but not bit for bit"
             )
-        own = state_dict["guessopt"]
-        for group in state_dict["param_groups"]:
-            plain(group["estimator"])
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "guessopt"})
-        self._steps = own["steps"]
-        self._noise.load(own["noise"])
-        self._cache.load_state_dict(own["cache"])
-        self._trainable = ()
-        self._refresh()
+
+    def __reduce__(self) -> Any:
+        """Built anew on a copy of the base, with the same options: for ``copy.deepcopy`` and ``pickle``. As with any
+        optimizer of torch, hooks are left out; plans are made anew by the next step."""
+        names = inspect.signature(GuessGradOptimizer).parameters.keys() - {"base"}
+        options = {name: value for name, value in vars(self).items() if name in names}
+        options |= {"estimator": self._default, "budget": self._budget if self.memory == "auto" else None}
+        own = ("_noise", "_cache", "_steps", "_warned", "_pending")
+        return _rebuilt, (type(self), self.base, options), {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.base.__setstate__(state)
+        vars(self).update(state)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._default}, memory={self.memory!r}, base={self.base!r})"
@@ -326,3 +357,16 @@ class GuessGradOptimizer(Stepping, Optimizer):
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []
+
+
+def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, Any]) -> GuessGradOptimizer:
+    opt, params = cls.__new__(cls), [p for group in base.param_groups for p in group["params"]]
+    thawed = [] if any(p.requires_grad for p in params) else [p for p in params if p.is_floating_point()][:1]
+    try:
+        for p in thawed:  # a copy of what is frozen at the moment is no mistake
+            p.requires_grad_(True)
+        GuessGradOptimizer.__init__(opt, [dict(group) for group in base.param_groups], base, **options)
+    finally:
+        for p in thawed:
+            p.requires_grad_(False)
+    return opt

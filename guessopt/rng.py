@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -91,10 +91,8 @@ class NoiseSource:
     """The stream that guesses are drawn from: separate from the closure's, so that dropout sees what it always saw.
 
     With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``means``: whoever draws
-    is to take each draw's mean instead, for diagnostics.
-    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``lane`` (0) picks one
-    of any number of independent streams: one for each of a step's guesses, which are so the same in one pass as in
-    several.
+    is to take each draw's mean instead, for diagnostics. ``lane`` (0) picks one of any number of independent streams:
+    one for each of a step's guesses, which are so the same in one pass as in several.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
     >>> a.follow(); b.follow()
@@ -106,16 +104,21 @@ class NoiseSource:
     def __init__(self, seed: int | None) -> None:
         self.seed, self.means = seed, False
         self._seen: int | None = None
+        self._awaited: int | None = None  # the global seed at the time of saving, which the user may yet bring back
         self._stream = 0
         self.lane = 0
         self._generators: dict[tuple[torch.device, int], torch.Generator] = {}
 
+    def _seed_now(self) -> int:
+        return torch.initial_seed() if self.seed is None else self.seed
+
     def follow(self) -> None:
         """Start anew if ``torch.manual_seed`` has been called since the last step."""
-        seed = torch.initial_seed() if self.seed is None else self.seed
-        if seed != self._seen:
-            self._seen = self._stream = seed
+        seed = self._seed_now()
+        if seed not in (self._seen, self._awaited):
+            self._stream = seed
             self._generators = {}
+        self._seen, self._awaited = seed, None
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The stream on a device."""
@@ -147,32 +150,83 @@ class NoiseSource:
         return torch.rand(shape, dtype=dtype, device=device, generator=self.generator(device))
 
     def state(self) -> dict[str, Any]:
-        """Plain data (names of devices, ``"cpu"`` or ``"cpu lane 1"``, to state tensors) that ``load`` understands."""
-        if self._seen is None:
-            self.follow()
+        """Plain data that ``load`` understands: the stream's seed, the global seed, and the state of each generator by
+        its device (``"cpu"``, or ``"cpu lane 1"``)."""
+        seed = self._seed_now()
+        if seed not in (self._seen, self._awaited):  # the next step starts anew
+            return {"stream": seed, "seed": seed, "generators": {}}
         states = {
             f"{device} lane {lane}" if lane else str(device): generator.get_state()
             for (device, lane), generator in self._generators.items()
         }
-        return {"stream": self._stream, "generators": states}
+        return {"stream": self._stream, "seed": seed, "generators": states}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken, whatever the global seed is now; a later ``manual_seed`` is
-        followed again."""
-        self._seen = torch.initial_seed() if self.seed is None else self.seed
-        self._stream = state["stream"]
-        self._generators, lane = {}, self.lane
+    def load(self, state: Mapping[str, Any], moved: Mapping[str, str] | None = None) -> list[str]:
+        """Go on where ``state`` was taken. The global seed may be what it is now, or be brought back before the next
+        step (``torch.set_rng_state``); a later ``manual_seed`` starts a new stream.
+
+        Args:
+            state: what ``state`` gave.
+            moved: by the name of a device at the time of saving, the device that takes its place now.
+
+        Returns:
+            The devices whose generators cannot go on here. They start again from the stream's seed.
+
+        Raises:
+            ValueError: not such a state; nothing has changed.
+        """
+        new, left = NoiseSource(self.seed), []
+        new._stream = state["stream"]
         for name, value in state["generators"].items():
-            device, _, number = name.partition(" lane ")
-            self.lane = int(number or 0)
-            self.generator(torch.device(device)).set_state(value)
+            was, _, lane = name.partition(" lane ")
+            device = torch.device((moved or {}).get(was, was))
+            if device.type != torch.device(was).type or not is_here(device):
+                left.append(was)
+                continue
+            new.lane = int(lane or 0)
+            try:
+                new.generator(device).set_state(value)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"noise: the state of the generator {name!r} is damaged: {error}") from None
+        self._seen, self._awaited = self._seed_now(), state["seed"] if self.seed is None else None
+        self._stream, self._generators = new._stream, new._generators
+        return list(dict.fromkeys(left))
+
+    def snapshot(self) -> Any:
+        """For ``restore``."""
+        return self._seen, self._awaited, self._stream, [(k, g.get_state()) for k, g in self._generators.items()]
+
+    def restore(self, snapshot: Any) -> None:
+        """Undo everything since the snapshot."""
+        self._seen, self._awaited, self._stream, states = snapshot
+        self._generators, lane = {}, self.lane
+        for (device, self.lane), state in states:
+            self.generator(device).set_state(state)
         self.lane = lane
 
-    def snapshot(self) -> tuple[int | None, dict[str, Any]]:
-        """For ``restore``."""
-        return self._seen, self.state()
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seed": self.seed, "state": self.state()}
 
-    def restore(self, snapshot: tuple[int | None, dict[str, Any]]) -> None:
-        """Undo everything since the snapshot."""
-        self.load(snapshot[1])
-        self._seen = snapshot[0]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["seed"])  # type: ignore[misc]
+        self.load(state["state"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoiseSource:
+        copied = NoiseSource(self.seed)
+        copied.restore(self.snapshot())
+        return copied
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has the device.
+
+    >>> is_here(torch.device("cpu")), is_here(torch.device("cuda:99"))
+    (True, False)
+    """
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return False
+    try:
+        torch.Generator(device)
+    except RuntimeError:
+        return False
+    return True

@@ -129,6 +129,8 @@ class Stepping:
         """Why a memory mode does not serve, as far as is known without a graph; None if it does."""
         if memory not in ("replay", "stream"):
             return None
+        if self.orthogonal:
+            return f"orthogonal takes all guesses at once, which memory={memory!r} does not keep; use memory='store'"
         for e in dict.fromkeys(e for e in self._estimators if e.learns):
             several = f"guesses={self.guesses}: what one teaches serves the next, so that each needs passes of its own"
             if why := several if self.guesses > 1 else e.refuses(memory, graph):
