@@ -108,7 +108,8 @@ class Call:
     ``aliases``: it wrote where others would read it. ``moves``: the values that tensors other than its results had
     before, and have now. ``held``: of the values that a write has changed, old and new, those whose derivative stays
     what it was (a write under ``no_grad``). ``sources``: the values from which derivatives reach what the call makes
-    or changes. ``autocast``: device type and dtype, where one was in force. ``outline``: see ``tracing.interceptor.split``."""
+    or changes. ``autocast``: device type and dtype, where one was in force. ``outline``: see
+    ``tracing.interceptor.split``."""
 
     index: int
     fn: Callable[..., Any]
