@@ -2,7 +2,9 @@
 base."""
 
 from guessopt import estimators
-from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
+from guessopt.audit import audit
+from guessopt.engine.audit import AuditReport
+from guessopt.errors import AuditError, ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators import (
     ActivationMixing,
     ActivationPerturbation,
@@ -26,6 +28,8 @@ from guessopt.rules import register_rule
 __all__ = [
     "ActivationMixing",
     "ActivationPerturbation",
+    "AuditError",
+    "AuditReport",
     "Auto",
     "ClosureError",
     "DirectionalDescent",
@@ -43,6 +47,7 @@ __all__ = [
     "WPerpNS",
     "WPreconditioned",
     "WTranspose",
+    "audit",
     "estimators",
     "plan",
     "preflight",

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
+from guessopt.engine.audit import Audit, AuditReport
 from guessopt.engine.forward import Departure, Guess, Pass
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import BlockLevel, ErrorLevel, FastLevel, Level, PlainLevel
@@ -34,7 +35,7 @@ from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projec
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.memory import choose
-from guessopt.rng import NoiseSource
+from guessopt.rng import NoiseSource, RandomState
 from guessopt.rules.base import Known
 from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
 from guessopt.tracing.interceptor import without_autocast
@@ -89,6 +90,8 @@ class Stepping:
     _pending: bool
     _warned: set[str]
     _budget: int | None
+    audit: bool
+    _asked: list[AuditReport] | None
 
     def _refresh(self) -> None:
         """Look again at which parameters train."""
@@ -442,7 +445,8 @@ class Stepping:
     ) -> ForwardRecord:
         guesses, lessons = self._guesses_of(plan), self._lessons(plan)
         keeps = keeps or plan.graph.stream is not None
-        before = None if keeps else self._noise.snapshot()
+        audited = self._is_audited(plan)
+        before = None if keeps and not audited else self._noise.snapshot()
         while not keeps and any(lesson.begins for lesson in lessons.values()):
             self._show(plan, lessons, "begin", before, closure, transaction)
             transaction.rewind()
@@ -466,6 +470,8 @@ class Stepping:
         run.known = {} if round.known is None else round.known
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
+        if audited:
+            self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
         if keeps:
             record.locals = round.locals
@@ -485,6 +491,83 @@ class Stepping:
             self._plans.insert(0, plan)
             del self._plans[MAX_PLANS:]
         return record
+
+    def _is_audited(self, plan: Plan) -> bool:
+        """A plan's first pass, the second, fourth, eighth, ...: see ``engine.audit``."""
+        uses = plan.uses + 1
+        return self._asked is not None or (self.audit and uses & (uses - 1) == 0)
+
+    def _audit(
+        self, plan: Plan, record: ForwardRecord, before: Any, closure: Callable[[], Any], transaction: Transaction
+    ) -> None:
+        """Plain runs tell whether the loss moves as the pass's tangents say, or ``AuditError`` is raised; buffers and
+        random states are as the pass has left them."""
+        d = record.d[0] if record.d.dim() == 2 else record.d
+        if why := self._audits_not(plan, record, d):
+            report = AuditReport(float(d.sum()), skipped=(why,))
+        else:
+            lane = 0 if record.count > 1 else self._noise.lane
+            bulk = sum(
+                float((e.double() * (t if record.d.dim() == 1 else t[0]).double()).abs().sum())
+                for e, t in zip(record.errors, record.tangents, strict=True)
+                if t is not None
+            )
+            ulp = torch.finfo(max((site.dtype for site in plan.graph.sites), key=lambda dtype: torch.finfo(dtype).eps)).eps
+            audit = Audit(
+                closure, plan.graph, partial(self._guessed_again, plan, before, lane), self._ids, self._by_position,
+                transaction, float(d.double().sum()), float(record.loss), 32 * ulp * bulk, max(1e-3, 4 * plan.tolerance),
+            )  # fmt: skip
+            after = [(t, t.detach().clone()) for t, _ in transaction.saved.values()]
+            random = RandomState.capture(self._devices)
+            try:
+                report = audit.report(calls=self._asked is not None)
+            except Departure:
+                raise unstable() from None
+            with torch.no_grad():
+                for t, value in after:
+                    t.copy_(value)
+            random.restore()
+        if self._asked is not None:
+            self._asked.append(report)
+        else:
+            report.check()
+
+    def _audits_not(self, plan: Plan, record: ForwardRecord, d: Tensor) -> str | None:
+        """Why a pass is not audited."""
+        reasons = {
+            "batch_norm='frozen_statistics' leaves a part of the derivative out by design": (
+                self.batch_norm == "frozen_statistics" and plan.normalises_batch
+            ),
+            "no guess is made in this step": self._rests(plan),
+            "the guesses are replaced by their means": self._noise.means,
+            "the loss or its derivative is not finite": not bool(torch.isfinite(record.loss + d.sum())),
+        }
+        return next((why for why, holds in reasons.items() if holds), None)
+
+    def _guessed_again(self, plan: Plan, before: Any, lane: int) -> tuple[Guess, dict[int, Tensor]]:
+        """A pass's guesses from its start on, the first of several, and those for parameters."""
+        source, directions = self._again(before, 1, lane)
+        round = Round(1, source, None)
+        return _forgetting(partial(self._guess, plan, round), round.locals), directions
+
+    def audited(self, closure: Callable[[], Any]) -> AuditReport:
+        """What ``guessopt.audit`` returns; everything is as before."""
+
+        class Enough(Exception):
+            pass
+
+        uses = {id(plan): plan.uses for plan in self._plans}
+        self._asked = found = []
+        try:
+            with self._atomic(closure) as transaction:
+                self._forward(closure, transaction, self.guesses, keeps=self.memory in ("store", "auto"))
+                raise Enough
+        except Enough:
+            return found[-1]
+        finally:
+            self._asked = None
+            for plan in self._plans:
+                plan.uses = uses.get(id(plan), plan.uses)
 
     def _guess(
         self, plan: Plan, round: Round, site: Site, s: Tensor, values: dict[int, Tensor]
