@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
-from guessopt.engine.audit import Audit, AuditReport
+from guessopt.engine.audit import Audit, AuditReport, ahead
 from guessopt.engine.forward import Departure, Guess, Pass
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import BlockLevel, ErrorLevel, FastLevel, Level, PlainLevel
@@ -35,7 +35,7 @@ from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projec
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.memory import choose
-from guessopt.rng import NoiseSource, RandomState
+from guessopt.rng import NoiseSource
 from guessopt.rules.base import Known
 from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
 from guessopt.tracing.interceptor import without_autocast
@@ -502,37 +502,25 @@ class Stepping:
     ) -> None:
         """Plain runs tell whether the loss moves as the pass's tangents say, or ``AuditError`` is raised; buffers and
         random states are as the pass has left them."""
-        d = record.d[0] if record.d.dim() == 2 else record.d
-        if why := self._audits_not(plan, record, d):
-            report = AuditReport(float(d.sum()), skipped=(why,))
+        if why := self._is_not_auditable(plan, record):
+            report = AuditReport(float(record.d.sum()), skipped=(why,))
         else:
             lane = 0 if record.count > 1 else self._noise.lane
-            bulk = sum(
-                float((e.double() * (t if record.d.dim() == 1 else t[0]).double()).abs().sum())
-                for e, t in zip(record.errors, record.tangents, strict=True)
-                if t is not None
-            )
-            ulp = torch.finfo(max((site.dtype for site in plan.graph.sites), key=lambda dtype: torch.finfo(dtype).eps)).eps
+            guesses = partial(self._guessed_again, plan, before, lane)
             audit = Audit(
-                closure, plan.graph, partial(self._guessed_again, plan, before, lane), self._ids, self._by_position,
-                transaction, float(d.double().sum()), float(record.loss), 32 * ulp * bulk, max(1e-3, 4 * plan.tolerance),
-            )  # fmt: skip
-            after = [(t, t.detach().clone()) for t, _ in transaction.saved.values()]
-            random = RandomState.capture(self._devices)
-            try:
-                report = audit.report(calls=self._asked is not None)
-            except Departure:
-                raise unstable() from None
-            with torch.no_grad():
-                for t, value in after:
-                    t.copy_(value)
-            random.restore()
+                closure, plan.graph, guesses, self._ids, self._by_position, transaction, record, plan.tolerance
+            )
+            with ahead(transaction, self._devices):
+                try:
+                    report = audit.report(calls=self._asked is not None)
+                except Departure:
+                    raise unstable() from None
         if self._asked is not None:
             self._asked.append(report)
         else:
             report.check()
 
-    def _audits_not(self, plan: Plan, record: ForwardRecord, d: Tensor) -> str | None:
+    def _is_not_auditable(self, plan: Plan, record: ForwardRecord) -> str | None:
         """Why a pass is not audited."""
         reasons = {
             "batch_norm='frozen_statistics' leaves a part of the derivative out by design": (
@@ -540,7 +528,7 @@ class Stepping:
             ),
             "no guess is made in this step": self._rests(plan),
             "the guesses are replaced by their means": self._noise.means,
-            "the loss or its derivative is not finite": not bool(torch.isfinite(record.loss + d.sum())),
+            "the loss or its derivative is not finite": not bool(torch.isfinite(record.loss + record.d.sum())),
         }
         return next((why for why, holds in reasons.items() if holds), None)
 
@@ -557,7 +545,8 @@ class Stepping:
             pass
 
         uses = {id(plan): plan.uses for plan in self._plans}
-        self._asked = found = []
+        found: list[AuditReport] = []
+        self._asked = found
         try:
             with self._atomic(closure) as transaction:
                 self._forward(closure, transaction, self.guesses, keeps=self.memory in ("store", "auto"))

@@ -9,20 +9,18 @@ tangents. Plain runs of the closure with the guesses as *values*, ``s_i + eps y_
 ``L`` is what the closure returns, so that the plan's cuts are tested as well. A call that reads a trainable parameter
 but has no site in the plan is moved too: the plan says that the loss does not depend on it.
 
-Derivatives of legitimate code differ from difference quotients in some places. A first run with ``eps = 0`` therefore
-remembers these calls, where their inputs move, and the runs with ``eps`` treat them so:
+Tangents of legitimate code differ from difference quotients in some places. A first run, with ``eps = 0``, remembers
+these calls where their inputs move, and the runs with ``eps`` treat them so:
 
-| calls | treatment | rows of ``tests/test_audit.py`` |
-|---|---|---|
-| under ``no_grad``, ``detach``, ``.data`` (stopped) | the result of the first run | stop-gradient, no_grad teacher |
-| the same, writing in place | the change that the first run made is added (its tangent passes, as in autograd) | no_grad write |
-| integers, booleans, Python numbers (argmax, comparisons, ``item``) | the result of the first run | mask, item, argmax |
-| kinks and jumps, of which the tangent knows one side: ``_KINKED`` (relu, clamp, round, max pooling, topk, ...) | the \
-linear approximation at the first run's inputs, by torch's own derivative | relu at zero, round, topk |
-| draws that depend on their inputs (``bernoulli(p)``, ``rrelu``, gamma) | the same | bernoulli, rrelu |
-| ``autograd.Function``, operations of other libraries, tensor subclasses | the same: their derivative may be a \
-surrogate | straight-through Function |
-| dropout and other draws | nothing: the random states are the same in every run | dropout |
+- Calls under ``no_grad``, ``detach``, ``.data``: the result of the first run. Where such a call writes into a tensor
+  that moves, the change that the first run made is added: the tangent passes by, as in autograd.
+- Integers, booleans, Python numbers (argmax, comparisons, ``item``): the result of the first run.
+- Kinks and jumps, of which a tangent knows one side (``_KINKED``: relu, clamp, round, max pooling, topk, ...), and
+  draws that depend on their inputs (``bernoulli(p)``, ``rrelu``): the linear approximation at the first run's inputs,
+  by torch's own derivative of that one call.
+- ``autograd.Function``, operations of other libraries, tensor subclasses: the same, since their derivative may be a
+  surrogate (straight-through).
+- Dropout and other draws: nothing, since the random states are the same in every run.
 
 A closure is not auditable, and the report says why, where it writes through an alias made by ``detach`` or
 ``no_grad``, and under ``batch_norm="frozen_statistics"``, whose tangents leave a part out by design.
@@ -32,7 +30,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -43,39 +42,43 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.engine.forward import Departure, Guess, Pass, Saved
+from guessopt.engine.forward import Guess, Pass, Saved
 from guessopt.engine.levels import DualLevel, FastLevel, Level, PlainLevel, is_foreign
 from guessopt.errors import AuditError
 from guessopt.rng import RandomState
 from guessopt.rules.base import is_in_place
-from guessopt.sites import Kind, Site, SiteGraph
+from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph
 from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, tensors_in
 
 #: Operations whose derivative is one-sided, or one of several, or of a smooth stand-in: by name, without underscores.
-_KINKED = frozenset(
-    """relu relu6 leaky_relu prelu rrelu rrelu_with_noise elu selu celu threshold hardtanh hardswish hardsigmoid
-    hardshrink softshrink abs absolute clamp clip clamp_min clamp_max max min maximum minimum amax amin fmax fmin
-    aminmax topk sort msort median nanmedian kthvalue mode cummax cummin quantile nanquantile max_pool1d max_pool2d
-    max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices boolean_dispatch
-    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices
-    adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d fractional_max_pool3d
-    fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices lp_pool1d lp_pool2d lp_pool3d floor ceil
-    round trunc fix frac sign sgn heaviside remainder fmod floor_divide floordiv ifloordiv rfloordiv mod imod rmod
-    copysign bernoulli poisson binomial standard_gamma sample_dirichlet gumbel_softmax angle atan2 arctan2 l1_loss
-    smooth_l1_loss huber_loss hinge_embedding_loss margin_ranking_loss multi_margin_loss multilabel_margin_loss
-    triplet_margin_loss triplet_margin_with_distance_loss cosine_embedding_loss cdist pairwise_distance pdist norm
-    linalg_norm linalg_vector_norm linalg_matrix_norm vector_norm matrix_norm dist renorm nan_to_num embedding_bag
-    segment_reduce scatter_reduce index_reduce grid_sample normalize cosine_similarity rnn_relu rnn_relu_cell
-    linalg_eigh linalg_eig linalg_svd linalg_qr svd qr fake_quantize_per_tensor_affine
-    fake_quantize_per_channel_affine fake_quantize_learnable_per_tensor_affine
-    fake_quantize_learnable_per_channel_affine fused_moving_avg_obs_fake_quant""".split()
-)
+_KINKED = frozenset((
+    "relu", "relu6", "leaky_relu", "prelu", "rrelu", "rrelu_with_noise", "elu", "selu", "celu", "threshold",
+    "hardtanh", "hardswish", "hardsigmoid", "hardshrink", "softshrink", "abs", "absolute", "clamp", "clip",
+    "clamp_min", "clamp_max", "max", "min", "maximum", "minimum", "amax", "amin", "fmax", "fmin", "aminmax", "topk",
+    "sort", "msort", "median", "nanmedian", "kthvalue", "mode", "cummax", "cummin", "quantile", "nanquantile",
+    "max_pool1d", "max_pool2d", "max_pool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "boolean_dispatch", "adaptive_max_pool1d", "adaptive_max_pool2d",
+    "adaptive_max_pool3d", "adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices",
+    "adaptive_max_pool3d_with_indices", "fractional_max_pool2d", "fractional_max_pool3d",
+    "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices", "lp_pool1d", "lp_pool2d", "lp_pool3d",
+    "floor", "ceil", "round", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "remainder", "fmod", "floor_divide",
+    "floordiv", "ifloordiv", "rfloordiv", "mod", "imod", "rmod", "copysign", "bernoulli", "poisson", "binomial",
+    "standard_gamma", "sample_dirichlet", "gumbel_softmax", "angle", "atan2", "arctan2", "l1_loss", "smooth_l1_loss",
+    "huber_loss", "hinge_embedding_loss", "margin_ranking_loss", "multi_margin_loss", "multilabel_margin_loss",
+    "triplet_margin_loss", "triplet_margin_with_distance_loss", "cosine_embedding_loss", "cdist", "pairwise_distance",
+    "pdist", "norm", "std", "std_mean", "sqrt", "rsqrt", "linalg_norm", "linalg_vector_norm", "linalg_matrix_norm",
+    "vector_norm", "matrix_norm", "dist", "renorm", "nan_to_num", "embedding_bag", "segment_reduce", "scatter_reduce",
+    "index_reduce", "grid_sample", "normalize", "cosine_similarity", "rnn_relu", "rnn_relu_cell", "linalg_eigh",
+    "linalg_eig", "linalg_svd", "linalg_qr", "svd", "qr", "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine", "fake_quantize_learnable_per_tensor_affine",
+    "fake_quantize_learnable_per_channel_affine", "fused_moving_avg_obs_fake_quant",
+))  # fmt: skip
 #: Of these the sign of the input is all that the derivative needs: one byte an entry.
 _RECTIFIERS = frozenset({"relu"})
 _PYTHON_NUMBERS = (bool, int, float, complex)
 _ADDRESSES = frozenset({"data_ptr", "untyped_storage", "storage", "id"})
 
-#: Relative sizes of the steps, and the part of the number by which both may be off; by the bits of the lowest precision.
+#: Relative sizes of the steps, and the part of the number by which both may be off; by the lowest precision's bits.
 _STEPS = {64: (1e-3, 1e-4, 1e-5), 32: (1e-2, 3e-3, 1e-3), 16: (1e-1, 3e-2, 1e-2)}
 _RELATIVE = {64: 1e-4, 32: 2e-2, 16: 2e-1}
 
@@ -158,7 +161,7 @@ class _Entry:
     spec: Any = None
     targets: dict[int, int] = field(default_factory=dict)
     change: dict[int, tuple[bool, Tensor]] = field(default_factory=dict)
-    inputs: tuple[Any, Any] | None = None
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     mask: Tensor | None = None
     random: RandomState | None = None
 
@@ -274,7 +277,7 @@ class _Run(Pass):
             return self._plain(fn, args, kwargs) if entry is None else self._again(entry, fn, args, kwargs)
         tensors = tensors_in(args, kwargs)
         if not self._moves(tensors):
-            self._check_writes(fn, tensors, kwargs)
+            self._check_writes(fn, tensors[:1], kwargs)
             return self._plain(fn, args, kwargs)
         entry = _Entry()
         name = _name(fn)
@@ -314,7 +317,9 @@ class _Run(Pass):
             values = [tensors[0] * entry.mask]
         else:
             if entry.inputs is not None:
-                out = linearised(fn, *map(_copied, entry.inputs), args, kwargs)
+                out = linearised(fn, _copied(entry.inputs), (args, kwargs))
+                if out is NotImplemented:
+                    out = self._plain(fn, args, kwargs)
             else:
                 out = self._plain(fn, args, kwargs)
             values, _ = tree_flatten(out)
@@ -390,9 +395,9 @@ class _Run(Pass):
         )
 
     def _check_writes(self, fn: Callable[..., Any], written: list[Tensor], kwargs: dict[str, Any]) -> None:
-        if self.fakes and (is_in_place(fn) or kwargs.get("inplace") or kwargs.get("out") is not None):
-            if any(_memory(t) in self.fakes for t in written[:1]):
-                raise NotAuditable(f"{_label(fn)} writes through an alias made by detach() or under no_grad")
+        writes = is_in_place(fn) or kwargs.get("inplace") or kwargs.get("out") is not None
+        if self.fakes and writes and any(_memory(t) in self.fakes for t in written):
+            raise NotAuditable(f"{_label(fn)} writes through an alias made by detach() or under no_grad")
 
     @staticmethod
     def _devices(tensors: list[Tensor]) -> tuple[int, ...]:
@@ -404,6 +409,7 @@ class _Tangents(Pass):
 
     digests: dict[int, list[Tensor | None]]
     labels: dict[int, tuple[str, tuple[int, ...]]]
+    beyond: set[int]
 
     def _run(
         self,
@@ -417,7 +423,10 @@ class _Tangents(Pass):
     ) -> Any:
         out = super()._run(index, kind, fn, args, kwargs, tensors, mine)
         results = [t for t in _results(out, tensors) if _is_smooth(t)]
-        if kind in (Kind.PLAIN, Kind.SITE, Kind.STOPPED) and results:
+        ends = {_memory(leaf) for number, leaf in self.leaves.items() if not self.graph.cuts[number].shared}
+        if self.beyond.union(ends).intersection(map(_memory, tensors)):  # a view of what the loss reads
+            self.beyond.update(map(_memory, results))
+        elif kind in (Kind.PLAIN, Kind.SITE, Kind.STOPPED) and results:
             tangents = [fw.unpack_dual(t).tangent for t in results]
             self.digests[index] = [None if tangent is None else _digest(tangent) for tangent in tangents]
             self.labels[index] = _label(fn), tuple(results[0].shape)
@@ -425,19 +434,19 @@ class _Tangents(Pass):
 
 
 def linearised(
-    fn: Callable[..., Any], base_args: Any, base_kwargs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., Any],
+    base: tuple[tuple[Any, ...], dict[str, Any]],
+    given: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> Any:
-    """``fn`` at the base arguments plus its derivative along the way from there to the arguments."""
-    bases, spec = tree_flatten((base_args, base_kwargs))
-    given, _ = tree_flatten((args, kwargs))
+    """``fn`` at the base arguments plus its derivative along the way from there to the given ones; ``NotImplemented``
+    for an operation of torch that has no forward derivative."""
+    (bases, spec), (there, _) = tree_flatten(base), tree_flatten(given)
     level = DualLevel()
 
     def body() -> Any:
         packed = [
-            fw.make_dual(base, (t.detach() - base).to(base.dtype))
-            if isinstance(base, Tensor) and isinstance(t, Tensor) and _is_smooth(base)
-            else base
-            for base, t in zip(bases, given, strict=True)
+            fw.make_dual(b, (t.detach() - b).to(b.dtype)) if isinstance(b, Tensor) and _is_smooth(b) else b
+            for b, t in zip(bases, there, strict=True)
         ]
         dual_args, dual_kwargs = tree_unflatten(packed, spec)
         try:
@@ -448,7 +457,11 @@ def linearised(
             try:
                 out = level.through_backward(fn, dual_args, dual_kwargs)
             except (RuntimeError, NotImplementedError):
-                raise NotAuditable(f"{_label(fn)} has no derivative of its own to compare with") from None
+                if isinstance(fn, CustomFunction) or is_foreign(fn):
+                    raise NotAuditable(f"{_label(fn)} has no derivative of its own to compare with") from None
+                return NotImplemented
+        if out is NotImplemented:
+            return out
         leaves, outs = tree_flatten(out)
         for k, t in enumerate(leaves):
             if isinstance(t, Tensor) and _is_smooth(t):
@@ -458,6 +471,17 @@ def linearised(
 
     with torch.no_grad():
         return level.run(body)
+
+
+@contextmanager
+def ahead(transaction: Rewinds, devices: tuple[int, ...]) -> Iterator[None]:
+    """Afterwards, tensors and random states are as a run has left them, not as before that run."""
+    after, random = [(t, t.detach().clone()) for t, _ in transaction.saved.values()], RandomState.capture(devices)
+    yield
+    with torch.no_grad():
+        for t, value in after:
+            t.copy_(value)
+    random.restore()
 
 
 #: Guesses anew from the start of the pass, and those for parameters.
@@ -470,9 +494,7 @@ class Audit:
 
     Args:
         guesses: called before every run: the pass's guess function from its first guess on, and its ``directions``.
-        expected: ``sum_n D_n`` of the pass.
-        loss: of the pass.
-        slack: what rounding may have done to ``expected``.
+        record: of the pass; of several guesses the first is tested.
         rtol: by how much two runs may differ by other kernels.
     """
 
@@ -482,11 +504,23 @@ class Audit:
     ids: Mapping[int, int]
     params: Mapping[int, Tensor]
     transaction: Rewinds
-    expected: float
-    loss: float
-    slack: float = 0.0
-    rtol: float = 1e-3
+    record: ForwardRecord
+    rtol: float = 0.0
     memo: _Memo = field(default_factory=_Memo)
+
+    @cached_property
+    def expected(self) -> float:
+        d = self.record.d
+        return float((d[0] if d.dim() == 2 else d).double().sum())
+
+    @cached_property
+    def slack(self) -> float:
+        """What rounding may have done to ``expected``: a sum of products, of tangents that many calls have rounded."""
+        several, bulk = self.record.d.dim() == 2, 0.0
+        for e, t in zip(self.record.errors, self.record.tangents, strict=True):
+            if t is not None:
+                bulk += float((e.double() * (t[0] if several else t).double()).abs().sum())
+        return 32 * bulk * max((torch.finfo(site.dtype).eps for site in self.graph.sites), default=0.0)
 
     def report(self, *, calls: bool = False) -> AuditReport:
         """Run. Everything that the closure writes is as before the first run, afterwards."""
@@ -512,21 +546,22 @@ class Audit:
         return _Run(self.ids, self.graph, guess, directions, self.transaction.saved, self.memo, relative)
 
     def _measure(self, report: AuditReport) -> None:
-        base = self._at(0.0)
+        base, loss = self._at(0.0), float(self.record.loss)
         if not self.memo.moved:
             report.skipped = ("no guess was made",)
             return
-        if not math.isclose(base, self.loss, rel_tol=self.rtol, abs_tol=1e-5):
+        if not math.isclose(base, loss, rel_tol=max(1e-3, 4 * self.rtol), abs_tol=1e-5):
             report.problem = (
                 f"the closure does not repeat: a run from the same random state gave the loss {base:.6g} in place of "
-                f"{self.loss:.6g}; draw noise by torch's, numpy's or random's global generators, and keep what the "
+                f"{loss:.6g}; draw noise by torch's, numpy's or random's global generators, and keep what the "
                 "closure changes in tensors. audit=False goes on without this check"
             )
             return
         bits, noise, last = self.memo.bits, 0.0, None
         for number, relative in enumerate(_STEPS[bits]):
             eps = relative * self.memo.scale
-            q = (self._at(relative) - self._at(-relative)) / (2 * eps)
+            ahead, behind = self._at(relative), self._at(-relative)
+            q, kink = (ahead - behind) / (2 * eps), abs(ahead - 2 * base + behind) / (2 * eps)
             report.measured[relative] = q
             off, most = abs(q - self.expected), max(abs(q), abs(self.expected))
             report.tolerance = _RELATIVE[bits] * most + self.slack
@@ -538,13 +573,14 @@ class Audit:
             if number == 0:
                 noise = self._rounding(base)
             rounding = 6 * noise / eps
-            report.tolerance += rounding
+            report.tolerance += rounding + kink  # a kink's one-sided derivatives are q - kink and q + kink
             if last is not None:
                 drift = abs(q - last[0])
                 report.tolerance += 3 * drift
                 converged = drift <= 0.1 * max(abs(q), abs(last[0])) + rounding
-                if off <= report.tolerance or rounding > most:
-                    report.skipped = ("rounding leaves no certainty",) if rounding > most else ()
+                unsure = report.tolerance > 0.5 * most
+                if rounding > most or (off <= report.tolerance and not unsure):
+                    report.skipped = ("rounding or kinks of the loss leave no certainty",) if unsure else ()
                     return
                 if converged and last[1] > report.tolerance:
                     report.problem = ""
@@ -574,7 +610,7 @@ class Audit:
         guess, directions = self.guesses()
         level: Level = FastLevel()
         tangents = _Tangents(self.ids, self.graph, level, guess, directions, self.transaction.saved, keeps=False)
-        tangents.digests, tangents.labels = {}, {}
+        tangents.digests, tangents.labels, tangents.beyond = {}, {}, set()
         tangents.execute(self.closure, self.params)
         plus, minus = (run.digests or {} for run in runs)
         eps, checks, seen = relative * self.memo.scale, [], Counter[str]()
@@ -607,8 +643,8 @@ class Audit:
             )
         else:
             where = (
-                f"the first call that departs is {first.op} (occurrence {first.occurrence} of this operation, output of "
-                f"shape {list(first.shape)}): {first.expected:.6g} by tangents, {first.measured:.6g} by differences"
+                f"the first call that departs is {first.op} (occurrence {first.occurrence} of this operation, its "
+                f"output of shape {list(first.shape)}): {first.expected:.6g} by tangents, {first.measured:.6g} by differences"
             )
         return (
             f"{numbers}; {where}. Report this, or write the operation as a torch.autograd.Function with a jvp; "
