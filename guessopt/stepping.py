@@ -506,7 +506,7 @@ class Stepping:
             report = AuditReport(float(record.d.sum()), skipped=(why,))
         else:
             lane = 0 if record.count > 1 else self._noise.lane
-            guesses = partial(self._guessed_again, plan, before, lane)
+            guesses = partial(self._guessed_again, plan, record, before, lane)
             audit = Audit(
                 closure, plan.graph, guesses, self._ids, self._by_position, transaction, record, plan.tolerance
             )
@@ -532,8 +532,24 @@ class Stepping:
         }
         return next((why for why, holds in reasons.items() if holds), None)
 
-    def _guessed_again(self, plan: Plan, before: Any, lane: int) -> tuple[Guess, dict[int, Tensor]]:
-        """A pass's guesses from its start on, the first of several, and those for parameters."""
+    def _guessed_again(
+        self, plan: Plan, record: ForwardRecord, before: Any, lane: int
+    ) -> tuple[Guess, Mapping[int, Tensor]]:
+        """A pass's guesses from its start on, the first of several, and those for parameters: as they were kept, or
+        made once more."""
+        directed = {visit.call.index: visit.directions for visit in record.visits if visit.directions is not None}
+        covered = {s.index for c in directed for s in plan.graph.sites_at[c]} | record.guesses.keys()
+        if covered >= self._guesses_of(plan).keys() and not any(e.debias for e in self._estimators):
+            several = record.count > 1
+
+            def kept(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | list[Tensor] | None:
+                y = record.guesses.get(site.index)
+                if y is not None:
+                    return y[0] if several else y
+                vs = directed.get(site.call.index)
+                return None if vs is None else [v[0] if several else v for v in vs]
+
+            return kept, {p: v[0] if several else v for p, v in record.params.items()}
         source, directions = self._again(before, 1, lane)
         round = Round(1, source, None)
         return _forgetting(partial(self._guess, plan, round), round.locals), directions

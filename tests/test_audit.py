@@ -62,7 +62,9 @@ class Clipped(torch.autograd.Function):
 def network(middle: Callable[[Tensor, nn.Module], Tensor], dtype: torch.dtype, **modules: nn.Module) -> Any:
     model = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 3), **modules}).to(dtype)
     x = torch.randn(6, 4, dtype=dtype)
-    return model, lambda: F.cross_entropy(model["c"](middle(torch.tanh(model["b"](model["a"](x))), model)), labels(6, 3))
+    return model, lambda: F.cross_entropy(
+        model["c"](middle(torch.tanh(model["b"](model["a"](x))), model)), labels(6, 3)
+    )
 
 
 def with_item(h: Tensor, model: Any) -> Tensor:

@@ -317,7 +317,8 @@ class _Run(Pass):
             values = [tensors[0] * entry.mask]
         else:
             if entry.inputs is not None:
-                out = linearised(fn, _copied(entry.inputs), (args, kwargs))
+                writes = is_in_place(fn) or kwargs.get("inplace")
+                out = linearised(fn, _copied(entry.inputs) if writes else entry.inputs, (args, kwargs))
                 if out is NotImplemented:
                     out = self._plain(fn, args, kwargs)
             else:
@@ -561,31 +562,30 @@ class Audit:
         for number, relative in enumerate(_STEPS[bits]):
             eps = relative * self.memo.scale
             ahead, behind = self._at(relative), self._at(-relative)
+            # A kink's one-sided derivatives are q - kink and q + kink; of a smooth loss, kink shrinks with eps.
             q, kink = (ahead - behind) / (2 * eps), abs(ahead - 2 * base + behind) / (2 * eps)
             report.measured[relative] = q
             off, most = abs(q - self.expected), max(abs(q), abs(self.expected))
-            report.tolerance = _RELATIVE[bits] * most + self.slack
-            if off <= report.tolerance:
+            rounding = 2 * self._loss_eps * abs(base) / eps
+            report.tolerance = _RELATIVE[bits] * most + self.slack + rounding
+            if off <= report.tolerance and rounding <= 0.1 * most:
                 return
             if not math.isfinite(q):
                 report.skipped = ("the loss is not finite beside the guesses",)
                 return
-            if number == 0:
-                noise = self._rounding(base)
-            rounding = 6 * noise / eps
-            report.tolerance += rounding + kink  # a kink's one-sided derivatives are q - kink and q + kink
             if last is not None:
-                drift = abs(q - last[0])
-                report.tolerance += 3 * drift
-                converged = drift <= 0.1 * max(abs(q), abs(last[0])) + rounding
+                noise = noise or self._rounding(base)
+                rounding, drift = 6 * noise / eps, abs(q - last[0])
+                report.tolerance += rounding + kink + 3 * drift
                 unsure = report.tolerance > 0.5 * most
                 if rounding > most or (off <= report.tolerance and not unsure):
                     report.skipped = ("rounding or kinks of the loss leave no certainty",) if unsure else ()
                     return
-                if converged and last[1] > report.tolerance:
+                converged = drift <= 0.1 * max(abs(q), abs(last[0])) + rounding
+                if converged and last[1] > last[2] + rounding and off > report.tolerance:
                     report.problem = ""
                     return
-            last = q, off
+            last = q, off, report.tolerance
         report.skipped = ("the difference quotients do not converge: the loss is not smooth enough to tell",)
 
     def _rounding(self, base: float) -> float:
