@@ -78,9 +78,12 @@ _RECTIFIERS = frozenset({"relu"})
 _PYTHON_NUMBERS = (bool, int, float, complex)
 _ADDRESSES = frozenset({"data_ptr", "untyped_storage", "storage", "id"})
 
-#: Relative sizes of the steps, and the part of the number by which both may be off; by the lowest precision's bits.
-_STEPS = {64: (1e-3, 1e-4, 1e-5), 32: (1e-2, 3e-3, 1e-3), 16: (1e-1, 3e-2, 1e-2)}
+#: By the lowest precision's bits: the first step, as a part of the values' sizes, and the factor to a smaller one; and
+#: the part of the number by which tangents and differences may be apart.
+_FIRST = {64: (1e-3, 0.1), 32: (1e-2, 0.25), 16: (1e-1, 0.5)}
 _RELATIVE = {64: 1e-4, 32: 3e-3, 16: 2e-1}
+#: Steps that are tried.
+_MOST = 4
 
 
 class Rewinds(Protocol):
@@ -177,10 +180,10 @@ class _Memo:
 
     @cached_property
     def scale(self) -> float:
-        """The step by which a guess is as large as the value that it is added to (the median over sites)."""
+        """The step by which no guess is larger than the value that it is added to (but for values near zero)."""
         found = torch.stack([ratio.double().cpu() for ratio in self.ratios]) if self.ratios else torch.ones(1)
         found = found[torch.isfinite(found) & (found > 0)]
-        return float(found.median()) if found.numel() else 1.0
+        return max(float(found.min()), float(found.median()) / 100) if found.numel() else 1.0
 
 
 class _ValueLevel(PlainLevel):
@@ -559,34 +562,33 @@ class Audit:
             )
             return
         bits, noise, last = self.memo.bits, 0.0, None
-        for number, relative in enumerate(_STEPS[bits]):
+        relative, factor = _FIRST[bits]
+        for _ in range(_MOST):
             eps = relative * self.memo.scale
             ahead, behind = self._at(relative), self._at(-relative)
             # A kink's one-sided derivatives are q - kink and q + kink; of a smooth loss, kink shrinks with eps.
             q, kink = (ahead - behind) / (2 * eps), abs(ahead - 2 * base + behind) / (2 * eps)
             report.measured[relative] = q
             off, most = abs(q - self.expected), max(abs(q), abs(self.expected))
-            rounding = 2 * self._loss_eps * abs(base) / eps
+            rounding = max(2 * self._loss_eps * abs(base), 6 * noise) / eps
             report.tolerance = _RELATIVE[bits] * most + self.slack + rounding
-            if off <= report.tolerance and rounding <= 0.1 * most:
-                return
-            if not math.isfinite(q):
-                report.skipped = ("the loss is not finite beside the guesses",)
+            if off == 0 or (off <= report.tolerance and rounding <= 0.1 * most):
                 return
             if last is not None:
                 noise = noise or self._rounding(base)
-                rounding, drift = 6 * noise / eps, abs(q - last[0])
-                report.tolerance += rounding + kink + 3 * drift
-                unsure = report.tolerance > 0.5 * most
-                if rounding > most or (off <= report.tolerance and not unsure):
-                    report.skipped = ("rounding or kinks of the loss leave no certainty",) if unsure else ()
+                rounding, drift = max(rounding, 6 * noise / eps), abs(q - last[0])
+                report.tolerance = _RELATIVE[bits] * most + self.slack + rounding + kink + 3 * drift
+                if off <= report.tolerance <= 0.5 * most:
                     return
                 converged = drift <= 0.1 * max(abs(q), abs(last[0])) + rounding
-                if converged and last[1] > last[2] + rounding and off > report.tolerance:
+                if converged and last[1] > last[2] + 6 * noise / last[3] and off > report.tolerance:
                     report.problem = ""
                     return
-            last = q, off, report.tolerance
-        report.skipped = ("the difference quotients do not converge: the loss is not smooth enough to tell",)
+            last = q, off, report.tolerance, eps
+            relative = relative * factor if kink >= rounding else relative / factor
+            if relative in report.measured or not math.isfinite(q):
+                break
+        report.skipped = ("rounding or a loss that is not smooth leave no certainty",)
 
     def _rounding(self, base: float) -> float:
         """How far the loss jumps by rounding: from runs that are moved by a few units in the last place."""
@@ -600,7 +602,8 @@ class Audit:
 
     def _table(self) -> tuple[CallCheck, ...]:
         """Every call's tangents against difference quotients."""
-        relative = _STEPS[self.memo.bits][1]
+        first, factor = _FIRST[self.memo.bits]
+        relative = first * factor
         runs = []
         for sign in (1, -1):
             runs.append(run := self._run(sign * relative))
