@@ -275,6 +275,7 @@ def aliased(h: Tensor, model: Any) -> Tensor:
     ],
 )
 def test_a_lost_tangent_is_found_and_named(middle: Any, lost: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)  # one guess shows a loss of its own size, by chance a small one
     model, closure = network(middle, dtype)
     before = copy.deepcopy(model.state_dict())
     with losing(lost):
