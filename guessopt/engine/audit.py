@@ -254,16 +254,17 @@ class _Run(Pass):
                 out = self._stopped(index, fn, args, kwargs, tensors)
             else:
                 out = super()._run(index, kind, fn, args, kwargs, tensors, mine)
-                if kind is Kind.SITE:
-                    if index not in self.graph.sites_at:
-                        out = self._move(index, out)
+                unlisted = kind is not Kind.EXPRESSION and bool(mine) and index not in self.graph.sites_at
+                if kind is Kind.SITE or unlisted:
+                    if unlisted:
+                        out = self._move(index, out, tensors)
                     if self.first:
                         self.moving.update(map(_memory, _results(out, tensors)))
         if self.digests is not None:
             self.digests[index] = [_digest(t) for t in _results(out, tensors) if _is_smooth(t)]
         return out
 
-    def _move(self, index: int, out: Any) -> Any:
+    def _move(self, index: int, out: Any, tensors: list[Tensor]) -> Any:
         """A call that the plan takes to have no part in the loss moves by noise of the size of its output."""
         leaves, spec = tree_flatten(out)
         for k, t in enumerate(leaves):
@@ -271,7 +272,8 @@ class _Run(Pass):
                 self.memo.moved = True
                 noise = _signs(t.numel(), index).to(t.device).view(t.shape)
                 rms = torch.linalg.vector_norm(t.detach()) / math.sqrt(t.numel())
-                leaves[k] = t + (noise * rms * self.relative).to(t.dtype)
+                shift = (noise * rms * self.relative).to(t.dtype)
+                leaves[k] = t.add_(shift) if any(t is given for given in tensors) else t + shift
         return tree_unflatten(leaves, spec)
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
