@@ -153,7 +153,7 @@ LEGITIMATE: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
-#: The audit is right here: the tracer takes layers before such a write, or a complex tensor, to have no part in the loss.
+#: The audit is right here: the tracer takes layers before these to have no part in the loss.
 LOST = {"no_grad write", "complex"}
 LOST_BY_THE_TRACER = pytest.mark.xfail(strict=True, raises=AssertionError, reason="the tracer loses these layers")
 
