@@ -2,7 +2,9 @@
 base."""
 
 from guessopt import estimators
-from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
+from guessopt.audit import audit
+from guessopt.engine.audit import AuditReport
+from guessopt.errors import AuditError, ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators import (
     ActivationMixing,
     ActivationPerturbation,
@@ -27,6 +29,8 @@ from guessopt.saving import load, save
 __all__ = [
     "ActivationMixing",
     "ActivationPerturbation",
+    "AuditError",
+    "AuditReport",
     "Auto",
     "ClosureError",
     "DirectionalDescent",
@@ -44,6 +48,7 @@ __all__ = [
     "WPerpNS",
     "WPreconditioned",
     "WTranspose",
+    "audit",
     "estimators",
     "load",
     "plan",

@@ -15,6 +15,15 @@ class ClosureError(RuntimeError):
     """
 
 
+class AuditError(ClosureError):
+    """The loss does not move as its tangents say (see ``guessopt.audit``): a gradient from these tangents would be
+    wrong. Everything is left as it was before the call.
+
+    >>> issubclass(AuditError, ClosureError)
+    True
+    """
+
+
 class PartialUpdateError(RuntimeError):
     """A step of ``memory="stream"`` failed after some parameters had been updated.
 

@@ -66,6 +66,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
         examples:
             sites before it take the scalar derivative. ``"frozen_statistics"`` takes the statistics for constants: one
             derivative per example, far less noise, and a bias (what examples do to each other is left out).
+        audit: in a plan's first pass, the second, the fourth, the eighth, ..., check by plain runs of the closure that
+            the loss moves as the tangents say (``guessopt.audit``); ``AuditError`` if it does not.
 
     Raises:
         ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
@@ -101,6 +103,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         seed: int | None = None,
         check_finite: bool = True,
         batch_norm: str = "exact",
+        audit: bool = True,
         **base_kwargs: Any,
     ) -> None:
         if not isinstance(guesses, int) or guesses < 1:
@@ -127,6 +130,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
         self.batch_norm = batch_norm
         self.check_finite = check_finite
+        self.audit, self._asked = bool(audit), None
         self._budget = None if budget is None else bytes_of(budget)
         self._default = plain(estimator)
         groups = groups_of(params, self._default)

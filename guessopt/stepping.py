@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
+from guessopt.engine.audit import Audit, AuditReport, ahead
 from guessopt.engine.forward import Departure, Guess, Pass
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import BlockLevel, ErrorLevel, FastLevel, Level, PlainLevel
@@ -89,6 +90,8 @@ class Stepping:
     _pending: bool
     _warned: set[str]
     _budget: int | None
+    audit: bool
+    _asked: list[AuditReport] | None
 
     def _refresh(self) -> None:
         """Look again at which parameters train."""
@@ -486,7 +489,8 @@ class Stepping:
     ) -> ForwardRecord:
         guesses, lessons = self._guesses_of(plan), self._lessons(plan)
         keeps = keeps or plan.graph.stream is not None
-        before = None if keeps else self._noise.snapshot()
+        audited = self._is_audited(plan)
+        before = None if keeps and not audited else self._noise.snapshot()
         while not keeps and any(lesson.begins for lesson in lessons.values()):
             self._show(plan, lessons, "begin", before, closure, transaction)
             transaction.rewind()
@@ -510,6 +514,8 @@ class Stepping:
         run.known = {} if round.known is None else round.known
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
+        if audited:
+            self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
         if keeps:
             record.locals = round.locals
@@ -534,6 +540,88 @@ class Stepping:
             self._plans[0].graph.forget()
             self._plans.insert(0, plan)
         return record
+
+    def _is_audited(self, plan: Plan) -> bool:
+        """A plan's first pass, the second, fourth, eighth, ...: see ``engine.audit``."""
+        uses = plan.uses + 1
+        return self._asked is not None or (self.audit and uses & (uses - 1) == 0)
+
+    def _audit(
+        self, plan: Plan, record: ForwardRecord, before: Any, closure: Callable[[], Any], transaction: Transaction
+    ) -> None:
+        """Plain runs tell whether the loss moves as the pass's tangents say, or ``AuditError`` is raised; buffers and
+        random states are as the pass has left them."""
+        if why := self._is_not_auditable(plan, record):
+            report = AuditReport(float(record.d.sum()), skipped=(why,))
+        else:
+            lane = 0 if record.count > 1 else self._noise.lane
+            guesses = partial(self._guessed_again, plan, record, before, lane)
+            audit = Audit(
+                closure, plan.graph, guesses, self._ids, self._by_position, transaction, record, plan.tolerance
+            )
+            with ahead(transaction, self._devices):
+                try:
+                    report = audit.report(calls=self._asked is not None)
+                except Departure as departure:
+                    raise unstable(departure) from None
+        if self._asked is not None:
+            self._asked.append(report)
+        else:
+            report.check()
+
+    def _is_not_auditable(self, plan: Plan, record: ForwardRecord) -> str | None:
+        """Why a pass is not audited."""
+        reasons = {
+            "batch_norm='frozen_statistics' leaves a part of the derivative out by design": (
+                self.batch_norm == "frozen_statistics" and plan.normalises_batch
+            ),
+            "no guess is made in this step": self._rests(plan),
+            "the guesses are replaced by their means": self._noise.means,
+            "the loss or its derivative is not finite": not bool(torch.isfinite(record.loss + record.d.sum())),
+        }
+        return next((why for why, holds in reasons.items() if holds), None)
+
+    def _guessed_again(
+        self, plan: Plan, record: ForwardRecord, before: Any, lane: int
+    ) -> tuple[Guess, Mapping[int, Tensor]]:
+        """A pass's guesses from its start on, the first of several, and those for parameters: as they were kept, or
+        made once more."""
+        directed = {visit.call.index: visit.directions for visit in record.visits if visit.directions is not None}
+        covered = {s.index for c in directed for s in plan.graph.sites_at[c]} | record.guesses.keys()
+        if covered >= self._guesses_of(plan).keys() and not any(e.debias for e in self._estimators):
+            several = record.count > 1
+
+            def kept(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | list[Tensor] | None:
+                y = record.guesses.get(site.index)
+                if y is not None:
+                    return y[0] if several else y
+                vs = directed.get(site.call.index)
+                return None if vs is None else [v[0] if several else v for v in vs]
+
+            return kept, {p: v[0] if several else v for p, v in record.params.items()}
+        source, directions = self._again(before, 1, lane)
+        round = Round(1, source, None)
+        return _forgetting(partial(self._guess, plan, round), round.locals), directions
+
+    def audited(self, closure: Callable[[], Any]) -> AuditReport:
+        """What ``guessopt.audit`` returns; everything is as before."""
+
+        class Enough(Exception):
+            pass
+
+        uses = {id(plan): plan.uses for plan in self._plans}
+        found: list[AuditReport] = []
+        self._asked = found
+        try:
+            with self._atomic(closure) as transaction:
+                self._forward(closure, transaction, self.guesses, keeps=self.memory in ("store", "auto"))
+                raise Enough
+        except Enough:
+            return found[-1]
+        finally:
+            self._asked = None
+            for plan in self._plans:
+                plan.uses = uses.get(id(plan), plan.uses)
 
     def _guess(
         self, plan: Plan, round: Round, site: Site, s: Tensor, values: dict[int, Tensor]

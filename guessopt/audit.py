@@ -1,0 +1,35 @@
+"""``audit``: does the loss move as its tangents say?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from guessopt.engine.audit import AuditReport
+
+if TYPE_CHECKING:
+    from guessopt.optimizer import GuessGradOptimizer
+
+
+def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
+    """Compare the derivative of the loss along the guesses, which forward AD finds, with differences of the loss.
+
+    The closure runs as in the next step, and then a few times without derivatives, the guesses added to its values.
+    Everything is as before, afterwards. ``print(report)`` shows both numbers and a table of all calls; ``report.ok``
+    is False where they disagree. The method, and what it cannot see: ``docs/audit.md``.
+
+    Args:
+        opt: the optimizer.
+        closure: computes the loss, as for ``opt.step``.
+
+    Raises:
+        ClosureError: no gradient can be estimated at all.
+
+    >>> import torch, guessopt
+    >>> _ = torch.manual_seed(0)
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)), torch.randn(5, 3)
+    >>> opt = guessopt.GuessGradOptimizer(model.parameters())
+    >>> guessopt.audit(opt, lambda: model(x).square().mean()).ok
+    True
+    """
+    return opt.audited(closure)
