@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils.checkpoint import CheckpointFunction
 
-from guessopt.errors import ClosureError
+from guessopt.errors import ClosureError, refusal, refused
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -111,7 +111,12 @@ class Interceptor(TorchFunctionMode):
         mine = [t for t in read_by(fn, tensors) if id(t) in self.params or id(t) in self.expressions]
         index = self.count
         self.count += 1
-        return self.call(index, fn, args, kwargs, tensors, mine)
+        try:
+            return self.call(index, fn, args, kwargs, tensors, mine)
+        except (RuntimeError, AssertionError) as error:
+            if (why := refusal(error)) is None:
+                raise
+            raise refused(fn, why) from error
 
     def call(
         self,
