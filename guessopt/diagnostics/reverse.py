@@ -161,8 +161,9 @@ class Truth:
         return JointLocal(joint, first.site, first.s, first._values, self.opt._noise)
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
-        """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``."""
-        return rows(t, site.layout, self.locals[site.index].examples)
+        """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``. Both parts of complex
+        entries are entries."""
+        return real(rows(t, site.layout, self.locals[site.index].examples))
 
     def sites(self) -> Iterator[tuple[str, Site, Local]]:
         """Those with a cotangent of their own, in the order in which the network runs them."""
@@ -207,6 +208,20 @@ def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
     if layout is Layout.COUPLED:
         return t.reshape(1, -1)
     return t.reshape(n, -1)
+
+
+def real(t: Tensor) -> Tensor:
+    """A complex tensor as a real one with a last dimension twice as long.
+
+    >>> real(torch.tensor([1 + 2j]))
+    tensor([1., 2.])
+    """
+    return torch.view_as_real(t.resolve_conj()).flatten(-2) if t.is_complex() else t
+
+
+def wide(t: Tensor) -> Tensor:
+    """In double precision, complex numbers as such."""
+    return t.to(torch.complex128) if t.is_complex() else t.double()
 
 
 def unrows(r: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
+from guessopt.engine.levels import WITHOUT_FORWARD, Level, inner, is_foreign
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.base import Known, is_in_place
@@ -368,11 +368,11 @@ class Pass(Interceptor):
 
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
-    """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example):
+    """``D_n = Re <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example):
     ``[N]``, or ``[1]`` where some cut's examples cannot be told apart. Equal to the derivative of each example's share
     of the loss."""
     parts = [
-        cut.layout.sum_examples(_wide(e) * _wide(t), graph.batch)
+        cut.layout.sum_examples(inner(_wide(e), _wide(t)), graph.batch)
         for cut, e, t in zip(graph.cuts, errors, tangents, strict=True)
         if t is not None
     ]
@@ -387,6 +387,8 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
 
 
 def _wide(t: Tensor) -> Tensor:
+    if t.dtype is torch.complex32:
+        return t.to(torch.complex64)
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 

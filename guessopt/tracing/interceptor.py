@@ -81,6 +81,8 @@ class Interceptor(TorchFunctionMode):
         self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
         self.count = 0
         self.enabled = True
+        #: Whether gradients are being handed on: an error is then none of the closure's.
+        self.delivering = False
         self.no_grad: AbstractContextManager[Any] = _NoGrad()
 
     def __torch_function__(
@@ -114,7 +116,7 @@ class Interceptor(TorchFunctionMode):
         try:
             return self.call(index, fn, args, kwargs, tensors, mine)
         except (RuntimeError, AssertionError) as error:
-            if (why := refusal(error)) is None:
+            if self.delivering or (why := refusal(error)) is None:
                 raise
             raise refused(fn, why) from error
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from guessopt.errors import refusal, refused
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
@@ -237,7 +238,10 @@ def dense(w: Tensor) -> Tensor:
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means."""
+    """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means. Of a complex dtype both parts are
+    such noise: then ``E[Re(conj(g) y) y] = g`` for torch's gradient ``g``, as for real numbers."""
+    if dtype.is_complex:
+        return torch.view_as_complex(draw(source, kind, (*shape, 2), dtype.to_real(), device))
     if source.means:
         return torch.full(shape, NOISES[kind][0], dtype=dtype, device=device)
     if kind == "normal":
@@ -352,7 +356,12 @@ def _run(
         state = random.get(call.index)
         with _autocasting(call, values), AS_IT_IS if state is None else replayed(state):
             run = PULLED_BACK.get(fn) if state is None else None
-            out = (run or without_side_effects(fn))(*args, **kwargs)
+            try:
+                out = (run or without_side_effects(fn))(*args, **kwargs)
+            except RuntimeError as error:
+                if (why := refusal(error)) is None:
+                    raise
+                raise refused(fn, why) from error
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
             if known is not None and fn in RESUMED and not call.in_place:

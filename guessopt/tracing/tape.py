@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
-from guessopt.sites import Call, Kind, Shape, Value
+from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
 from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient, tensors_in
 
 
@@ -132,11 +132,11 @@ class Tape(Interceptor):
         """Derivatives reach these. They are made to require grad, so that a call which the mode cannot see leaves a
         trace of itself; the user's own tensors stay as they are."""
         for t, v in zip(results, outputs, strict=False):
-            if t.is_floating_point():
+            if is_differentiable(t):
                 self.active.add(v)
                 if id(t) not in outside:
                     t.requires_grad_()
-        self.active.update(v for v in outputs[len(results) :] if self.dtypes[v].is_floating_point)
+        self.active.update(v for v in outputs[len(results) :] if is_differentiable(self.dtypes[v]))
 
     def _check_plain(self, fn: Callable[..., Any], tensors: list[Tensor]) -> None:
         """Raise ``ClosureError`` if a call inside a transform, or a higher-order one, takes part in the derivative."""
