@@ -300,9 +300,10 @@ class Pass(Interceptor):
         visit.directions = directions
 
         def tangent(vs: list[Tensor]) -> Tensor:
-            return site.rule.parameter_tangent(
+            found = site.rule.parameter_tangent(
                 visit.call.fn, visit.args, visit.kwargs, visit.wanted, vs, lambda v: site.layout.place(v, site.shape)
             )
+            return found.expand(site.shape)  # a stack of smaller ones would not broadcast against the output's
 
         return self.level.each(tangent, directions)
 

@@ -207,7 +207,7 @@ class StackedLevel(FastLevel):
         with fw.dual_level():
             out, slope = _unpack(fn(_pack(x, torch.ones_like(x)), *args[1:], **kwargs))
             out = out.detach()
-        return out, [(out, torch.zeros_like(dx) if slope is None else dx * slope)]
+        return out, [(out, torch.zeros_like(dx) if slope is None else (dx * slope).to(out.dtype))]
 
     def _by_jvp(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving) -> Found:
         """Torch's own rule: tangents batched by ``vmap``, the primal not."""

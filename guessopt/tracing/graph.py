@@ -256,7 +256,7 @@ class Analysis:
         if x is None:
             return None
         if self._is_complex(source, x, *(w for _, _, w in self._readers(x))):
-            self.blocked[source] = "isotropic noise: its output, or the next layer, is complex"
+            self.blocked[source] = "its output, or the next layer, is complex"
             return None
         found: dict[str, list[tuple[Call, MatrixRule, int]]] = {}
         for call, rule, w in self._readers(x):
