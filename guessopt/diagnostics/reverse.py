@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.engine.forward import Pass
@@ -277,7 +276,7 @@ class ReversePass(Pass):
         super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction.saved)
         self.no_grad, self.keeps_graph = nullcontext(), True
         self.source = opt._noise
-        self.outputs: dict[int, GradientEdge] = {}  # what a tensor is now, whatever is written into it later
+        self.outputs: dict[int, Tensor] = {}  # by site index, a zero that is added to its output
         self.locals: dict[int, Local] = {}
         if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
             raise NotImplementedError(
@@ -290,13 +289,19 @@ class ReversePass(Pass):
         self.locals[site.index] = lasting(Local(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
-        self.outputs[site.index] = get_gradient_edge(s)
-        return super().inject(site, s, in_place)
+        """A zero takes the guess's place: the gradient of it is the cotangent, of this output alone where a call has
+        several (a cell's ``h`` is made from its ``c``), and whatever is written into the output's memory later."""
+        s = super().inject(site, s, in_place)
+        zero = s.new_zeros(()).expand(s.shape).requires_grad_()
+        self.outputs[site.index] = zero
+        if not in_place:
+            return s + zero
+        with torch.autograd._unsafe_preserve_version_counter(s):  # s keeps its numbers, which its backward may need
+            return s.add_(zero)
 
-    def gradients(self, variables: Sequence[Tensor | GradientEdge], record: ForwardRecord) -> tuple[Tensor | None, ...]:
+    def gradients(self, variables: Sequence[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:
         """Of the loss, through the whole network."""
         ends = self.reverse.ends
         starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())
         weights = [torch.ones_like(self.total)] * (len(starts) - len(ends)) + [record.errors[k] for k in ends]
-        edges: Any = list(variables)
-        return torch.autograd.grad(starts, edges, weights, allow_unused=True, retain_graph=True)
+        return torch.autograd.grad(starts, list(variables), weights, allow_unused=True, retain_graph=True)
