@@ -371,6 +371,8 @@ def _run(
         for v in variables.intersection(call.outputs) if variables else ():
             if not values[v].requires_grad:
                 values[v] = values[v].detach().requires_grad_()
+            elif len(call.outputs) > 1:  # a cell's h is made from its c: what reaches c by way of h is not c's own
+                values[v] = values[v].clone()
 
 
 def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:
