@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import handle_torch_function
 
 from guessopt import ClosureError, GuessGradOptimizer
@@ -135,3 +136,29 @@ def test_the_coverage_table_says_what_torch_refuses(monkeypatch: pytest.MonkeyPa
     assert whole.rows == [] and low.rows == [[name, *["refused"] * len(MODES)]]
     assert f"{name}: not run, torch refuses it on this machine: {why}." in whole.note
     assert f"{name}, {MODES[0]}: not run, torch refuses it on this machine: {why}." in low.note
+
+
+def test_an_experiment_on_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    pytest.importorskip("tqdm")
+    from benchmarks import __main__ as command
+
+    monkeypatch.setattr(command.torch, "zeros", refusing("zeros", "Torch not compiled with CUDA enabled"))
+    with pytest.raises(SystemExit, match="--device cuda: torch refuses it on this machine: Torch not compiled"):
+        command.main(["coverage", "--device", "cuda"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_fused_update_is_tried_before_it_is_chosen(dtype: torch.dtype) -> None:
+    """By a step on trial parameters, without the hooks that users have set for every optimizer."""
+    seen: list[Any] = []
+    hook = register_optimizer_step_pre_hook(lambda *args: seen.append(args))
+    p = nn.Parameter(torch.ones(2, dtype=dtype))
+    try:
+        opt = GuessGradOptimizer([p], torch.optim.AdamW, "activation_perturbation", lr=0.1, memory="stream")
+    finally:
+        hook.remove()
+    fused = not refused(lambda: torch.optim.AdamW([p.detach().requires_grad_()], fused=True)) and not dtype.is_complex
+    assert bool(opt.base.defaults["fused"]) is fused and seen == []
+    opt.step(lambda: (p * torch.ones(3, 2)).abs().square().mean())
+    assert bool((p != 1).all())

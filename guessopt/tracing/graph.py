@@ -238,7 +238,7 @@ class Analysis:
             call = tape.calls[users[0]]
             follower = next((s for s in sites if s.call is call), None)
             plain_add = call.fn in ADDITION and not call.kwargs and len(call.args) == 2 and not call.aliases
-            if follower and plain_add and follower.shape == site.shape:
+            if follower and plain_add and follower.shape == site.shape and not self._parts_differ(follower, site):
                 share = follower.index
         end = site
         while share is not None and end.value not in self.cut_values:
@@ -248,6 +248,11 @@ class Analysis:
                 break
         cut = self.cut_values.index(end.value) if end.value in self.cut_values else None
         return replace(site, shares=share, cut=cut)
+
+    @staticmethod
+    def _parts_differ(a: Site, b: Site) -> bool:
+        """Whether one is complex and the other real."""
+        return a.dtype.is_complex is not b.dtype.is_complex
 
     def segment(self, source: int) -> Segment | None:
         """The way from a site's output to the next matrix site(s): the first one reached, and its parallels."""
