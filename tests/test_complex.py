@@ -59,14 +59,14 @@ def rotary() -> Problem:
             self.q, self.k, self.o, self.head = (nn.Linear(4, n) for n in (4, 4, 4, 2))
 
         def forward(self, x: Tensor) -> Tensor:
-            angles = torch.arange(5, dtype=REAL)[:, None] * torch.tensor([1, 0.1], dtype=REAL)
+            angles = torch.arange(3, dtype=REAL)[:, None] * torch.tensor([1, 0.1], dtype=REAL)
             turn = torch.polar(torch.ones_like(angles), angles)
             q, k = (torch.view_as_real(joined(w(x)) * turn).flatten(-2) for w in (self.q, self.k))
             out: Tensor = self.head(self.o(torch.softmax(q @ k.mT, -1) @ x).mean(1))
             return out
 
-    x = torch.randn(3, 5, 4, dtype=REAL)
-    return of(Attention(), lambda m: F.cross_entropy(m(x), labels(3, 2)), 3)
+    x = torch.randn(2, 3, 4, dtype=REAL)
+    return of(Attention(), lambda m: F.cross_entropy(m(x), labels(2, 2)), 2)
 
 
 def fourier_filter() -> Problem:
@@ -90,7 +90,7 @@ def fourier_filter() -> Problem:
 
 def stft_loss() -> Problem:
     model = nn.Sequential(nn.Conv1d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv1d(2, 1, 3, padding=1))
-    x, y = torch.randn(2, 1, 24, dtype=REAL), torch.randn(2, 24, dtype=REAL)
+    x, y = torch.randn(2, 1, 12, dtype=REAL), torch.randn(2, 12, dtype=REAL)
     window = torch.hann_window(8, dtype=REAL)
 
     def magnitude(a: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) ->
     assert_close({opt._names[k]: g for k, g in total.items()}, wanted)
 
 
-@pytest.mark.parametrize("estimator", ["w_perp", "downstream", "activation_perturbation", "directional_descent"])
+@pytest.mark.parametrize("estimator", ["w_perp", "downstream", "directional_descent"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_engines_and_modes_agree(name: str, estimator: str) -> None:
     found = []
@@ -298,7 +298,7 @@ def test_engines_and_modes_agree(name: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
-@pytest.mark.parametrize("estimator", ["w_transpose", "activation_perturbation", "directional_descent"])
+@pytest.mark.parametrize("estimator", ["w_transpose", "directional_descent"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_stacked_guesses_are_those_in_turn(name: str, estimator: str, orthogonal: bool) -> None:
     found = []

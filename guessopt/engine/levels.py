@@ -244,8 +244,9 @@ class FastLevel(DualLevel):
             return NotImplemented
         rule, duals = entry
         pairs = [_unpack_any(t) for t in args[:duals]]
-        if any(isinstance(x, Tensor) and x.is_complex() for x, _ in pairs):
-            return NotImplemented  # the rules are written for real numbers
+        for x, _ in pairs:
+            if isinstance(x, Tensor) and x.is_complex():
+                return NotImplemented  # the rules are written for real numbers
         if _carries_tangent(args[duals:], kwargs):
             return NotImplemented
         if all(pair[1] is None for pair in pairs):
