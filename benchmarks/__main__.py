@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 import benchmarks
+from benchmarks.machine import refused
 from benchmarks.report import printable_command
 
 
@@ -55,6 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    if why := refused(lambda: torch.zeros(1, device=args.device)):
+        raise SystemExit(f"--device {args.device}: torch refuses it on this machine: {why}")
     args.run(args)
 
 

@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.exactness import exactness
+from benchmarks.machine import refused
 from benchmarks.measure import Ratio, interleaved, ratio, seconds
 from benchmarks.mezo import forward_mode, mezo
+from benchmarks.mezo import problem as language_model
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.zoo import Entry, Subject, entries, sized
 from guessopt import GuessGradOptimizer, GuessWarning
@@ -189,6 +191,8 @@ def _mezo(
     dtype: torch.dtype, lr: float, settings: Mapping[str, Any], *, eps: float = 0, estimator: str = ""
 ) -> Figures:
     steps = settings["mezo_steps"]
+    if why := refused(lambda: language_model(dtype)[1](), ("mezo", dtype)):
+        return {"refused": why}
     if estimator:
         return asdict(forward_mode(dtype, estimator, lr=lr, steps=steps))
     return asdict(mezo(dtype, eps=eps, lr=lr, steps=steps))
@@ -197,6 +201,8 @@ def _mezo(
 def _sized(build: Callable[[], Subject]) -> Figures:
     if missing("transformers"):
         return {"absent": "transformers"}
+    if why := refused(lambda: backward(build())):
+        return {"refused": why}
     return asdict(step_time(build, rounds=5, block=20))
 
 
@@ -217,6 +223,8 @@ def matrix_row(entry: Entry, rounds: int) -> Figures:
     if missing(entry.library):
         return {"absent": entry.library}
     subject = entry.build(entry.dtype)
+    if why := refused(partial(backward, subject)):
+        return {"refused": why}
     row = asdict(survey(entry, subject)) | {"dtype": str(entry.dtype).removeprefix("torch.")}
     large = sum(p.numel() for _, p in subject.named()) > LARGE
     del subject
@@ -225,10 +233,20 @@ def matrix_row(entry: Entry, rounds: int) -> Figures:
 
 
 def precision_row(entry: Entry) -> Figures:
-    """Relative errors in 16 bits, by mode."""
+    """Relative errors in 16 bits, by mode; or why torch does not run the model in that mode on this machine."""
     if missing(entry.library):
         return {"absent": entry.library}
-    return {mode: exactness(in_precision(entry, mode), draws=4).error for mode in MODES}
+
+    def cell(mode: str) -> float | str:
+        why = refused(lambda: backward(in_precision(entry, mode)))
+        return why or exactness(in_precision(entry, mode), draws=4).error
+
+    return {mode: cell(mode) for mode in MODES}
+
+
+def backward(subject: Subject) -> None:
+    """A forward and a backward pass by torch alone; gradients are left as they were."""
+    torch.autograd.grad(subject.closure(), [p for _, p in subject.named()], allow_unused=True)
 
 
 def in_precision(entry: Entry, mode: str) -> Subject:
@@ -249,21 +267,28 @@ def complain(figures: Figures) -> Iterable[str]:
     """What should not be."""
     fields = set(Coverage.__dataclass_fields__)
     for name, row in figures["matrix"].items():
-        if "absent" not in row:
+        if was_run(row):
             coverage = Coverage(**{key: value for key, value in row.items() if key in fields})
             yield from (f"{name}: {what}" for what in coverage.complaints(row["limit"]))
     for name, row in figures["precision"].items():
-        yield from (f"{name}: {mode}: {row[mode]:.1e}" for mode in row if mode != "absent" and not row[mode] <= LOW)
+        errors = {mode: row[mode] for mode in row if isinstance(row[mode], float)}
+        yield from (f"{name}: {mode}: {error:.1e}" for mode, error in errors.items() if not error <= LOW)
+
+
+def was_run(row: Figures) -> bool:
+    return "absent" not in row and "refused" not in row
 
 
 def tables_of(content: Mapping[str, Any]) -> list[Table]:
     """The tables of a JSON that this experiment wrote."""
     figures = content["figures"]
-    present = {name: row for name, row in figures["matrix"].items() if "absent" not in row}
+    present = {name: row for name, row in figures["matrix"].items() if was_run(row)}
     notes = ["coupled: sites that take the scalar derivative of the whole batch; time: over a step of backpropagation."]
     for name, row in figures["matrix"].items():
         if "absent" in row:
             notes.append(f"{name}: not run, needs {row['absent']}.")
+        elif "refused" in row:
+            notes.append(f"{name}: not run, torch refuses it on this machine: {row['refused']}.")
         elif row["fallbacks"]:
             notes.append(f"{name}: {row['fallbacks']} coupled, because {row['reason'] or 'UNLISTED'}.")
     found = [
@@ -281,22 +306,35 @@ def tables_of(content: Mapping[str, Any]) -> list[Table]:
         )
     ]  # fmt: skip
     if low := {name: row for name, row in figures["precision"].items() if "absent" not in row}:
-        rows = [[name, *(f"{row[mode]:.1e}" for mode in MODES)] for name, row in low.items()]
-        found.append(Table(f"Relative error in 16 bits (allowed: {LOW:g})", ["model", *MODES], rows))
-    if large := {name: row for name, row in figures["sized"].items() if "absent" not in row}:
+        rows = [[name, *(_cell(row[mode]) for mode in MODES)] for name, row in low.items()]
+        refusals = [
+            f"{name}, {mode}: not run, torch refuses it on this machine: {row[mode]}."
+            for name, row in low.items()
+            for mode in MODES
+            if isinstance(row[mode], str)
+        ]
+        title = f"Relative error in 16 bits (allowed: {LOW:g})"
+        found.append(Table(title, ["model", *MODES], rows, "\n".join(refusals)))
+    if large := {name: row for name, row in figures["sized"].items() if was_run(row)}:
         rows = [[name, str(Ratio(**row))] for name, row in large.items()]
         found.append(Table("Step time over backpropagation", ["model", "ratio"], rows))
     if figures["mezo"]:
+        trained = {name: row for name, row in figures["mezo"].items() if was_run(row)}
+        refusals = [f"{name}: not run, {r['refused']}." for name, r in figures["mezo"].items() if not was_run(r)]
         found.append(
             Table(
                 "One language model by differences of losses (MeZO) and by forward mode, SGD",
                 ["precision, rate, method", "before", "after", "no slope", "drift"],
                 [
                     [name, f"{r['first']:.3f}", f"{r['reported']:.3f}", f"{r['zeros']:.0%}", f"{r['drift']:.1%}"]
-                    for name, r in figures["mezo"].items()
+                    for name, r in trained.items()
                 ],
                 "after: the loss as a trainer reports it that leaves out nan; no slope: steps with a derivative of 0;\n"
-                "drift: how far as many steps move the weights at a learning rate of zero.",
+                + "\n".join(["drift: how far as many steps move the weights at a learning rate of zero.", *refusals]),
             )
         )
     return found
+
+
+def _cell(error: float | str) -> str:
+    return "refused" if isinstance(error, str) else f"{error:.1e}"

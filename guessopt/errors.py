@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -48,3 +49,40 @@ class GuessWarning(UserWarning):
     >>> issubclass(GuessWarning, UserWarning)
     True
     """
+
+
+#: What torch says where it has no kernel for an operation: of this dtype, on this processor, device or backend.
+_REFUSALS = (
+    "could not create a primitive",
+    "not implemented for",
+    "no viable backend",
+    "no available kernel",
+    "unsupported dtype",
+    "`fused=true` requires",
+    "could not run 'aten::",
+    "not compiled with",
+    "found no nvidia driver",
+    "no cuda gpus are available",
+)
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why torch does not run an operation on this machine, in torch's own words; None if the error says something else.
+
+    >>> refusal(RuntimeError("could not create a primitive descriptor for the LSTM. Run workload with ..."))
+    'could not create a primitive descriptor for the LSTM'
+    >>> refusal(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    True
+    """
+    if not isinstance(error, (RuntimeError, AssertionError)) or isinstance(error, ClosureError):
+        return None
+    first = (str(error).splitlines() or [""])[0]
+    return first.partition(". ")[0] if any(sign in first.lower() for sign in _REFUSALS) else None
+
+
+def refused(fn: Callable[..., Any], why: str) -> ClosureError:
+    """The error for an operation that torch itself refuses."""
+    return ClosureError(
+        f"torch does not run {getattr(fn, '__name__', fn)} as it is called here on this machine: {why}; use another "
+        "dtype (float32), backend or device for it"
+    )

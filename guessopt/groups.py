@@ -99,9 +99,16 @@ def with_fused(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any]) 
     native = isinstance(base, type) and base.__module__.startswith("torch.optim.")
     if not native or "fused" not in inspect.signature(base).parameters or kwargs.keys() & {"fused", "foreach"}:
         return kwargs
+    kinds = dict.fromkeys((t.device, t.dtype) for group in groups for t in tensors_of(group["params"]))
+    trials = [torch.zeros(1, device=device, dtype=dtype, requires_grad=True) for device, dtype in kinds]
+    for t in trials:
+        t.grad = torch.zeros_like(t)
     try:
-        base([{"params": list(tensors_of(group["params"]))} for group in groups], **kwargs, fused=True)
-    except RuntimeError:  # not on this device, or for these options
+        made = base(trials, **kwargs, fused=True)
+        step = type(made).step
+        with torch.no_grad():
+            getattr(step, "__wrapped__", step)(made)  # without the hooks that users have set for every optimizer
+    except RuntimeError:  # not on this device, not for this dtype (complex), or not with these options
         return kwargs
     return {**kwargs, "fused": True}
 

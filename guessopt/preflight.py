@@ -138,7 +138,7 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         forms |= estimator.forms(own, graph)
     read = {k for site in graph.sites for k in site.params} | set(graph.loss_params)
     return Preflight(
-        sites=tuple(_report(opt, site, guesses, forms) for site in graph.sites),
+        sites=tuple(_report(opt, site, guesses, forms, graph.blocked.get(site.index)) for site in graph.sites),
         batch=graph.batch,
         unread=tuple(opt._names[k] for k in opt._by_position if k not in read),
         coupled=tuple(
@@ -162,7 +162,7 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
 
 
 def _report(
-    opt: GuessGradOptimizer, site: Site, guesses: dict[int, Any], forms: dict[int, tuple[str, int]]
+    opt: GuessGradOptimizer, site: Site, guesses: dict[int, Any], forms: dict[int, tuple[str, int]], blocked: str | None
 ) -> SiteReport:
     estimator = opt._estimator_of(site)
     segment = site.segment
@@ -170,7 +170,7 @@ def _report(
     if site.index in forms:
         guess = f"{estimator.name}: {forms[site.index][0]}"
     elif site.index in guesses:
-        guess = ("" if choice.name == estimator.name else f"{choice.name}: ") + _named(estimator, site)
+        guess = ("" if choice.name == estimator.name else f"{choice.name}: ") + _named(estimator, site, blocked)
     elif estimator.space == "parameters":
         guess = f"{estimator.name} (on the parameters)"
     elif site.shares is not None:
@@ -200,11 +200,11 @@ def _next(opt: GuessGradOptimizer, matrix: Matrix) -> str:
     return f"{matrix.call.op} {', '.join(weight(key) for key in matrix.key.split(';'))}"
 
 
-def _named(estimator: Any, site: Site) -> str:
+def _named(estimator: Any, site: Site, blocked: str | None) -> str:
     if site.by_parameter and estimator.per_example_parameters:
         return f"{estimator.name}: each example's parameters"
     if site.is_last:
-        return f"{estimator.name}: isotropic (last site)"
+        return f"{estimator.name}: isotropic ({blocked or 'last site'})"
     k = getattr(estimator, "k", None)
     note = estimator.note(site)
     name = estimator.name + (f" k={min(k, site.rank)}" if k is not None else "")

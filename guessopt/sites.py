@@ -24,6 +24,16 @@ Shape = tuple[int, ...]
 T = TypeVar("T")
 
 
+def is_differentiable(t: Tensor | torch.dtype) -> bool:
+    """Whether a tensor (or one of this dtype) can carry a derivative: floating-point or complex.
+
+    >>> is_differentiable(torch.complex64), is_differentiable(torch.ones(2)), is_differentiable(torch.int64)
+    (True, True, False)
+    """
+    dtype = t if isinstance(t, torch.dtype) else t.dtype
+    return dtype.is_floating_point or dtype.is_complex
+
+
 class Layout(enum.Enum):
     """Where the N examples lie in a tensor.
 

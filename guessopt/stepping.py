@@ -32,7 +32,7 @@ from guessopt.engine.planning import (
 )
 from guessopt.engine.replay import Deliver, Journal, Replay
 from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
-from guessopt.errors import GuessWarning, PartialUpdateError
+from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource
@@ -514,6 +514,8 @@ class Stepping:
         run.known = {} if round.known is None else round.known
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
+        if lessons:
+            _check_real(record.errors)
         if audited:
             self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
@@ -822,7 +824,7 @@ class Stepping:
             estimator.check(tuple(sites))
             for site in sites:
                 note = plan.graph.blocked.get(site.index) or estimator.note(site)
-                if note and estimator is self._choice_of(site):
+                if note and estimator.guided and estimator is self._choice_of(site):
                     self._warn(
                         f"{estimator.name}: {self._names[site.params[0]]} ({site.op}) gets another guess: {note}"
                     )
@@ -876,6 +878,16 @@ class Stepping:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, GuessWarning, stacklevel=_users_frame())
+
+
+def _check_real(errors: Sequence[Tensor]) -> None:
+    """Raise ``ClosureError`` if an estimator that learns would have to learn from complex errors."""
+    shape = next((list(e.shape) for e in errors if e.is_complex()), None)
+    if shape is not None:
+        raise ClosureError(
+            f"learned_feedback: the loss reads a complex tensor of shape {shape} from the network, and feedback maps "
+            "are real; use another estimator, or let the network end in torch.view_as_real or abs"
+        )
 
 
 def _users_frame() -> int:

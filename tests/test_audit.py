@@ -156,7 +156,7 @@ LEGITIMATE: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 #: The audit is right here: the tracer takes layers before these to have no part in the loss.
-LOST = {"complex"}
+LOST: set[str] = set()
 LOST_BY_THE_TRACER = pytest.mark.xfail(strict=True, raises=AssertionError, reason="the tracer loses these layers")
 
 

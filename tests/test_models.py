@@ -16,9 +16,10 @@ pytest.importorskip("tqdm")
 pytest.importorskip("rich")
 
 from benchmarks import zoo
-from benchmarks.coverage import EXACT, LOW, in_precision, survey
+from benchmarks.coverage import EXACT, LOW, backward, in_precision, survey
 from benchmarks.exactness import exactness
 from benchmarks.mezo import forward_mode, mezo
+from benchmarks.mezo import problem as language_model
 from benchmarks.zoo import Entry, Subject, entries
 from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, LearnedFeedback, preflight
 from guessopt.diagnostics.reverse import Truth
@@ -26,6 +27,7 @@ from guessopt.estimators import estimator_names
 from guessopt.rules.base import MatrixRule
 from guessopt.sites import Layout
 
+from .machine import skip_if_refused
 from .problems import labels
 
 pytestmark = [
@@ -65,6 +67,7 @@ def test_it_runs_unchanged(name: str) -> None:
 @pytest.mark.parametrize("mode", ["bfloat16", "float16", "autocast bfloat16"])
 @pytest.mark.parametrize("name", rows(["torch/TransformerEncoder", "torch/LSTM", "hf/llama sdpa", "hf/t5 sdpa"]))
 def test_16_bits(name: str, mode: str) -> None:
+    skip_if_refused(lambda: backward(in_precision(ENTRIES[name], mode)), (name, mode))
     assert exactness(in_precision(ENTRIES[name], mode), draws=4).error < LOW
 
 
@@ -137,6 +140,7 @@ def test_segments_lead_where_they_say(name: str) -> None:
 @pytest.mark.parametrize("estimator", [n for n in estimator_names() if n not in ("one_hot", "whisper")])
 def test_every_estimator_on_attention_and_recurrence(estimator: str, precision: str) -> None:
     for name in ("torch/TransformerEncoder", "torch/LSTM"):
+        skip_if_refused(partial(backward, in_precision(ENTRIES[name], precision)), (name, precision))
         subject = in_precision(ENTRIES[name], precision)
         opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, estimator, lr=0.0, seed=0)
         for _ in range(2):
@@ -159,6 +163,7 @@ def test_convolutions_with_every_kind_of_guess(estimator: str, precision: str) -
         return Subject(model, lambda: F.cross_entropy(model(x), labels(4, 3)))
 
     subject = in_precision(Entry("torch", build), precision)
+    skip_if_refused(lambda: backward(subject), ("convolutions", precision))
     opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, estimator, lr=0.0, seed=0)
     for _ in range(2):
         opt.step(subject.closure)
@@ -291,6 +296,7 @@ def test_what_it_cannot_differentiate_is_named(op: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_differences_of_losses_collapse_where_forward_mode_does_not(dtype: torch.dtype) -> None:
+    skip_if_refused(lambda: language_model(dtype)[1]().backward(), ("language model", dtype))
     collapsed = mezo(dtype, eps=1e-4, lr=1e-3, steps=30)
     assert collapsed.zeros > 0.5 and collapsed.drift > 1e-3
     assert mezo(torch.float32, eps=1e-4, lr=1e-3, steps=10).zeros == 0
@@ -313,6 +319,8 @@ def test_float16_cotangents_stay_within_range(scale: float) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4)).half().to(dtype)
         x = (1e-3 * torch.randn(512, 8)).half().to(dtype)
+        skip_if_refused(lambda m=model, x=x: m(x).sum().backward())  # type: ignore[misc]
+        model.zero_grad()
         named = [("weight", model[0].weight)]
         opt = GuessGradOptimizer(named, torch.optim.SGD, "activation_perturbation", lr=0.0, seed=0)
         opt._noise.normal = partial(_rounded, torch.Generator().manual_seed(0))  # type: ignore[method-assign]

@@ -13,6 +13,8 @@ import guessopt
 from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp
 from guessopt.memory import bytes_of, cpu_peak
 
+from .machine import skip_if_refused
+
 
 def _problem(depth: int = 6, width: int = 64, batch: int = 256) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
@@ -203,6 +205,7 @@ def test_no_plan_under_a_profiler() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 def test_auto_reads_free_memory_of_the_gpu() -> None:
+    skip_if_refused(lambda: torch.zeros(1, device="cuda"))
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)).cuda()
     x = torch.randn(256, 64, device="cuda")
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2, memory="auto")

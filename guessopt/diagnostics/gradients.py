@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
-from guessopt.diagnostics.reverse import Closure, Truth, draw, measuring, named, unfused
+from guessopt.diagnostics.reverse import Closure, Truth, draw, measuring, named, real, unfused
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.tracing.local import NOISES
@@ -222,9 +222,9 @@ def cosine_by_guesses(
 
 def similarity(a: Tensor, b: Tensor) -> float:
     """Cosine of two tensors as vectors, in float64; 0 where one is 0."""
-    return float(torch.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+    return float(torch.cosine_similarity(real(a.flatten()).double(), real(b.flatten()).double(), dim=0))
 
 
 def joined(gradients: dict[str, Tensor]) -> Tensor:
-    """All as one vector, float64."""
-    return torch.cat([g.detach().flatten().double() for g in gradients.values()])
+    """All as one vector, float64, both parts of complex entries in it."""
+    return torch.cat([real(g.detach().flatten()).double() for g in gradients.values()])

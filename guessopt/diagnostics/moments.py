@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guessopt.diagnostics.gradients import expected_cotangents, expected_from, joined
 from guessopt.diagnostics.plots import bars
-from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, rows, unfused, unrows
+from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, unrows, wide
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Site
 from guessopt.tracing.local import NOISES, Local
@@ -187,7 +187,7 @@ def covariance_norm(
         if apply is None:
             continue
         n = local.examples
-        d = local.s.numel() // n
+        d = local.s.numel() // n * (2 if local.s.is_complex() else 1)
         squares = torch.zeros(n, dtype=torch.float64)
         for column in range(d if probes is None else probes):
             if probes is None:
@@ -195,12 +195,13 @@ def covariance_norm(
                 r[:, column] = 1
             else:
                 r = torch.randint(2, (n, d), generator=generator) * 2.0 - 1
+            r = torch.view_as_complex(r.double().unflatten(1, (-1, 2))) if local.s.is_complex() else r
             v = unrows(r.to(local.s.dtype).to(local.s.device), site.layout, tuple(local.s.shape))
             with torch.no_grad(), unfused():
                 moment = apply(v)
             if moment is None:
                 break
-            squares += rows((moment - v).double(), site.layout, n).square().sum(1).cpu() / (probes or 1)
+            squares += real(rows(wide(moment - v), site.layout, n)).square().sum(1).cpu() / (probes or 1)
         else:
             per_site[name] = float(squares[:examples].sqrt().mean()) / d
             entries[name] = d
@@ -245,9 +246,9 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
 
     def cotangent(one: Draw, site: Site) -> Tensor:
         found = one.cotangents.get(site.index)
-        return (torch.zeros_like(truth.g[site.index]) if found is None else found).double()
+        return wide(torch.zeros_like(truth.g[site.index]) if found is None else found)
 
-    means: dict[str, Tensor] = {name: torch.zeros_like(truth.g[site.index]).double() for name, site in sites}
+    means: dict[str, Tensor] = {name: wide(torch.zeros_like(truth.g[site.index])) for name, site in sites}
     parameters = torch.zeros_like(joined(named(opt, {})))
     correction, lost = dict.fromkeys(means, 1.0), draws / max(draws - 1, 1)  # lost: to the fit of the mean
     if centre is None:
@@ -261,7 +262,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
     middle: dict[str, Tensor] = {}
     for name, site in sites:
         moment = expected[site.index]
-        middle[name] = means[name] if moment is None else moment.double()
+        middle[name] = means[name] if moment is None else wide(moment)
     of_examples: dict[str, list[Tensor]] = {name: [] for name, _ in sites}
     of_mean: dict[str, list[Tensor]] = {name: [] for name, _ in sites}
     total = []

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.engine.forward import Pass
@@ -161,8 +160,9 @@ class Truth:
         return JointLocal(joint, first.site, first.s, first._values, self.opt._noise)
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
-        """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``."""
-        return rows(t, site.layout, self.locals[site.index].examples)
+        """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``. Both parts of complex
+        entries are entries."""
+        return real(rows(t, site.layout, self.locals[site.index].examples))
 
     def sites(self) -> Iterator[tuple[str, Site, Local]]:
         """Those with a cotangent of their own, in the order in which the network runs them."""
@@ -207,6 +207,20 @@ def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
     if layout is Layout.COUPLED:
         return t.reshape(1, -1)
     return t.reshape(n, -1)
+
+
+def real(t: Tensor) -> Tensor:
+    """A complex tensor as a real one with a last dimension twice as long.
+
+    >>> real(torch.tensor([1 + 2j]))
+    tensor([1., 2.])
+    """
+    return torch.view_as_real(t.resolve_conj()).flatten(-2) if t.is_complex() else t
+
+
+def wide(t: Tensor) -> Tensor:
+    """In double precision, complex numbers as such."""
+    return t.to(torch.complex128) if t.is_complex() else t.double()
 
 
 def unrows(r: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
@@ -260,7 +274,7 @@ class ReversePass(Pass):
         super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction.saved)
         self.no_grad, self.keeps_graph = nullcontext(), True
         self.source = opt._noise
-        self.outputs: dict[int, GradientEdge] = {}  # what a tensor is now, whatever is written into it later
+        self.outputs: dict[int, Tensor] = {}  # by site index, a zero that is added to its output
         self.locals: dict[int, Local] = {}
         if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
             raise NotImplementedError(
@@ -273,13 +287,19 @@ class ReversePass(Pass):
         self.locals[site.index] = lasting(Local(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
-        self.outputs[site.index] = get_gradient_edge(s)
-        return super().inject(site, s, in_place)
+        """A zero takes the guess's place: the gradient of it is the cotangent, of this output alone where a call has
+        several (a cell's ``h`` is made from its ``c``), and whatever is written into the output's memory later."""
+        s = super().inject(site, s, in_place)
+        zero = s.new_zeros(()).expand(s.shape).requires_grad_()
+        self.outputs[site.index] = zero
+        if not in_place:
+            return s + zero
+        with torch.autograd._unsafe_preserve_version_counter(s):  # s keeps its numbers, which its backward may need
+            return s.add_(zero)
 
-    def gradients(self, variables: Sequence[Tensor | GradientEdge], record: ForwardRecord) -> tuple[Tensor | None, ...]:
+    def gradients(self, variables: Sequence[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:
         """Of the loss, through the whole network."""
         ends = self.reverse.ends
         starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())
         weights = [torch.ones_like(self.total)] * (len(starts) - len(ends)) + [record.errors[k] for k in ends]
-        edges: Any = list(variables)
-        return torch.autograd.grad(starts, edges, weights, allow_unused=True, retain_graph=True)
+        return torch.autograd.grad(starts, list(variables), weights, allow_unused=True, retain_graph=True)

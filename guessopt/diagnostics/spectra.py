@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
-from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, unrows
+from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, unrows, wide
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.rules.base import MatrixRule
 from guessopt.sites import Layout, Site, Visit
@@ -143,7 +143,7 @@ def effective_rank_of(matrix: Tensor) -> float:
     >>> round(effective_rank_of(torch.eye(5)), 4), round(effective_rank_of(torch.ones(5, 5)), 4)
     (5.0, 1.0)
     """
-    s = torch.linalg.svdvals(matrix.detach().double())
+    s = torch.linalg.svdvals(wide(matrix.detach()))
     p = s / s.sum().clamp_min(1e-300)
     return float(torch.exp(torch.special.entr(p).sum()))
 

@@ -157,7 +157,11 @@ class CosineMatched:
         found = self.cos * along + (1 - self.cos**2) ** 0.5 * across
         if self.norm == "gradient":
             found = found * size
-        parts = found.split([p.numel() for p in true.values()])
-        return truth.loss, {
-            name: part.reshape(p.shape).to(p.dtype) for (name, p), part in zip(true.items(), parts, strict=True)
-        }
+        parts = found.split([p.numel() * (2 if p.is_complex() else 1) for p in true.values()])
+        return truth.loss, {name: _like(part, p) for (name, p), part in zip(true.items(), parts, strict=True)}
+
+
+def _like(part: Tensor, p: Tensor) -> Tensor:
+    """A stretch of the joined vector as a tensor like ``p``."""
+    part = torch.view_as_complex(part.reshape(-1, 2)) if p.is_complex() else part
+    return part.reshape(p.shape).to(p.dtype)

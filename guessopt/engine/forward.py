@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
+from guessopt.engine.levels import WITHOUT_FORWARD, Level, inner, is_foreign
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.base import Known, is_in_place
@@ -482,9 +482,10 @@ class Pass(Interceptor):
         visit.directions = directions
 
         def tangent(vs: list[Tensor]) -> Tensor:
-            return site.rule.parameter_tangent(
+            found = site.rule.parameter_tangent(
                 visit.call.fn, visit.args, visit.kwargs, visit.wanted, vs, lambda v: site.layout.place(v, site.shape)
             )
+            return found.expand(site.shape)  # a stack of smaller ones would not broadcast against the output's
 
         return self.level.each(tangent, directions)
 
@@ -553,11 +554,11 @@ class Pass(Interceptor):
 
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
-    """``D_n = <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example):
+    """``D_n = Re <dL/dv[n], v'[n]>`` summed over the cuts ``v`` (Singhal eq. 13's scalar, per example):
     ``[N]``, or ``[1]`` where some cut's examples cannot be told apart. Equal to the derivative of each example's share
     of the loss."""
     parts = [
-        cut.layout.sum_examples(_wide(e) * _wide(t), graph.batch)
+        cut.layout.sum_examples(inner(_wide(e), _wide(t)), graph.batch)
         for cut, e, t in zip(graph.cuts, errors, tangents, strict=True)
         if t is not None
     ]
@@ -595,6 +596,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _wide(t: Tensor) -> Tensor:
+    if t.dtype is torch.complex32:
+        return t.to(torch.complex64)
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 

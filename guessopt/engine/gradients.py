@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from guessopt.errors import refusal, refused
 from guessopt.rng import replayed
 from guessopt.sites import ForwardRecord, Site, SiteGraph, Visit
 
@@ -116,8 +117,15 @@ class Gradients:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
                 g = (g / unit).half()  # the largest entry one: the rule's products stay within range
             autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
-            with replayed(visit.random), autocast:
-                gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
+            try:
+                with replayed(visit.random), autocast:
+                    gradients = site.rule.gradients(
+                        visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g
+                    )
+            except RuntimeError as error:
+                if (why := refusal(error)) is None:
+                    raise
+                raise refused(visit.call.fn, f"its backward: {why}") from error
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.rules.attention import drops_out
 from guessopt.rules.base import Known, tangent_for
-from guessopt.sites import End, Graphs, Stream
+from guessopt.sites import End, Graphs, Stream, is_differentiable
 
 T = TypeVar("T")
 
@@ -170,12 +170,13 @@ class DualLevel(Level):
             results, shape = tree_flatten(fn(*call_args, **call_kwargs))
             outs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
             # J^T u at some u without zeros: linear in u, so that its own derivative must give it back.
-            us = [torch.linspace(1, 2, out.numel()).to(out).view(out.shape).requires_grad_() for out in outs]
+            us = [_between_one_and_two(out).requires_grad_() for out in outs]
             pulled = torch.autograd.grad(outs, [plain[k] for k in moving], us, create_graph=True, allow_unused=True)
             known = [(p, v.to(p.dtype)) for p, v in zip(pulled, moving.values(), strict=True) if p is not None]
             jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known])
-        there, back = (sum(float((a * b).sum()) for a, b in both) for both in (zip(us, jvs, strict=True), known))
-        size = sum(float((p * v).abs().sum()) for p, v in known)
+        pairs_of_us = zip(us, jvs, strict=True)
+        there, back = (sum(float(inner(a, b).sum()) for a, b in both) for both in (pairs_of_us, known))
+        size = sum(float(inner(p, v).abs().sum()) for p, v in known)
         if abs(there - back) > max(1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)) * size:
             raise RuntimeError("its backward hides part of what it computes")
         tangents = iter(jvs)
@@ -241,6 +242,9 @@ class FastLevel(DualLevel):
             return NotImplemented
         rule, duals = entry
         pairs = [_unpack_any(t) for t in args[:duals]]
+        for x, _ in pairs:
+            if isinstance(x, Tensor) and x.is_complex():
+                return NotImplemented  # the rules are written for real numbers
         if _carries_tangent(args[duals:], kwargs):
             return NotImplemented
         if all(pair[1] is None for pair in pairs):
@@ -380,7 +384,7 @@ def _device_type(args: tuple[Any, ...]) -> str:
 
 def _same_dtype(out: Any) -> Any:
     """Under autocast some stock rules give a float32 tangent to a bfloat16 output."""
-    if not isinstance(out, Tensor) or not out.is_floating_point():
+    if not isinstance(out, Tensor) or not is_differentiable(out):
         return out
     primal, tangent = _unpack(out)
     if tangent is None or tangent.dtype is primal.dtype:
@@ -402,8 +406,10 @@ def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _unpack(t: Tensor) -> tuple[Tensor, Tensor | None]:
     """``fw.unpack_dual`` without its checks: a level is known to be open, and levels do not nest."""
-    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0) if t.is_floating_point() else (t, None)
-    return pair
+    if t.is_floating_point() or t.is_complex():
+        pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0)
+        return pair
+    return t, None
 
 
 def _unpack_any(node: Any) -> tuple[Any, Any]:
@@ -421,6 +427,20 @@ def _pack(primal: Tensor, tangent: Tensor) -> Tensor:
     """``fw.make_dual``, likewise."""
     dual: Tensor = torch._make_dual(primal, tangent, level=0)
     return dual
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """``Re(conj(a) b)``, entry by entry: the inner product of torch's gradients and tangents, complex ones included."""
+    return torch.real(a.conj() * b) if a.is_complex() or b.is_complex() else a * b
+
+
+def _between_one_and_two(like: Tensor) -> Tensor:
+    """Numbers without a zero among them; both parts of a complex one."""
+    n = like.numel()
+    numbers = torch.linspace(1, 2, n, device=like.device)
+    if like.is_complex():
+        numbers = torch.complex(numbers, numbers.flip(0))
+    return numbers.to(like).view(like.shape)
 
 
 class FuncLevel(Level):

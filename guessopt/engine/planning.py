@@ -15,7 +15,7 @@ from guessopt.engine.levels import Level
 from guessopt.engine.probe import Found, find_layouts
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState
-from guessopt.sites import Joint, Layout, Site, SiteGraph
+from guessopt.sites import Joint, Layout, Site, SiteGraph, is_differentiable
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.tape import Tape
 
@@ -213,7 +213,7 @@ def _is_about_parameters(tape: Tape, site: Site) -> bool:
     mine = tape.mine[site.call.index]
     others = [v for k, v in enumerate(site.call.inputs) if k not in mine]
     masked = any(tape.shapes[site.call.inputs[k]] == site.shape for k in mine)
-    return masked or not any(tape.dtypes[v].is_floating_point for v in others)
+    return masked or not any(is_differentiable(tape.dtypes[v]) for v in others)
 
 
 def reprobe(
@@ -277,7 +277,9 @@ def check_loss(loss: Any) -> None:
             "reduce the other dimensions"
         )
     if not loss.is_floating_point():
-        raise ClosureError(f"the closure returned a loss of dtype {loss.dtype}; it must be a floating-point tensor")
+        raise ClosureError(
+            f"the closure returned a loss of dtype {loss.dtype}; it must be a real floating-point tensor"
+        )
     if loss.is_inference():
         raise ClosureError(
             "the loss was made inside torch.inference_mode(), where derivatives are silently lost; remove it"

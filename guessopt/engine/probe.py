@@ -186,7 +186,8 @@ class _Search:
     ) -> tuple[bool, bool]:
         def tangent(layout: Layout) -> Callable[[Tensor], Tensor]:
             def of(s: Tensor) -> Tensor:
-                noise = torch.randn(s.shape, generator=self.generator).to(s)
+                noise = torch.randn(*s.shape, 1 + s.is_complex(), generator=self.generator)
+                noise = (torch.view_as_complex(noise) if s.is_complex() else noise[..., 0]).to(s)
                 return noise.mul_(layout.spread(half.to(s), tuple(s.shape)))
 
             return of

@@ -96,7 +96,9 @@ class Replay(Pass):
         self.whole = [group for group in self.whole if not open_.isdisjoint(group)]
         positions = [p for group in ready for p in group if p not in self.done]
         if positions and (found := self.gradients.take(positions)):
+            self.delivering = True  # and so it stays if this fails
             self.deliver(found)
+            self.delivering = False
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """Nothing is injected: the site's cotangent is formed."""

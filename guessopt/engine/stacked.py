@@ -25,7 +25,7 @@ from guessopt.rules.attention import stacked_attention
 from guessopt.rules.base import is_in_place, tangent_for
 from guessopt.rules.elementwise import ADDITION, RELU, UNARY, relu_pull_back
 from guessopt.rules.linear import linear
-from guessopt.sites import ForwardRecord, Layout, SiteGraph, Visit
+from guessopt.sites import ForwardRecord, Layout, SiteGraph, Visit, is_differentiable
 from guessopt.tracing.interceptor import tensors_in
 
 T = TypeVar("T")
@@ -169,10 +169,11 @@ class StackedLevel(FastLevel):
             return self._in_turn(fn, args, kwargs, moving, writes)
 
     def _together(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving) -> Found:
-        if _is_unary(fn, args, kwargs):
+        real = not any(t.is_complex() for t in tensors_in(args, kwargs))  # the rules are written for real numbers
+        if real and _is_unary(fn, args, kwargs):
             return self._elementwise(fn, args, kwargs, moving)
         for stacked, entry in ((True, _stacked_for(fn)), (False, tangent_for(fn))):
-            if entry is None or len(args) < entry[1]:
+            if entry is None or len(args) < entry[1] or not real:
                 continue
             rule, duals = entry
             tangents = [moving.get(id(t)) for t in args[:duals]]
@@ -202,7 +203,7 @@ class StackedLevel(FastLevel):
         with fw.dual_level():
             out, slope = _unpack(fn(_pack(x, torch.ones_like(x)), *args[1:], **kwargs))
             out = out.detach()
-        return out, [(out, torch.zeros_like(dx) if slope is None else dx * slope)]
+        return out, [(out, torch.zeros_like(dx) if slope is None else (dx * slope).to(out.dtype))]
 
     def _by_jvp(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving) -> Found:
         """Torch's own rule: tangents batched by ``vmap``, the primal not."""
@@ -374,7 +375,7 @@ def _mapped(node: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 def _swapped(out: Any, found: dict[int, tuple[Tensor, Tensor | None]]) -> Found:
     """``out`` with ordinary tensors in place of those with tangents."""
-    results = [(t, v) for t, v in found.values() if v is not None and t.is_floating_point()]
+    results = [(t, v) for t, v in found.values() if v is not None and is_differentiable(t)]
     return _mapped(out, lambda t: found[id(t)][0]), results
 
 
@@ -454,14 +455,20 @@ def projection_weights(record: ForwardRecord, graph: SiteGraph) -> Weights:
             shared.add_(inner[0].to(gram.device))
 
     for index, y in record.guesses.items():
+        y = _real(y)
         add(_by_example(graph.sites[index].layout, y, n))
     for visit in record.visits:
         for v in visit.directions or ():
-            add(v.reshape(*v.shape[:2], -1).transpose(0, 1))
+            add(_real(v).reshape(*v.shape[:2], -1).transpose(0, 1))
     for v in record.params.values():
-        add(v.reshape(1, count, -1))
+        add(_real(v).reshape(1, count, -1))
     batch = _projected(shared + gram.sum(0), d.sum(1).to(wide))
     return Weights(batch[:, None] if n == 1 else _projected(gram, d.T.to(wide)).T, batch)
+
+
+def _real(y: Tensor) -> Tensor:
+    """A complex tensor as a real one, its parts in a last dimension of their own."""
+    return torch.view_as_real(y) if y.is_complex() else y
 
 
 def _projected(gram: Tensor, d: Tensor) -> Tensor:

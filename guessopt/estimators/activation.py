@@ -40,6 +40,10 @@ class ActivationPerturbation(Estimator):
     def unbiased(self) -> bool:
         return not self.masked and self.noise != "uniform"
 
+    @property
+    def guided(self) -> bool:  # type: ignore[override]
+        return self.masked
+
     def sample(self, state: Any, local: Local) -> Tensor:
         y = local.noise(local.s.shape, self.noise)
         m = local.derivative() if self.masked and local.is_elementwise else None

@@ -58,6 +58,9 @@ class Estimator(ABC):
     #: guessed in place of the output: unbiased (uniform noise is centred there), and in far fewer dimensions.
     per_example_parameters: ClassVar[bool] = True
 
+    #: Whether the guess goes by the way to the next matrix site; where not, a site without one gets the same guess.
+    guided: ClassVar[bool] = True
+
     #: Whether ``joint`` may be true.
     joins: ClassVar[bool] = False
 
@@ -117,7 +120,7 @@ class Estimator(ABC):
         ``E g^`` is the true cotangent projected on the span of the guesses ("undo the bias", which Singhal section 5
         leaves open). Conjugate gradients on ``second_moment``, all examples at once; variance grows with its condition
         number."""
-        if not self.debias:
+        if not self.debias or y.is_complex():  # at complex sites the guess is isotropic
             return y
 
         def apply(v: Tensor) -> Tensor:

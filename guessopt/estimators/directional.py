@@ -28,6 +28,7 @@ class DirectionalDescent(Estimator):
     scaled: bool = False
     noise: str = "normal"
     space: ClassVar[str] = "parameters"
+    guided: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_noise(self.noise)

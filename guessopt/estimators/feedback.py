@@ -175,6 +175,12 @@ class LearnedFeedback(Estimator):
         return note
 
     def check(self, sites: tuple[Site, ...]) -> None:
+        for site in sites:
+            if site.dtype.is_complex:
+                raise ValueError(
+                    f"learned_feedback: {site.op} gives a complex output of shape {list(site.shape)}, and feedback "
+                    "maps are real; give its parameters 'activation_perturbation' (estimator={pattern: name, ...})"
+                )
         self.guess.check(sites)
 
     def options(self) -> dict[str, Any]:

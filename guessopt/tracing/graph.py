@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import MatrixRule, rule_for
+from guessopt.rules.base import MatrixRule, Rule, rule_for
 from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
 from guessopt.sites import (
     Call,
@@ -44,6 +44,9 @@ FURTHEST = 4
 _INDEX = (torch.int64, torch.int32, torch.bool)
 _ROUTING = ("getitem", "setitem", "index", "gather", "scatter", "take", "masked_select", "sort")
 
+
+#: Serves operations on complex numbers by torch's own derivative: the other rules are written for real numbers.
+_GENERIC = Rule()
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -185,7 +188,8 @@ class Analysis:
                 if v in self.active and (v in read or (call.in_place and read)):
                     found.append(
                         Site(
-                            index=len(found), call=call, output=k, value=v, rule=rule_for(call.fn),
+                            index=len(found), call=call, output=k, value=v,
+                            rule=_GENERIC if self._is_complex(*call.inputs, *call.outputs) else rule_for(call.fn),
                             params=tuple(sorted(tape.origins[c])), shape=tape.shapes[v], dtype=tape.dtypes[v],
                             segment=self.segment(v), overwritten=v in tape.overwritten, reach=self._reach(call),
                             kept=self._kept(call, v),
@@ -196,6 +200,10 @@ class Analysis:
     def _is_read(self, v: int) -> bool:
         """Whether a derivative goes on from the value towards the loss."""
         return any(u in self.useful for u in self.tape.consumers.get(v, ()))
+
+    def _is_complex(self, *values: int) -> bool:
+        """Whether one of the values is complex."""
+        return any(self.tape.dtypes[v].is_complex for v in values)
 
     def _reach(self, call: Call) -> Reach | None:
         """For tensors joined by ``cat``: the spans that hold parameters."""
@@ -239,7 +247,7 @@ class Analysis:
             call = tape.calls[users[0]]
             follower = next((s for s in sites if s.call is call), None)
             plain_add = call.fn in ADDITION and not call.kwargs and len(call.args) == 2 and not call.aliases
-            if follower and plain_add and follower.shape == site.shape:
+            if follower and plain_add and follower.shape == site.shape and not self._parts_differ(follower, site):
                 share = follower.index
         end = site
         while share is not None and end.value not in self.cut_values:
@@ -250,11 +258,19 @@ class Analysis:
         cut = self.cut_values.index(end.value) if end.value in self.cut_values else None
         return replace(site, shares=share, cut=cut)
 
+    @staticmethod
+    def _parts_differ(a: Site, b: Site) -> bool:
+        """Whether one is complex and the other real."""
+        return a.dtype.is_complex is not b.dtype.is_complex
+
     def segment(self, source: int) -> Segment | None:
         """The way from a site's output to the next matrix site(s): the first one reached, and its parallels."""
         tape = self.tape
         x = self._next_input([source])
         if x is None:
+            return None
+        if self._is_complex(source, x, *(w for _, _, w in self._readers(x))):
+            self.blocked[source] = "its output, or the next layer, is complex"
             return None
         found: dict[str, list[tuple[Call, MatrixRule, int]]] = {}
         for call, rule, w in self._readers(x):
@@ -333,6 +349,8 @@ class Analysis:
             outputs = [o for call, _, _ in self._readers(following) for o in call.outputs]
             following = self._next_input(outputs)
             goals = outputs if following is None else [following]
+            if self._is_complex(*goals):
+                break
             try:
                 program = self._program(source, goals)
             except _SharedMemory:
@@ -360,7 +378,9 @@ class Analysis:
             if c is None:
                 return None
             call = tape.calls[c]
-            if len(call.inputs) != 1 or call.aliases or call.held or not is_elementwise(call.fn):
+            if len(call.inputs) != 1 or call.aliases or call.held:
+                return None
+            if not is_elementwise(call.fn) or self._is_complex(v):
                 return None
             if tape.shapes[call.inputs[0]] != tape.shapes[v]:
                 return None
@@ -482,11 +502,15 @@ class Analysis:
 
     def _stream(self, sites: tuple[Site, ...], batch: int) -> Stream | None:
         tape, calls = self.tape, tuple(sorted(self.useful - self.loss))
+        if self._is_complex(*self.cut_values, *(site.value for site in sites)):
+            return None
         matrices = frozenset(
             c for c in calls if (m := self.matrix_of(tape.calls[c])) is not None and m[2] in self.active
         )
         found = Chain(tape, calls, tuple(self.cut_values), matrices).stream(sites)
-        if found is None or any(Layout.candidates(s, batch)[0] is Layout.COUPLED for s in found.shapes.values()):
+        if found is None or self._is_complex(*found.shapes):
+            return None
+        if any(Layout.candidates(s, batch)[0] is Layout.COUPLED for s in found.shapes.values()):
             return None
         needed = {v for block in found.blocks for v in block.needs()}
         return replace(found, fragile=frozenset(needed & tape.overwritten))

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
 
-from guessopt.errors import ClosureError
+from guessopt.errors import ClosureError, refusal, refused
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -178,6 +178,8 @@ class Interceptor(TorchFunctionMode):
         self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
         self.count = 0
         self.enabled = True
+        #: Whether gradients are being handed on: an error is then none of the closure's.
+        self.delivering = False
         self.no_grad: AbstractContextManager[Any] = _NoGrad()
 
     def __torch_function__(
@@ -206,7 +208,12 @@ class Interceptor(TorchFunctionMode):
             )
         index = self.count
         self.count += 1
-        return self.call(index, fn, args, kwargs, *split(args, kwargs))
+        try:
+            return self.call(index, fn, args, kwargs, *split(args, kwargs))
+        except (RuntimeError, AssertionError) as error:
+            if self.delivering or (why := refusal(error)) is None:
+                raise
+            raise refused(fn, why) from error
 
     def call(
         self,

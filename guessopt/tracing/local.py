@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guessopt.errors import refusal, refused
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
@@ -231,7 +232,10 @@ class JointLocal(Local):
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means."""
+    """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means. Of a complex dtype both parts are
+    such noise: then ``E[Re(conj(g) y) y] = g`` for torch's gradient ``g``, as for real numbers."""
+    if dtype.is_complex:
+        return torch.view_as_complex(draw(source, kind, (*shape, 2), dtype.to_real(), device))
     if source.means:
         return torch.full(shape, NOISES[kind][0], dtype=dtype, device=device)
     if kind == "normal":
@@ -349,7 +353,12 @@ def _run(
         state = random.get(call.index)
         with _autocasting(call, values), AS_IT_IS if state is None else replayed(state):
             run = PULLED_BACK.get(fn) if state is None else None
-            out = (run or without_side_effects(fn))(*args, **kwargs)
+            try:
+                out = (run or without_side_effects(fn))(*args, **kwargs)
+            except RuntimeError as error:
+                if (why := refusal(error)) is None:
+                    raise
+                raise refused(fn, why) from error
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
             if known is not None and fn in RESUMED and not call.in_place:
@@ -360,6 +369,8 @@ def _run(
         for v in variables.intersection(call.outputs) if variables else ():
             if not values[v].requires_grad:
                 values[v] = values[v].detach().requires_grad_()
+            elif len(call.outputs) > 1:  # a cell's h is made from its c: what reaches c by way of h is not c's own
+                values[v] = values[v].clone()
 
 
 def _hold(call: Call, values: dict[int, Tensor]) -> None:

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
-from guessopt.sites import Call, Kind, Shape, Value
+from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
 from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, recordable, stops_gradient, tensors_in
 
 
@@ -224,7 +224,7 @@ class Tape(Interceptor):
     def _activate(self, t: Tensor, v: int, *, mark: bool = True) -> None:
         """Derivatives reach the value. Its tensor is made to require grad, so that a call which the mode cannot see
         leaves a trace of itself; the user's own tensors stay as they are."""
-        if t.is_floating_point():
+        if is_differentiable(t):
             self.active.add(v)
             if mark and not t.requires_grad:
                 t.requires_grad_()
