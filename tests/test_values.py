@@ -215,6 +215,8 @@ def test_engines_and_memory_modes_agree(name: str) -> None:
     for options in ({"engine": "func"}, {"engine": "dual"}, {}, {"memory": "replay"}):
         if options.get("engine") == "func" and ("data" in name or "detach" in name or "without grad" in name):
             continue  # a transform of torch.func has other memory
+        if "engine" in options and name == "Gamma.rsample":
+            continue  # torch has no forward derivative of it; the fast engine goes through its backward
         one = problem(name)
         opt = GuessGradOptimizer(one.named, torch.optim.SGD, WPerp(k=2), lr=0.1, seed=3, **options)  # type: ignore[arg-type]
         opt.estimate(one.closure)
