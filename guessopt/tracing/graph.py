@@ -368,10 +368,17 @@ class Analysis:
         return tuple(tape.calls[c] for c in sorted(calls))
 
     def graph(
-        self, sites: list[Site], layouts: dict[int, Layout], batch: int, *, segments: bool = True, stream: bool = False
+        self,
+        sites: list[Site],
+        layouts: dict[int, Layout],
+        batch: int,
+        *,
+        segments: bool = True,
+        stream: bool = False,
+        ends: dict[int, Layout] | None = None,
     ) -> SiteGraph:
-        """Freeze. ``layouts``: of each site's and cut's value. ``segments``: whether guesses will need them;
-        ``stream``: whether an estimator asks for the residual stream."""
+        """Freeze. ``layouts``, ``ends``: of each site's and each cut's value. ``segments``: whether guesses will need
+        them; ``stream``: whether an estimator asks for the residual stream."""
         tape = self.tape
         kinds = list(tape.kinds)
         for c in self.loss:
@@ -380,7 +387,7 @@ class Analysis:
         for c, kind in enumerate(kinds):
             if kind is Kind.SITE and c not in calls_of_sites:
                 kinds[c] = Kind.PLAIN
-        cuts = tuple(self._cut(v, layouts.get(v, Layout.COUPLED)) for v in self.cut_values)
+        cuts = tuple(self._cut(v, (ends or layouts).get(v, Layout.COUPLED)) for v in self.cut_values)
         final = tuple(
             replace(
                 site,
@@ -536,7 +543,11 @@ class Analysis:
         """Values of sites upstream of a batch norm in training mode: its statistics make the examples interact."""
         tape, seen = self.tape, set()
         stack = [
-            v for c in self.useful if _normalises_batch(tape.calls[c]) for v in tape.calls[c].inputs if v in self.active
+            v
+            for c in self.useful - self.loss
+            if _normalises_batch(tape.calls[c])
+            for v in tape.calls[c].inputs
+            if v in self.active
         ]
         while stack:
             v = stack.pop()
