@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from guessopt.sites import (
     Value,
     numel,
 )
+from guessopt.tracing.interceptor import CustomFunction
 from guessopt.tracing.residual import Chain
 from guessopt.tracing.tape import Tape
 
@@ -81,7 +82,7 @@ class Analysis:
 
     def _loss_calls(self) -> set[int]:
         """The calls after the network's end: neither matrix sites nor parameters, but for single numbers (a loss's
-        weight, a temperature, an L2 term), and read by nothing but the loss."""
+        weight, a temperature, an L2 term) or in a fused head, and read by nothing but the loss."""
         tape = self.tape
         loss: set[int] = set()
         stack = [self.returned]
@@ -112,7 +113,7 @@ class Analysis:
         if tape.kinds[c] is Kind.SITE:
             if call.in_place and call.aliases:
                 return False
-            return all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c]) and any(
+            return is_loss_with_parameters(call.fn) or all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c]) and any(
                 v in self.active for v in call.inputs
             )
         return self.matrix_of(call) is None and not call.aliases
@@ -555,6 +556,20 @@ class Analysis:
                 seen.add(v)
                 stack += tape.calls[tape.producer[v]].inputs
         return seen
+
+
+#: Losses with the network's last layer in them: what they read of parameters takes its exact gradient from the loss's
+#: own reverse pass. Functions, and names of ``torch.autograd.Function``s.
+LOSSES_WITH_PARAMETERS: set[Any] = {
+    getattr(F, "linear_cross_entropy", None), "LinearCrossEntropyFunction", "FusedLinearCrossEntropyFunction",
+    "LigerFusedLinearCrossEntropyFunction", "LigerFusedLinearJSDFunction",
+}  # fmt: skip
+
+
+def is_loss_with_parameters(fn: Callable[..., Any]) -> bool:
+    """Whether ``fn`` is one of ``LOSSES_WITH_PARAMETERS``."""
+    known: Any = fn.cls.__name__ if isinstance(fn, CustomFunction) else fn
+    return isinstance(known, Hashable) and known in LOSSES_WITH_PARAMETERS
 
 
 _LAYERS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
