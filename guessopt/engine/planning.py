@@ -180,6 +180,7 @@ def layouts_of(
         graph.cuts,
         push,
         given=given,
+        others=[analysis.tape.shapes[v] for v in analysis.active],
         coupled=frozenset() if frozen else frozenset(analysis.coupled_by_batch_norm()),
         doubtful=frozenset(site.value for site in sites if may_hold_no_examples(analysis, site)),
         seed=seed,
@@ -223,13 +224,14 @@ def mixing_of(
     layout = Layout.candidates(last.shape, found.batch)[0]
     if layout is Layout.COUPLED:
         return ""
-    moving = torch.arange(found.batch) % 2 == 0
+    generator = torch.Generator().manual_seed(0)
+    moving = torch.randperm(found.batch, generator=generator) < found.batch // 2
     mixing = Mixing(moving)
 
     def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
         if site.index != last.index:
             return None
-        noise = torch.randn(s.shape, generator=torch.Generator().manual_seed(0)).to(s)
+        noise = torch.randn(s.shape, generator=generator).to(s)
         return noise.mul_(layout.spread(moving.to(s), tuple(s.shape)))
 
     level = FastLevel(frozen_statistics=make_level().frozen_statistics)

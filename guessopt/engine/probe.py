@@ -10,9 +10,11 @@ So no layout has to be what a user calls the batch: it only has to pass.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,8 @@ LANES = 8
 #: Trials that the search for one N may make before it calls what is left coupled.
 BUDGET = 64
 
-#: Candidates for N that are searched site by site.
+#: Candidates for N that are tried; those that are searched site by site.
+CANDIDATES = 6
 SEARCHED = 2
 
 #: Layouts to prefer others to, by custom: batch-first and batch-major; either of these reversed; both.
@@ -66,27 +69,31 @@ class Found:
         return not self.unproven
 
 
-def batch_candidates(sites: Sequence[Site], cuts: Sequence[Cut], given: int | None) -> list[int]:
+def batch_candidates(
+    sites: Sequence[Site], cuts: Sequence[Cut], given: int | None, others: Sequence[Shape] = ()
+) -> list[int]:
     """Possible N, likeliest first: the one that fits most sites and cuts; among equals the cuts' first dimension, then
-    the first dimension of most sites. One example would fit anything: it comes last, and only where the loss reads a
+    the first dimension of most values. One example would fit anything: it comes last, and only where the loss reads a
     single row.
 
-    ``given``: the number of per-example losses, where the closure returns them.
+    ``given``: the number of per-example losses, where the closure returns them. ``others``: shapes of the network's
+    other values.
     """
     if given is not None:
         return [given]
     shapes = [site.shape for site in sites] + [cut.shape for cut in cuts]
-    sizes = {size for shape in shapes for size in shape[:2]}
+    leading = Counter(shape[0] for shape in (*shapes, *others) if shape)
+    sizes = leading.keys() | {shape[1] for shape in (*shapes, *others) if len(shape) > 1}
     rows = cuts[0].shape[0] if cuts and cuts[0].shape else 0
 
     def likelihood(n: int) -> tuple[int, bool, int, int]:
         fits = sum(Layout.candidates(shape, n)[0] is not Layout.COUPLED for shape in shapes)
-        return fits, n == rows, sum(shape[:1] == (n,) for shape in shapes), n
+        return fits, n == rows, leading[n], n
 
     possible = [
         n for n in sizes if n > 1 and all(Layout.candidates(cut.shape, n)[0] is not Layout.COUPLED for cut in cuts)
     ]
-    best = sorted(possible, key=likelihood, reverse=True)[:4]
+    best = sorted(possible, key=likelihood, reverse=True)[:CANDIDATES]
     return [*best, 1] if rows == 1 else best
 
 
@@ -96,6 +103,7 @@ def find_layouts(
     push: Push,
     *,
     given: int | None = None,
+    others: Sequence[Shape] = (),
     coupled: frozenset[int] = frozenset(),
     doubtful: frozenset[int] = frozenset(),
     seed: int = 0,
@@ -106,6 +114,7 @@ def find_layouts(
 
     Args:
         push: runs the closure.
+        given, others: see ``batch_candidates``.
         coupled: values of sites known to lie before a batch normalisation.
         doubtful: values of sites that may hold no examples (positions). They have no say in which N it is.
         seed: of the splits; another one later sees what this one may have missed.
@@ -117,7 +126,7 @@ def find_layouts(
         trial = _Trial(known.batch, search.completed(known), known.ends)
         if search.keep_apart([trial], search.splits if thorough else search.half)[0]:
             return search.result(trial)
-    candidates = batch_candidates(search.core, cuts, given)
+    candidates = batch_candidates(search.core, cuts, given, others)
     found: list[_Trial] = []
     for hypothesis in search.clean(trial for n in candidates for trial in search.hypotheses(n)):
         if hypothesis.batch not in {trial.batch for trial in found}:
@@ -125,11 +134,9 @@ def find_layouts(
             if search.settles(hypothesis):
                 return search.result(found[-1])
     for n in candidates[:SEARCHED]:
-        ends: list[Layouts] = []
-        for hypothesis in search.hypotheses(n):
-            if hypothesis.ends not in ends:
-                ends.append(hypothesis.ends)
-                found.append(search.choose(n, hypothesis.ends))
+        found.append(search.choose(n))
+        if search.settles(found[-1]):
+            return search.result(found[-1])
     return search.result(min(found, key=search.noise, default=_Trial(1, {}, {})))
 
 
@@ -209,43 +216,52 @@ class _Search:
     def with_doubtful(self, trial: _Trial) -> _Trial:
         """Layouts for the sites that had no say in N."""
         rest = [site for site in self.free if site.value not in trial.layouts]
-        return self.choose(trial.batch, trial.ends, trial.layouts, rest) if rest else trial
+        return self._completed(trial.batch, [trial.ends], trial.layouts, rest)
 
-    def choose(
-        self, n: int, ends: Layouts, known: Layouts | None = None, sites: Sequence[Site] | None = None
-    ) -> _Trial:
-        """Layouts of the sites, shape by shape, given those of the cuts. Where no one layout serves a shape, its sites
-        are halved until each leak has its site."""
-        layouts = dict(known or {})
+    def choose(self, n: int) -> _Trial:
+        """Layouts of all sites, for that choice of the cuts' layouts which serves most of them."""
+        ends: list[Layouts] = []
+        for hypothesis in self.hypotheses(n):
+            if hypothesis.ends not in ends:
+                ends.append(hypothesis.ends)
+        return self._completed(n, ends, {}, self.free)
+
+    def _completed(self, n: int, ends: list[Layouts], layouts: Layouts, sites: Sequence[Site]) -> _Trial:
+        """``layouts``, and those of more sites, shape by shape. Where no one layout serves a shape, its sites are
+        halved until each leak has its site."""
+        known = layouts
         groups: dict[Shape, list[Site]] = {}
-        for site in self.free if sites is None else sites:
-            if site.value in self.last:
-                layouts[site.value] = ends[site.value]
-            else:
+        for site in sites:
+            if site.value not in self.last:
                 groups.setdefault(site.shape, []).append(site)
-        pending = [(group, Layout.candidates(shape, n)) for shape, group in groups.items()]
-        budget = BUDGET
+        pending, budget, layouts = list(groups.values()), BUDGET, dict(known)
         while pending:
-            trials = [_Trial(n, {site.value: options[0] for site in group}, ends) for group, options in pending]
+            trials = [
+                (number, _Trial(n, {site.value: layout for site in group}, each))
+                for each in ends
+                for number, group in enumerate(pending)
+                for layout in Layout.candidates(group[0].shape, n)[:-1]
+            ]
+            passing = self.keep_apart([trial for _, trial in trials], self.half)
             budget -= len(trials)
-            following: list[tuple[list[Site], tuple[Layout, ...]]] = []
-            for (group, options), trial, passes in zip(
-                pending, trials, self.keep_apart(trials, self.halves), strict=True
-            ):
+            serving: list[dict[int, Layouts]] = [{} for _ in ends]
+            for (number, trial), passes in zip(trials, passing, strict=True):
                 if passes:
-                    layouts |= trial.layouts
-                elif budget < 0:
+                    serving[ends.index(trial.ends)].setdefault(number, trial.layouts)
+            best = max(range(len(ends)), key=lambda k: sum(len(pending[number]) for number in serving[k]))
+            ends, following = [ends[best]], list[list[Site]]()
+            for number, group in enumerate(pending):
+                fits = Layout.candidates(group[0].shape, n)[0] is not Layout.COUPLED
+                if number in serving[best]:
+                    layouts |= serving[best][number]
+                elif len(group) == 1 or budget < 0 or not fits:
                     layouts |= {site.value: Layout.COUPLED for site in group}
-                elif options[1] is not Layout.COUPLED:
-                    following.append((group, options[1:]))
-                elif len(group) == 1:
-                    layouts[group[0].value] = Layout.COUPLED
                 else:
-                    every, middle = Layout.candidates(group[0].shape, n), len(group) // 2
-                    following += [(group[:middle], every), (group[middle:], every)]
+                    following += [group[: len(group) // 2], group[len(group) // 2 :]]
             pending = following
-        found = _Trial(n, layouts, ends)
-        if known is not None and all(layouts[v] is Layout.COUPLED for v in layouts.keys() - known.keys()):
+        layouts |= {site.value: ends[0][site.value] for site in sites if site.value in self.last}
+        found = _Trial(n, layouts, ends[0])
+        if known and all(layouts[v] is Layout.COUPLED for v in layouts.keys() - known.keys()):
             return found
         return found if self.keep_apart([found], self.splits)[0] else self._without_leaks(found)
 
@@ -280,47 +296,45 @@ class _Search:
         half[0, torch.randperm(n, generator=self.generator)[: max(n // 2, 1)]] = 1
         return half
 
-    def halves(self, n: int) -> Tensor:
-        """``[2, N]``: one half, and the other."""
-        half = self.half(n)
-        return half if n == 1 else torch.cat([half, 1 - half])
-
     def keep_apart(self, trials: Sequence[_Trial], examples: Callable[[int], Tensor]) -> list[bool]:
-        """Whether, in each trial, the examples without a tangent stay where they are."""
+        """Whether, in each trial, the examples without a tangent stay where they are. Trials that differ only in the
+        cuts' layouts share their lanes."""
+        same: dict[Any, list[int]] = {}
+        for number, trial in enumerate(trials):
+            if trial.batch > 1 and any(layout is not Layout.COUPLED for layout in trial.layouts.values()):
+                same.setdefault((trial.batch, *trial.layouts.items()), []).append(number)
+        lanes = [(numbers, row) for numbers in same.values() for row in examples(trials[numbers[0]].batch)]
         clean = [True] * len(trials)
-        lanes = [
-            (number, row)
-            for number, trial in enumerate(trials)
-            if trial.batch > 1 and any(layout is not Layout.COUPLED for layout in trial.layouts.values())
-            for row in examples(trial.batch)
-        ]
         for start in range(0, len(lanes), LANES):
-            carried = [lane for lane in lanes[start : start + LANES] if clean[lane[0]]]
-            moved = self.push(self._tangents(trials, carried), len(carried)) if carried else []
-            for k, (number, row) in enumerate(carried):
-                clean[number] = clean[number] and all(
-                    _stays(t[k], row, trials[number].ends[cut.value])
-                    for cut, t in zip(self.cuts, moved, strict=True)
-                    if t is not None
-                )
+            carried = [lane for lane in lanes[start : start + LANES] if any(clean[number] for number in lane[0])]
+            which = [(trials[numbers[0]].layouts, row) for numbers, row in carried]
+            moved = self.push(self._tangents(which), len(carried)) if carried else []
+            for k, (numbers, row) in enumerate(carried):
+                for number in numbers:
+                    ends = trials[number].ends
+                    clean[number] = clean[number] and all(
+                        _stays(t[k], row, ends[cut.value])
+                        for cut, t in zip(self.cuts, moved, strict=True)
+                        if t is not None
+                    )
         return clean
 
-    def _tangents(self, trials: Sequence[_Trial], lanes: Sequence[tuple[int, Tensor]]) -> dict[int, Tangents]:
+    def _tangents(self, lanes: Sequence[tuple[Layouts, Tensor]]) -> dict[int, Tangents]:
         def tangents(site: Site) -> Tangents:
             def of(s: Tensor, wanted: Sequence[int]) -> Tensor:
                 dtype = s.dtype if s.is_complex() else torch.float32
                 noise = torch.randn(s.shape, generator=self.generator, dtype=dtype).to(s)
                 found = s.new_zeros(len(wanted), *s.shape)
                 for k, lane in enumerate(wanted):
-                    number, row = lanes[lane]
-                    layout = trials[number].layouts.get(site.value, Layout.COUPLED)
+                    layouts, row = lanes[lane]
+                    layout = layouts.get(site.value, Layout.COUPLED)
                     if layout is not Layout.COUPLED:
                         torch.mul(noise, layout.spread(row.to(s), tuple(s.shape)), out=found[k])
                 return found
 
             return of
 
-        moving = {v for number, _ in lanes for v, each in trials[number].layouts.items() if each is not Layout.COUPLED}
+        moving = {v for layouts, _ in lanes for v, layout in layouts.items() if layout is not Layout.COUPLED}
         return {site.index: tangents(site) for site in self.free if site.value in moving}
 
     # --- the answer ---------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ class Analysis:
         if tape.kinds[c] is Kind.SITE:
             if call.in_place and call.aliases:
                 return False
-            return is_loss_with_parameters(call.fn) or all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c]) and any(
+            fused = is_loss_with_parameters(call.fn)
+            return (fused or all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c])) and any(
                 v in self.active for v in call.inputs
             )
         return self.matrix_of(call) is None and not call.aliases
