@@ -19,7 +19,7 @@ from guessopt.diagnostics.reverse import Truth, measuring
 from guessopt.estimators import Estimator
 from guessopt.sites import Layout
 
-from .problems import Attention, Problem, Recurrent, Rotary, Transformer, labels, of
+from .problems import Attention, Problem, Recurrent, Rotary, labels, of
 from .test_exactness import sum_over_one_hots
 from .test_hostile import Lambda, assert_gradient, net, randn
 
@@ -537,3 +537,105 @@ def test_the_operation_in_which_examples_interact_is_named(make: Callable[[], Pr
 def test_nothing_is_said_where_examples_are_apart(name: str) -> None:
     torch.manual_seed(0)
     assert not [message for message in told(MODELS[name][0]()) if "examples" in message]
+
+
+# ---------------------------------------------------------------------------------------------- losses with parameters
+
+
+class Fused(torch.autograd.Function):
+    """As in Liger: the gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            leaves = [h.detach().requires_grad_(), w.detach().requires_grad_()]
+            loss = F.cross_entropy(leaves[0] @ leaves[1].T, y)
+            ctx.save_for_backward(*torch.autograd.grad(loss, leaves))
+        return loss.detach(), None
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> Any:
+        return *(g * each for each in ctx.saved_tensors), None
+
+
+Fused.__name__ = "LigerFusedLinearCrossEntropyFunction"
+
+
+def head(kind: str) -> Problem:
+    if kind != "linear" and kind != "liger" and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch has no linear_cross_entropy")
+    parts = {"e": nn.Embedding(5, 4), "a": nn.Linear(4, 4), "n": nn.LayerNorm(4)}
+    parts["h"] = nn.Linear(4, 5, bias=kind == "bias")
+    ids, options = torch.randint(5, (6, 3)), dict[str, Any]()
+    if kind == "bias":
+        options["label_smoothing"] = 0.1
+    if kind == "chunked":
+        from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+        options["options"] = LinearCrossEntropyOptions(batch_chunk_size=4, chunking_method=None)
+
+    def forward(m: Any) -> Tensor:
+        h = m.e(ids)
+        h = m.n(h + torch.tanh(m.a(h)).cumsum(1)).flatten(0, 1)
+        y, w = ids.roll(-1, 1).flatten(), m.e.weight if kind == "tied" else m.h.weight
+        if kind == "linear":
+            return F.cross_entropy(F.linear(h, w), y)
+        if kind == "liger":
+            return Fused.apply(h, w, y)[0]
+        if kind == "expression":
+            return F.linear_cross_entropy(h, w * 2, y) + w.square().mean()
+        if kind == "losses":
+            return F.linear_cross_entropy(h, w, y, reduction="none").view(6, 3).mean(1)
+        return F.linear_cross_entropy(h, w, y, linear_bias=m.h.bias, **options)
+
+    problem = of(Lambda(forward, **parts), lambda m: m(), 6)
+    if kind == "tied":
+        problem.named = [(name, p) for name, p in problem.named if name != "h.weight"]
+    return problem
+
+
+@pytest.mark.parametrize("memory", ["store", "replay"])
+@pytest.mark.parametrize("kind", ["fused", "chunked", "bias", "tied", "liger", "expression", "losses"])
+def test_a_fused_loss_is_the_head(kind: str, memory: str) -> None:
+    """Exact gradients in expectation; N examples; the head's gradient exact in every draw."""
+    torch.manual_seed(0)
+    problem = head(kind)
+    if memory == "store":
+        found, opt = sum_over_one_hots(problem, "fast")
+        assert_gradient(problem, found)
+    else:
+        opt = optimizer(problem, memory=memory)
+        opt.estimate(problem.closure)
+    graph = opt._plans[0].graph
+    assert graph.batch == 6 and all(site.layout is Layout.BATCH_FIRST for site in graph.sites)
+    if kind != "tied":
+        opt = optimizer(problem, memory=memory)
+        opt.zero_grad()
+        opt.estimate(problem.closure)
+        weight = dict(problem.named)["h.weight"]
+        (true,) = torch.autograd.grad(problem.closure().mean(), [weight])
+        torch.testing.assert_close(weight.grad, true)
+
+
+class BeforeTheHead(Apart):
+    """The same guesses at the first three sites, none at the head."""
+
+    def sample(self, state: Any, local: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(local.site.index)
+        y = torch.randn(local.s.shape, dtype=local.s.dtype, generator=generator)
+        return torch.zeros_like(y) if local.site.index == 3 else y
+
+
+@pytest.mark.parametrize("kind", ["fused", "chunked", "liger"])
+def test_a_fused_loss_gives_the_derivatives_of_the_plain_one(kind: str) -> None:
+    found = []
+    for each in (kind, "linear"):
+        torch.manual_seed(0)
+        problem = head(each)
+        opt = optimizer(problem)
+        opt._estimators = [BeforeTheHead()] * len(problem.named)
+        with measuring(opt) as transaction:
+            opt._refresh()
+            found.append(opt._forward(problem.closure, transaction)[1].d)
+    assert found[0].shape == (6,)
+    torch.testing.assert_close(*found)

@@ -356,4 +356,5 @@ def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
         return True
     size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)
     outside = layout.sum_examples(size, len(moving)).cpu()[moving == 0].sum()
-    return float(outside) <= 1e-5 * float(size.max()) * (size.numel() / len(moving)) ** 0.5
+    rounding = min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)
+    return float(outside) <= rounding * float(size.max()) * (size.numel() / len(moving)) ** 0.5
