@@ -415,7 +415,7 @@ def test_lanes_that_do_not_go_together_go_one_by_one(monkeypatch: pytest.MonkeyP
     from guessopt.engine import planning
 
     class Refuses(planning.StackedLevel):
-        def run(self, body: Callable[[], Any]) -> Any:
+        def call(self, fn: Any, args: Any, kwargs: Any, *, writes: bool) -> Any:
             raise RuntimeError("no")
 
     for name in ("nanoGPT, T = 4N", "flipped batch + penalty"):

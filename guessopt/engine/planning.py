@@ -150,7 +150,7 @@ def layouts_of(
     frozen, witness = make_level().frozen_statistics, Witness(analysis)
     together = not graph.shared_writes
 
-    def run(tangents: Mapping[int, Tangents], level: Level, lanes: Sequence[int]) -> list[Tensor | None]:
+    def prepared(tangents: Mapping[int, Tangents], level: Level, lanes: Sequence[int]) -> WatchedPass:
         def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
             if site.index not in tangents:
                 return None
@@ -159,6 +159,9 @@ def layouts_of(
 
         watched = WatchedPass(ids, graph, level, guess, {}, transaction.saved, keeps=False)
         watched.watch = witness.watch
+        return watched
+
+    def run(watched: WatchedPass) -> list[Tensor | None]:
         try:
             return watched.execute(closure, params).tangents
         finally:
@@ -168,11 +171,14 @@ def layouts_of(
         """All lanes in one run; where they do not go together, each in a run of its own."""
         nonlocal together
         if together and count > 1:
+            watched = prepared(tangents, StackedLevel(count, {}, frozen_statistics=frozen), range(count))
             try:
-                return run(tangents, StackedLevel(count, {}, frozen_statistics=frozen), range(count))
-            except Exception:  # if the closure is at fault, it fails below as well
+                return run(watched)
+            except Exception as error:
+                if error is not watched.failure and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                    raise
                 together = False
-        runs = [run(tangents, FastLevel(frozen_statistics=frozen), [lane]) for lane in range(count)]
+        runs = [run(prepared(tangents, FastLevel(frozen_statistics=frozen), [lane])) for lane in range(count)]
         return [_stacked(lanes) for lanes in zip(*runs, strict=True)]
 
     found = find_layouts(

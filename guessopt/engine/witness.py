@@ -27,9 +27,11 @@ _FLAT = {"sign", "sgn", "round", "floor", "ceil", "trunc", "fix", "heaviside", "
 
 
 class WatchedPass(Pass):
-    """Shows ``watch`` every call that derivatives pass, its outputs before they get a guess."""
+    """Shows ``watch`` every call that derivatives pass, its outputs before they get a guess. ``failure``: what the
+    level has raised in a call, and not the closure."""
 
     watch: Watch | None = None
+    failure: Exception | None = None
     _at: int = -1
 
     def call(self, index: int, *rest: Any) -> Any:
@@ -44,7 +46,11 @@ class WatchedPass(Pass):
         def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
             read = tensors_in(args, kwargs)
             see = None if self.watch is None else self.watch(level, self._at, fn, read)
-            out = inner(fn, args, kwargs, writes=writes)
+            try:
+                out = inner(fn, args, kwargs, writes=writes)
+            except Exception as error:
+                self.failure = error
+                raise
             if see is not None:
                 see(tensors_in((out,)) if out is not None else read[:1])
             return out
