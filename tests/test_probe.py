@@ -248,6 +248,14 @@ def normalised_last() -> Problem:
     return of(model, lambda m: F.cross_entropy(batch_norm(m(x)), labels(6, 2)))
 
 
+def losses_of_tokens(n: int = 3, tokens: int = 4) -> Problem:
+    """The closure returns ``[N*T]``: more losses than examples."""
+    ids = torch.randint(7, (n, tokens))
+    model = net(nn.Embedding(7, 4), Rotary(4, 2), nn.Linear(4, 7))
+    y = ids.roll(-1, 1).flatten()
+    return of(model, lambda m: F.cross_entropy(m(ids).flatten(0, 1), y, reduction="none"))
+
+
 #: The problem, N, the coupled sites.
 MODELS: dict[str, tuple[Callable[[], Problem], int, int]] = {
     "nanoGPT, T = 4N": (partial(nanogpt, 2, 8), 2, 0),
@@ -265,6 +273,7 @@ MODELS: dict[str, tuple[Callable[[], Problem], int, int]] = {
     "RNN, T first, N = 2": (partial(rnn, 2, 6), 2, 0),
     "losses [T, N]": (partial(tokens_first, 3, 6), 3, 0),
     "losses [T, N], N = T": (partial(tokens_first, 4, 4), 4, 0),
+    "losses [N*T]": (losses_of_tokens, 3, 0),
     "ViT": (partial(vit, 3), 3, 0),
     "ViT, N = patches + 1": (partial(vit, 5), 5, 0),
     "UNet": (partial(unet, 3, 2), 3, 0),
@@ -530,13 +539,32 @@ def told(problem: Problem) -> list[str]:
 def test_the_operation_in_which_examples_interact_is_named(make: Callable[[], Problem], cause: str) -> None:
     torch.manual_seed(0)
     (message,) = told(make())
-    assert f"interact in {cause}" in message and "1 of" in message
+    assert f"interact in {cause}" in message and "1 of" in message, message
+
+
+#: One example, and several tokens, patches or channels.
+ALONE: dict[str, Callable[[], Problem]] = {
+    "nanoGPT": partial(nanogpt, 1, 6),
+    "llama": partial(llama, 1, 5),
+    "ViT": partial(vit, 1),
+    "UNet": partial(unet, 1, 2),
+    "RNN, T first": partial(rnn, 1, 4),
+    "losses [T, 1]": partial(tokens_first, 1, 5),
+}
 
 
 @pytest.mark.parametrize("name", [name for name, (_, _, coupled) in MODELS.items() if not coupled])
 def test_nothing_is_said_where_examples_are_apart(name: str) -> None:
     torch.manual_seed(0)
-    assert not [message for message in told(MODELS[name][0]()) if "examples" in message]
+    assert told(MODELS[name][0]()) == []
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_example_alone(name: str) -> None:
+    torch.manual_seed(0)
+    problem = ALONE[name]()
+    assert told(problem) == []
+    check_layouts(problem)
 
 
 # ---------------------------------------------------------------------------------------------- losses with parameters

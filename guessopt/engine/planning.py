@@ -415,20 +415,20 @@ def check_repeats(first: Tensor, second: Tensor, tolerance: float) -> None:
 
 
 def warn_of_coupling(plan: Plan, warn: Callable[[str], None]) -> None:
-    """One warning if examples interact, or cannot be told apart."""
+    """One warning if examples interact, or cannot be told apart. Of one example alone there is nothing to say."""
     graph = plan.graph
-    coupled = [s for s in graph.sites if s.layout is Layout.COUPLED and s.shares is None and s.cut is None]
+    several = [s for s in graph.sites if s.shape and s.shape[0] > 1 and 1 not in s.shape[:2]]
+    coupled = [s for s in several if s.layout is Layout.COUPLED and s.shares is None and s.cut is None]
     if graph.batch > 1 and coupled:
-        last, noisier = coupled[-1], "take the scalar derivative of the whole batch, which is valid but far noisier"
         which = f"{len(coupled)} of {len(graph.sites)} sites ({', '.join(sorted({site.op for site in coupled}))})"
-        if plan.mixing:
-            warn(f"examples interact in {plan.mixing}: the {which} before it {noisier}")
-        else:
-            warn(
-                f"the {graph.batch} examples cannot be told apart, or interact, at {which}, the last of them {last.op} "
-                f"with output {list(last.shape)}: these sites {noisier}"
-            )
-    elif graph.batch == 1 and any(s.shape and s.shape[0] > 1 for s in graph.sites):
+        where = (
+            f"examples interact in {plan.mixing}: {which} before it"
+            if plan.mixing
+            else f"the {graph.batch} examples interact, or lie in no known order, at {which}, the last of them with "
+            f"output {list(coupled[-1].shape)}: these"
+        )
+        warn(f"{where} take the scalar derivative of the whole batch, which is valid but far noisier")
+    elif graph.batch == 1 and 2 * len(several) > len(graph.sites):
         warn(
             "the closure's examples could not be told apart: every site takes the scalar derivative, which is valid "
             "but far noisier; keep the batch in the first or second dimension"

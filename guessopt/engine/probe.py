@@ -31,8 +31,8 @@ Push = Callable[[Mapping[int, Tangents], int], list["Tensor | None"]]
 #: Tangents that one run carries at most.
 LANES = 8
 
-#: Trials that the search for one N may make before it calls what is left coupled.
-BUDGET = 64
+#: Trials of parts of a group that the search for one N may make before it calls what is left coupled.
+BUDGET = 128
 
 #: Candidates for N that are tried; those that are searched site by site.
 CANDIDATES = 6
@@ -76,11 +76,10 @@ def batch_candidates(
     the first dimension of most values. One example would fit anything: it comes last, and only where the loss reads a
     single row.
 
-    ``given``: the number of per-example losses, where the closure returns them. ``others``: shapes of the network's
+    ``given``: the number of losses, where the closure returns several; it comes first. ``others``: shapes of the
+    network's
     other values.
     """
-    if given is not None:
-        return [given]
     shapes = [site.shape for site in sites] + [cut.shape for cut in cuts]
     leading = Counter(shape[0] for shape in (*shapes, *others) if shape)
     sizes = leading.keys() | {shape[1] for shape in (*shapes, *others) if len(shape) > 1}
@@ -93,8 +92,8 @@ def batch_candidates(
     possible = [
         n for n in sizes if n > 1 and all(Layout.candidates(cut.shape, n)[0] is not Layout.COUPLED for cut in cuts)
     ]
-    best = sorted(possible, key=likelihood, reverse=True)[:CANDIDATES]
-    return [*best, 1] if rows == 1 else best
+    best = sorted(possible, key=lambda n: (n == given, *likelihood(n)), reverse=True)[:CANDIDATES]
+    return [*best, 1] if rows == 1 or given == 1 else best
 
 
 def find_layouts(
@@ -243,7 +242,6 @@ class _Search:
                 for layout in Layout.candidates(group[0].shape, n)[:-1]
             ]
             passing = self.keep_apart([trial for _, trial in trials], self.half)
-            budget -= len(trials)
             serving: list[dict[int, Layouts]] = [{} for _ in ends]
             for (number, trial), passes in zip(trials, passing, strict=True):
                 if passes:
@@ -259,6 +257,7 @@ class _Search:
                 else:
                     following += [group[: len(group) // 2], group[len(group) // 2 :]]
             pending = following
+            budget -= sum(len(Layout.candidates(group[0].shape, n)) - 1 for group in pending)
         layouts |= {site.value: ends[0][site.value] for site in sites if site.value in self.last}
         found = _Trial(n, layouts, ends[0])
         if known and all(layouts[v] is Layout.COUPLED for v in layouts.keys() - known.keys()):
