@@ -77,8 +77,7 @@ def batch_candidates(
     single row.
 
     ``given``: the number of losses, where the closure returns several; it comes first. ``others``: shapes of the
-    network's
-    other values.
+    network's other values.
     """
     shapes = [site.shape for site in sites] + [cut.shape for cut in cuts]
     leading = Counter(shape[0] for shape in (*shapes, *others) if shape)
@@ -121,7 +120,7 @@ def find_layouts(
         thorough: confirm ``known`` on several splits, not on one half.
     """
     search = _Search(sites, cuts, push, coupled, doubtful, seed)
-    if known is not None:
+    if known is not None and all(cut.value in known.ends for cut in cuts):
         trial = _Trial(known.batch, search.completed(known), known.ends)
         if search.keep_apart([trial], search.splits if thorough else search.half)[0]:
             return search.result(trial)
