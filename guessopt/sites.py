@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -99,8 +100,15 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors. ``autocast``: device
-    type and dtype, where one was in force."""
+    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors.
+
+    ``inputs``: the values that it reads, tensor by tensor; ``reads``: the same, with ``~v`` where nothing in the closure
+    has made the value and nothing has read it before. ``outputs``: the values of its ``direct`` results, then those of
+    other tensors into whose memory it wrote. ``target``: which of its tensors it wrote and handed back. ``aliases``: it wrote where others would read it. ``moves``: the values
+    that tensors other than its results had before and have now. ``held``: of the values that a write has changed, old
+    and new, those whose derivative stays what it was (a write under ``no_grad``). ``sources``: the values
+    from which derivatives reach what the call makes or changes. ``autocast``: device type and dtype, where one was in
+    force. ``outline``: see ``tracing.interceptor.split``."""
 
     index: int
     fn: Callable[..., Any]
@@ -111,6 +119,18 @@ class Call:
     in_place: bool = False
     aliases: bool = False
     autocast: tuple[str, torch.dtype] | None = None
+    reads: tuple[int, ...] = ()
+    outline: list[Any] = field(default_factory=list)
+    direct: int = 1
+    target: int | None = None
+    moves: tuple[tuple[int, int], ...] = ()
+    held: tuple[tuple[int, int], ...] = ()
+    sources: tuple[int, ...] = ()
+
+    def renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
+        """Take over other numbers among the arguments."""
+        for name, new in (("args", args), ("kwargs", kwargs), ("outline", outline)):
+            object.__setattr__(self, name, new)
 
     @property
     def op(self) -> str:
@@ -345,42 +365,61 @@ class Stream:
 
 @dataclass(frozen=True)
 class Cut:
-    """A value where the network ends and the loss begins."""
+    """A value where the network ends and the loss begins. ``shared``: the network goes on from it as well.
+    ``fragile``: a later call writes into its memory."""
 
-    call: int
-    output: int
     value: int
     shape: Shape
     layout: Layout = Layout.COUPLED
     shared: bool = False
-    clone: bool = False
+    fragile: bool = False
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A tensor that the closure reads and does not make. ``parameter``: its position, if it is a trainable one.
+    ``fixed``: it serves as a layer's weight, so that another tensor in its place makes another network."""
+
+    shape: Shape
+    dtype: torch.dtype
+    parameter: int | None = None
+    fixed: bool = False
 
 
 class Kind(enum.IntEnum):
-    """What a call of the closure is to the engine."""
+    """What a call of the closure is to the engine. ``IDLE``: tangents reach it but do not go on to the loss (an
+    accuracy, a log)."""
 
     PLAIN = 0
     EXPRESSION = 1
     SITE = 2
     LOSS = 3
     STOPPED = 4
+    IDLE = 5
 
 
 @dataclass(frozen=True)
 class SiteGraph:
     """All that a trace found: enough to run the closure again in one forward-mode pass.
 
-    ``functions[i]``, ``kinds[i]`` and ``reads[i]`` (parameters read) tell what the closure's i-th torch call is; a run
-    that departs from them is traced anew. ``batch`` is N. ``watch`` says which values a run keeps aside for segments,
-    ``release`` after which call it needs them no more, ``constants`` holds those that are there beforehand.
-    ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built; ``answers``, in
-    order, whether the activations that the closure asked require grad. ``shared_writes``: operations of the network
-    that write into memory which other tensors share. ``stream``: the residual stream, where it was asked
-    for and found. ``joints``: sites that may be guessed as one."""
+    ``calls[i]`` and ``kinds[i]`` tell what the closure's i-th torch call is, ``reads[i]`` which parameters it reads,
+    ``mine[i]`` at which positions; a run whose calls, arguments or dataflow differ is traced anew. ``outside``: the
+    tensors that the closure does not make, by value. ``active``: values that derivatives reach. ``batch`` is N.
+    ``watch`` says which values a run keeps aside for segments, ``release`` after which call it needs them no more,
+    ``constants`` holds those that a site needs before the closure reads them, as the last run has read them. ``ahead``:
+    calls that segments make before the closure does. ``returned``: the loss's value.
+    ``loss_params`` are read by the loss itself, ``keeps_graph`` says whether through expressions that sites read as
+    well; ``blocked`` says, by site, why no segment was built; ``answers``, in order, whether the activations that the
+    closure asked require grad. ``shared_writes``: operations of the network that write into memory which other tensors
+    share. ``stream``: the residual stream, where it was asked for and found. ``joints``: sites that may be guessed as
+    one."""
 
-    functions: tuple[Callable[..., Any], ...]
+    calls: tuple[Call, ...]
     kinds: tuple[Kind, ...]
     reads: tuple[frozenset[int], ...]
+    mine: tuple[tuple[int, ...], ...]
+    outside: dict[int, Outside]
+    active: frozenset[int]
     sites: tuple[Site, ...]
     cuts: tuple[Cut, ...]
     batch: int
@@ -388,8 +427,10 @@ class SiteGraph:
     watch: dict[int, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     release: dict[int, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
-    returned: tuple[int, int] | None = None
+    ahead: frozenset[int] = frozenset()
+    returned: int = -1
     loss_params: frozenset[int] = frozenset()
+    keeps_graph: bool = False
     stopped_params: frozenset[int] = frozenset()
     blocked: dict[int, str] = field(default_factory=dict)
     answers: tuple[bool, ...] = ()
@@ -403,10 +444,13 @@ class SiteGraph:
         for site in self.sites:
             at.setdefault(site.call.index, []).append(site)
         object.__setattr__(self, "sites_at", at)
-        cuts: dict[int, list[tuple[int, Cut]]] = {}
-        for number, cut in enumerate(self.cuts):
-            cuts.setdefault(cut.call, []).append((number, cut))
-        object.__setattr__(self, "cuts_at", cuts)
+        object.__setattr__(self, "early", frozenset(self.constants))
+        object.__setattr__(self, "cut_of", {cut.value: number for number, cut in enumerate(self.cuts)})
+        object.__setattr__(
+            self,
+            "moving",
+            tuple(tuple(k for k, v in enumerate(call.inputs) if v in self.active) for call in self.calls),
+        )
         shared: dict[int, tuple[int, ...]] = {}
         for site in reversed(self.sites):
             end = site
@@ -417,6 +461,17 @@ class SiteGraph:
         states = self.stream.shapes if self.stream is not None else {}
         noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
+
+    def forget(self) -> None:
+        """Let go what a batch has left: every tensor but the parameters."""
+        kept = {v: t for v, t in self.constants.items() if isinstance(t, torch.nn.Parameter)}
+        self.constants.clear()
+        self.constants.update(kept)
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What the closure calls, in order."""
+        return tuple(call.fn for call in self.calls)
 
     def derive(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make`` works out from this graph, once for a key."""
@@ -448,12 +503,18 @@ class SiteGraph:
                     found[m.call.index] = (*found.get(m.call.index, ()), entry)
         return found
 
-    #: Identities of the parameters that a call read, once checked against ``reads``.
-    verified: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
+    #: The parameters that runs have met, by ``id``.
+    known: dict[int, tuple[ref[Tensor], int]] = field(default_factory=dict, repr=False, compare=False)
+    #: The tensors that the first pass of a step has met, for the second one.
+    met: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
     #: What others have worked out from this graph, to be kept as long as it is.
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
-    cuts_at: dict[int, list[tuple[int, Cut]]] = field(init=False, repr=False, compare=False)
+    #: The values of ``constants``, which are there until ``forget``.
+    early: frozenset[int] = field(init=False, repr=False, compare=False)
+    cut_of: dict[int, int] = field(init=False, repr=False, compare=False)
+    #: By call, which of its tensors derivatives reach.
+    moving: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     shared_by: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     noted: dict[int, tuple[tuple[str, int, int], ...]] = field(init=False, repr=False, compare=False)
 

@@ -203,7 +203,7 @@ class Stepping:
                 transaction.rewind()
             found, record = self._forward(closure, transaction, self.guesses if plan is None else 1, keeps=False)
             if plan is not None and found is not plan:
-                raise unstable()
+                raise unstable(Departure(what="a pass for another guess made other calls"))
             if self.check_finite:
                 check_finite(record.loss, record.d)
             plan = found
@@ -212,8 +212,8 @@ class Stepping:
                 transaction.rewind()
                 try:
                     self._show(plan, record.lessons, "look", record.noise, closure, transaction)
-                except Departure:
-                    raise unstable() from None
+                except Departure as departure:
+                    raise unstable(departure) from None
         assert plan is not None
         return plan, records
 
@@ -244,8 +244,8 @@ class Stepping:
         run.known = known
         try:
             return run.replay(closure)
-        except Departure:
-            raise unstable() from None
+        except Departure as departure:
+            raise unstable(departure) from None
 
     def _show(
         self,
@@ -361,8 +361,8 @@ class Stepping:
             transaction.rewind()
             try:
                 records.append(self._pass(plan, closure, transaction))
-            except Departure:
-                raise unstable() from None
+            except Departure as departure:
+                raise unstable(departure) from None
         return stack(records)
 
     def _forward(
@@ -373,23 +373,65 @@ class Stepping:
         for plan in list(self._plans):
             noise = self._noise.snapshot()
             try:
-                if is_due_for_probe(plan):
-                    reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
-                return plan, self._shared_pass(plan, closure, transaction, guesses, keeps)
+                return plan, self._fresh_pass(plan, closure, transaction, guesses, keeps)
             except Departure:
                 transaction.rewind()
                 self._noise.restore(noise)
-        plan = trace(
-            closure, self._by_position, self._ids, self._names, self._level, transaction,
-            finite=self.check_finite, stream=self._streams,
-        )  # fmt: skip
-        self._check_plan(plan)
-        self._plans.insert(0, plan)
-        try:
-            return plan, self._shared_pass(plan, closure, transaction, guesses, keeps)
-        except Departure:
-            self._plans.remove(plan)
-            raise unstable() from None
+        for last in (False, True):  # a first run may have filled caches that later ones read
+            plan = trace(
+                closure, self._by_position, self._ids, self._names, self._level, transaction,
+                finite=self.check_finite, stream=self._streams,
+            )  # fmt: skip
+            self._check_plan(plan)
+            if self._plans:
+                self._plans[0].graph.forget()
+            self._plans.insert(0, plan)
+            del self._plans[MAX_PLANS:]
+            noise = self._noise.snapshot()
+            try:
+                return plan, self._fresh_pass(plan, closure, transaction, guesses, keeps)
+            except Departure as departure:
+                self._plans.remove(plan)
+                if last:
+                    raise unstable(departure) from None
+                transaction.rewind()
+                self._noise.restore(noise)
+        raise AssertionError
+
+    def _fresh_pass(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int, keeps: bool
+    ) -> ForwardRecord:
+        """A pass whose guesses were made from what the closure then read, and whose layouts hold for it."""
+        probes = is_due_for_probe(plan)
+        if probes:
+            self._reprobe(plan, closure, transaction)
+        if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.early:
+            self._look(plan, closure, transaction)
+        noise, cached = self._noise.snapshot(), self._cache.copy()
+        for _ in range(3):
+            record = self._shared_pass(plan, closure, transaction, guesses, keeps)
+            due, plan.due = plan.due and not probes and plan.analysis is not None, False
+            if not due and not plan.stale:
+                return record
+            transaction.rewind()
+            self._noise.restore(noise)
+            self._cache.restore(dict(cached))
+            plan.volatile += plan.stale
+            if due:
+                self._reprobe(plan, closure, transaction)
+                probes = True
+        raise Departure(what="it reads other tensors or numbers in every run")
+
+    def _reprobe(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> None:
+        reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
+
+    def _look(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> None:
+        """Run the closure to see what its calls read that guesses read before them."""
+        level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
+        run = Pass(self._ids, plan.graph, level, lambda *site: None, {}, transaction.saved, keeps=False)
+        run.check_end(run.run(closure))
+        plan.observe(run)
+        transaction.rewind()
 
     def _shared_pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int, keeps: bool
@@ -476,14 +518,19 @@ class Stepping:
             record.tangents, record.params = [], {}
             if not lessons and not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
                 record.errors = []
+        plan.observe(run)
+        plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
+        plan.graph.met.clear()
+        if not keeps:
+            plan.graph.met.update(run.met)
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss, plan.tolerance)
             plan.loss = None
         plan.uses += 1
         if plan is not self._plans[0]:
             self._plans.remove(plan)
+            self._plans[0].graph.forget()
             self._plans.insert(0, plan)
-            del self._plans[MAX_PLANS:]
         return record
 
     def _guess(

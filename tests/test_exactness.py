@@ -56,25 +56,39 @@ def one_hots(opt: GuessGradOptimizer) -> Iterator[tuple[int, int]]:
             yield from ((site.index, entry) for entry in range(entries))
 
 
+class Summing:
+    """One optimizer whose gradients are summed over one-hot guesses at any time, along the plan then in use."""
+
+    def __init__(self, problem: Problem, **options: Any) -> None:
+        self.problem, self.estimator = problem, OneHot()
+        self.opt = GuessGradOptimizer(
+            problem.named, torch.optim.SGD, "activation_perturbation", lr=0.1, seed=0, **options
+        )
+        self.opt._estimators = [self.estimator] * len(problem.named)
+        self.estimate((-1, 0), batch=1)
+
+    def estimate(self, at: tuple[int, int], batch: int) -> dict[int, Tensor]:
+        self.estimator.at, self.estimator.batch = at, batch  # type: ignore[attr-defined]
+        return self.opt._estimate(self.problem.closure)[1]
+
+    def gradient(self) -> dict[str, Tensor]:
+        self.estimate((-1, 0), 1)
+        graph = self.opt._plans[0].graph
+        runs, total = list(one_hots(self.opt)), dict[int, Tensor]()
+        for at in runs:
+            for k, g in self.estimate(at, graph.batch).items():
+                total[k] = total[k] + g if k in total else g
+        for k in graph.loss_params:  # exact in every run, not summed up over runs
+            own = self.estimate((-1, 0), graph.batch).get(k)
+            if own is not None:
+                total[k] = total[k] - (len(runs) - 1) * own if k in total else own
+        named = self.opt._by_position.items()
+        return {self.opt._names[k]: total.get(k, torch.zeros_like(p)) for k, p in named}
+
+
 def sum_over_one_hots(problem: Problem, engine: str) -> tuple[dict[str, Tensor], GuessGradOptimizer]:
-    estimator = OneHot()
-    opt = GuessGradOptimizer(problem.named, torch.optim.SGD, "activation_perturbation", engine=engine, lr=0.1, seed=0)
-    opt._estimators = [estimator] * len(problem.named)
-    estimator.batch = 1  # type: ignore[attr-defined]
-    opt._estimate(problem.closure)
-    graph = opt._plans[0].graph
-    estimator.batch = graph.batch  # type: ignore[attr-defined]
-    total: dict[int, Tensor] = {}
-    runs = list(one_hots(opt))
-    for at in runs:
-        estimator.at = at
-        for k, g in opt._estimate(problem.closure)[1].items():
-            total[k] = total[k] + g if k in total else g
-    for k in graph.loss_params:  # exact in every run, not summed up over runs
-        estimator.at = (-1, 0)
-        own = opt._estimate(problem.closure)[1][k]
-        total[k] = total[k] - (len(runs) - 1) * own
-    return {opt._names[k]: total.get(k, torch.zeros_like(p)) for k, p in opt._by_position.items()}, opt
+    summing = Summing(problem, engine=engine)
+    return summing.gradient(), summing.opt
 
 
 @pytest.mark.parametrize("engine", ["fast", "dual", "func"])

@@ -22,7 +22,7 @@ from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.sites import Layout
 
 from .problems import Attention, Problem, Transformer, labels, of
-from .test_exactness import OneHot, one_hots, sum_over_one_hots
+from .test_exactness import Summing, sum_over_one_hots
 
 pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")  # some of these couple the examples
 
@@ -724,30 +724,6 @@ def test_the_gradient_is_right(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------- closures that change on the way
-
-
-class Summing:
-    """One optimizer whose gradients are summed over one-hot guesses at any time, along the plan then in use."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.estimator = problem, OneHot()
-        self.opt = GuessGradOptimizer(problem.named, torch.optim.SGD, "activation_perturbation", lr=0.1, seed=0)
-        self.opt._estimators = [self.estimator] * len(problem.named)
-        self.estimate((-1, 0), batch=1)
-
-    def estimate(self, at: tuple[int, int], batch: int) -> dict[int, Tensor]:
-        self.estimator.at, self.estimator.batch = at, batch  # type: ignore[attr-defined]
-        return self.opt._estimate(self.problem.closure)[1]
-
-    def gradient(self) -> dict[str, Tensor]:
-        self.estimate((-1, 0), 1)
-        batch = self.opt._plans[0].graph.batch
-        total: dict[int, Tensor] = {}
-        for at in list(one_hots(self.opt)):
-            for k, g in self.estimate(at, batch).items():
-                total[k] = total[k] + g if k in total else g
-        named = self.opt._by_position.items()
-        return {self.opt._names[k]: total.get(k, torch.zeros_like(p)) for k, p in named}
 
 
 def test_a_zero_initialised_head() -> None:

@@ -256,6 +256,18 @@ def losses_of_tokens(n: int = 3, tokens: int = 4) -> Problem:
     return of(model, lambda m: F.cross_entropy(m(ids).flatten(0, 1), y, reduction="none"))
 
 
+def without_forward(n: int = 3) -> Problem:
+    """``grid_sample`` has no forward derivative, so that each lane goes through its backward."""
+    parts, x = {"a": nn.Conv2d(2, 2, 1), "h": nn.Linear(2, 3)}, randn(n, 2, 4, 4)
+    grid = torch.rand(n, 4, 4, 2, dtype=torch.float64)
+
+    def forward(m: Any) -> Tensor:
+        h = F.grid_sample(torch.tanh(m.a(x)), grid, align_corners=False)
+        return F.cross_entropy(m.h(h.mean((2, 3))), labels(n, 3))
+
+    return of(Lambda(forward, **parts), lambda m: m())
+
+
 #: The problem, N, the coupled sites.
 MODELS: dict[str, tuple[Callable[[], Problem], int, int]] = {
     "nanoGPT, T = 4N": (partial(nanogpt, 2, 8), 2, 0),
@@ -278,6 +290,7 @@ MODELS: dict[str, tuple[Callable[[], Problem], int, int]] = {
     "ViT, N = patches + 1": (partial(vit, 5), 5, 0),
     "UNet": (partial(unet, 3, 2), 3, 0),
     "UNet, N = channels": (partial(unet, 2, 2), 2, 0),
+    "operation without forward derivative": (without_forward, 3, 0),
     "DeepSets": (partial(deep_sets, 4, 5), 4, 0),
     "DeepSets, N = members": (partial(deep_sets, 4, 4), 4, 0),
     "graphs in one batch": (gnn, 3, 2),

@@ -246,12 +246,10 @@ class _Reverse(Level):
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         return p
 
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
-        if shared:
-            return v, v
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         self.ends[number] = v
         leaf = v.detach().requires_grad_()
-        return (leaf.clone() if clone else leaf), leaf
+        return leaf, leaf
 
 
 class ReversePass(Pass):

@@ -6,27 +6,50 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.base import Known, is_in_place
-from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
-from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
+from guessopt.sites import Call, ForwardRecord, Kind, Site, SiteGraph, Value, Visit
+from guessopt.tracing.interceptor import (
+    AS_IT_IS,
+    CustomFunction,
+    Interceptor,
+    autocast_of,
+    compared,
+    recordable,
+    stops_gradient,
+    tensors_in,
+)
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 Saved = dict[int, tuple[Tensor, Tensor]]
 
 
 class Departure(BaseException):
-    """The closure did something else than the graph says. Not an ``Exception``: a closure must not swallow it."""
+    """The closure did something else than the graph says. Not an ``Exception``: a closure must not swallow it.
+
+    Args:
+        index: of the call, counted from 0; what: what differs there, in a few words.
+    """
+
+    def __init__(self, index: int = -1, what: str = "") -> None:
+        super().__init__(index, what)
+        self.index, self.what = index, what
 
 
 class Pass(Interceptor):
     """The closure's calls, each handled as the graph says.
+
+    Every call is compared with the graph's: the function, the arguments that are no tensors, and which values its
+    tensors are. Numbers among the arguments may differ (``changed`` then says so), and so may tensors that the closure
+    does not make; their shapes and dtypes may not.
 
     Args:
         params: ``id`` of each trainable parameter to its position.
@@ -41,9 +64,13 @@ class Pass(Interceptor):
         left: called with every visit that is kept, once it is over.
         direct: calls whose visits are kept apart and without arguments, since their gradients come from a block's own
             graph.
+        repeats: the run must read what the last one has read: other numbers or tensors raise ``Departure``.
 
     Attributes:
         known: by call, what guesses have found of calls to come.
+        met: the tensors that the closure has not made, by value (not the trainable parameters).
+        changed: calls (``-1 - index``) whose numbers are no longer the graph's, which has them from now on.
+        stale: whether a guess was made from numbers or tensors that the closure then did not use.
     """
 
     def __init__(
@@ -58,12 +85,13 @@ class Pass(Interceptor):
         keeps: bool = True,
         left: Callable[[Visit], None] | None = None,
         direct: Collection[int] = (),
+        repeats: bool = False,
     ) -> None:
         super().__init__(params)
         self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
         self.keeps = self.keeps_guesses = keeps
-        self.left, self.direct = left, direct
-        self.keeps_graph = False
+        self.left, self.direct, self.repeats = left, direct, repeats
+        self.keeps_graph = graph.keeps_graph
         self.known: dict[int, Known] = {}
         self.values: dict[int, Tensor] = dict(graph.constants)
         self.guesses: dict[int, Tensor] = {}
@@ -72,14 +100,20 @@ class Pass(Interceptor):
         self.visit: Visit | None = None
         self.leaves: dict[int, Tensor] = {}
         self.duals: dict[int, Tensor] = {}
+        self.met: dict[int, Tensor] = {}
+        self.changed: list[int] = []
+        self.stale = False
         #: Tensors that a call has returned as it got them, and what the closure was handed in their place: it may know
         #: them by another name. By id.
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        self.result: Tensor | None = None
+        #: What the loss reads in place of values of the network, by value.
+        self.standins: dict[int, Tensor] = {}
         self.random: dict[int, RandomState | None] = {}
         if graph.stream is not None:
             self.random = dict.fromkeys(graph.stream.redrawn if level.reverses else graph.stream.drawing)
         self._answers = iter(graph.answers)
+        self._seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.known)
+        self._moved: dict[int, int] = {}
 
     def requires_grad(self, answer: bool) -> bool:
         return next(self._answers, answer)  # as in the trace: code may branch on it
@@ -91,18 +125,21 @@ class Pass(Interceptor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        mine: list[Tensor],
+        outline: list[Any],
     ) -> Any:
+        graph = self.graph
+        if index >= len(graph.calls):
+            raise Departure(index, f"{_name(fn)} is called where the closure had ended")
+        call, kind = graph.calls[index], graph.kinds[index]
+        if call.fn != fn:
+            raise Departure(index, f"{_name(fn)} is called in place of {_name(call.fn)}")
+        if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
+            raise Departure(index, f"{_name(fn)} is called {'with' if kind is Kind.STOPPED else 'without'} gradients")
+        self._check_tensors(call, tensors)
+        if outline != call.outline:
+            self._check_arguments(call, args, kwargs, outline)
         if self.replaced and any(id(t) in self.replaced for t in tensors):
             args, kwargs, tensors = self._newest(args), self._newest(kwargs), self._newest(tensors)
-        graph = self.graph
-        if index >= len(graph.functions) or graph.functions[index] != fn:
-            raise Departure
-        kind = graph.kinds[index]
-        if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
-            raise Departure
-        if mine or graph.reads[index]:
-            self._check_parameters(index, mine)
         if index in graph.mutations:
             self._save([tensors[k] for k in graph.mutations[index]])
         watch = graph.watch.get(index, ())
@@ -112,34 +149,121 @@ class Pass(Interceptor):
 
         if index in self.random:
             self.random[index] = RandomState.capture(cuda_devices(tensors))
-        out = self._run(index, kind, fn, args, kwargs, tensors, mine)
+        out = self._run(index, kind, fn, args, kwargs, tensors)
 
-        cuts = graph.cuts_at.get(index)
-        if watch or cuts or (graph.returned is not None and index == graph.returned[0]):
-            results = tensors_in((out,)) if out is not None else tensors[:1]
-            for where, k, value in watch:
-                if where == "out":
-                    self._keep(value, results[k])
-                    self.level.mark(value, results[k], False)
-            for _, k, value in graph.noted.get(index, ()):
-                after = self.level.note(value, results[k], clone=self._is_fragile(value))
-                if after is not results[k] and any(results[k] is t for t in tensors):
-                    self.replaced[id(results[k])] = results[k], after
-                out, results[k] = _put(out, results[k], after), after
-            for number, cut in cuts or ():
-                if tuple(results[cut.output].shape) != cut.shape:
-                    raise Departure
-                with self.no_grad:
-                    after, leaf = self.level.cut(number, results[cut.output], shared=cut.shared, clone=cut.clone)
-                self.leaves[number] = leaf
-                out = _put(out, results[cut.output], after)
-                results[cut.output] = after
-            if graph.returned is not None and index == graph.returned[0]:
-                self.result = results[graph.returned[1]]
+        results = tensors_in((out,)) if out is not None else tensors[:1]
+        if len(results) != call.direct:
+            raise Departure(index, f"{_name(fn)} returned {len(results)} tensors in place of {call.direct}")
+        for where, k, value in watch:
+            if where == "out":
+                self._keep(value, results[k])
+                out = self._replace(out, results, k, tensors, self.level.mark(value, results[k], False))
+        for _, k, value in graph.noted.get(index, ()):
+            after = self.level.note(value, results[k], clone=self._is_fragile(value))
+            out = self._replace(out, results, k, tensors, after)
+        self._register(call, results, tensors)
         if not self.keeps:
             for value in graph.release.get(index, ()):
                 self.values.pop(value, None)
         return out
+
+    # --- the closure does what the graph says -------------------------------------------------------------------------
+
+    def _check_tensors(self, call: Call, tensors: list[Tensor]) -> None:
+        """Each tensor must be the value that it was when traced."""
+        if len(tensors) != len(call.reads):
+            raise Departure(call.index, f"{call.op} takes {len(tensors)} tensors in place of {len(call.reads)}")
+        seen, moved = self._seen, self._moved
+        for t, expected in zip(tensors, call.reads, strict=True):
+            entry = seen.get(id(t))
+            if entry is not None and entry[0]() is t and entry[1] == (expected if expected >= 0 else ~expected):
+                if not moved or entry[1] not in moved:
+                    continue
+            found = self._value(t)
+            if expected < 0 and found < 0:
+                self._meet(call, ~expected, t)
+            elif found != expected:
+                raise Departure(call.index, f"{call.op} reads another tensor")
+
+    def _value(self, t: Tensor) -> int:
+        """What the tensor is; -1 where it has not been seen in this run."""
+        entry = self._seen.get(id(t))
+        if entry is None or entry[0]() is not t:
+            return -1
+        value = entry[1]
+        while value in self._moved:
+            value = self._moved[value]
+        return value
+
+    def _meet(self, call: Call, value: int, t: Tensor) -> None:
+        """A tensor that the closure has not made."""
+        known, graph = self.graph.outside[value], self.graph
+        if t.shape != known.shape or t.dtype != known.dtype:
+            raise Departure(
+                call.index,
+                f"{call.op} reads {_described(t.shape, t.dtype)} in place of {_described(known.shape, known.dtype)}",
+            )
+        position = self.params.get(id(t))
+        if position != known.parameter:
+            raise Departure(call.index, f"{call.op} reads another parameter")
+        self._seen[id(t)] = entry = ref(t), value
+        if position is not None:
+            graph.known[id(t)] = entry
+            return
+        if self.repeats and graph.met.get(value, t) is not t and not _equal(graph.met[value], t):
+            raise Departure(call.index, f"{call.op} reads a tensor that holds other numbers than a moment ago")
+        self.met[value] = t
+        if value in graph.early and (constant := graph.constants.get(value)) is not t:
+            if constant is None or not _equal(constant, t):
+                if known.fixed and constant is not None:
+                    raise Departure(call.index, f"{call.op} reads another weight")
+                self.stale = True
+            graph.constants[value] = t
+
+    def _check_arguments(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
+        """Arguments that are no tensors: numbers may differ, nothing else."""
+        given = recordable(outline)
+        same = compared(given, call.outline)
+        if same:
+            return
+        if same is False or call.fn in _STRUCTURAL or self.repeats:
+            raise Departure(call.index, f"{call.op} has other arguments")
+        values = iter(call.inputs)
+
+        def recorded(_: Any) -> Any:
+            return Value(next(values))
+
+        call.renew(_map(args, recorded), _map(kwargs, recorded), given)
+        self.changed.append(-1 - call.index)
+        self.stale = self.stale or call.index in self.graph.ahead
+
+    def _register(self, call: Call, results: list[Tensor], tensors: list[Tensor]) -> None:
+        """What the call has made, by the names under which the closure will know it."""
+        outputs = call.outputs
+        for k, t in enumerate(results):
+            value = outputs[k]
+            if value in call.inputs and not self._is_argument(t, tensors):
+                raise Departure(call.index, f"{call.op} returned another tensor than its argument")
+            self._seen[id(t)] = ref(t), value
+        if call.target is not None:
+            self._seen[id(tensors[call.target])] = ref(tensors[call.target]), outputs[0]
+        if call.moves:
+            self._moved.update(call.moves)
+
+    def _is_argument(self, t: Tensor, tensors: list[Tensor]) -> bool:
+        if self.level.same_objects:
+            return any(t is argument for argument in tensors)
+        return any(t.dtype is argument.dtype and t.shape == argument.shape for argument in tensors)
+
+    def _replace(self, out: Any, results: list[Tensor], k: int, tensors: list[Tensor], after: Tensor) -> Any:
+        """``out`` with ``after`` as its ``k``-th tensor; the closure may know the one before by another name."""
+        before = results[k]
+        if after is before:
+            return out
+        if any(before is t for t in tensors):
+            self.replaced[id(before)] = before, after
+        results[k] = after
+        return _put(out, before, after)
 
     def _newest(self, node: Any) -> Any:
         def newest(t: Tensor) -> Tensor:
@@ -156,15 +280,7 @@ class Pass(Interceptor):
     def _is_fragile(self, value: int) -> bool:
         return self.graph.stream is not None and value in self.graph.stream.fragile
 
-    def _check_parameters(self, index: int, mine: list[Tensor]) -> None:
-        """The call must read the parameters that it read when traced; those seen before are known by identity."""
-        ids = [id(m) for m in mine]
-        if self.graph.verified.get(index) == ids:
-            return
-        if frozenset().union(*(self.positions(m) for m in mine)) != self.graph.reads[index]:
-            raise Departure
-        if all(k in self.params for k in ids):
-            self.graph.verified[index] = ids
+    # --- one call -----------------------------------------------------------------------------------------------------
 
     def _run(
         self,
@@ -174,23 +290,88 @@ class Pass(Interceptor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        mine: list[Tensor],
     ) -> Any:
         if kind is Kind.PLAIN:
             with self._mode(index):
                 return self._call(index, fn, args, kwargs)
+        mine = [tensors[k] for k in self.graph.mine[index]]
         if kind is Kind.SITE:
             with self._mode(index):
                 return self._site(index, fn, args, kwargs, tensors, mine)
+        if kind is Kind.LOSS:
+            return self._loss(index, fn, args, kwargs, tensors)
         if kind is Kind.EXPRESSION:
             out = fn(*args, **kwargs)
-            self.express(out, mine)
+            self.express(tensors_in((out,)) if out is not None else tensors[:1], mine)
             if self.duals:
                 self._express_duals(fn, args, kwargs, out)
             return out
-        if kind is Kind.STOPPED:
-            args, kwargs = _map(args, self.level.primal), _map(kwargs, self.level.primal)
-        return fn(*args, **kwargs)
+        return self._apart(index, fn, args, kwargs, tensors)
+
+    def _apart(
+        self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        """A call without derivatives, on what its tensors hold. What it writes and what it hands back are the closure's
+        own tensors, which keep the tangents that they have."""
+        moving = [tensors[k] for k in self.graph.moving[index]]
+        if fn in _SETTERS:
+            moving = [t for t in moving if t is not tensors[0]]
+        if not moving:
+            return fn(*args, **kwargs)
+        plain = {id(t): self.level.primal(t) for t in moving}
+
+        def swap(t: Tensor) -> Tensor:
+            return plain.get(id(t), t)
+
+        with self.no_grad, self.level.outside():
+            out = fn(*_map(args, swap), **_map(kwargs, swap))
+        for t in moving:
+            out = _put(out, plain[id(t)], t)
+        return out
+
+    def _loss(
+        self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        """A call after the network's end, in ordinary reverse mode: where it reads a value of the network it gets a
+        leaf, whose gradient will be the exact error."""
+        graph, call = self.graph, self.graph.calls[index]
+        swapped: dict[int, Tensor] = {}
+        for t, value in zip(tensors, call.inputs, strict=True):
+            if value in graph.cut_of and value not in self.standins:
+                self.standins[value] = self._leaf(graph.cut_of[value], t)
+            if value in self.standins:
+                swapped[id(t)] = self.standins[value]
+        if not swapped:
+            return fn(*args, **kwargs)
+        target = tensors[0]
+        written = call.in_place and id(target) in swapped
+        if written and call.inputs[0] in graph.cut_of:
+            swapped[id(target)] = swapped[id(target)].clone()
+
+        def swap(t: Tensor) -> Tensor:
+            return swapped.get(id(t), t)
+
+        out = fn(*_map(args, swap), **_map(kwargs, swap))
+        if written:
+            self.standins[call.outputs[0]] = result = swapped[id(target)]
+            self._write_back(target, result)
+        return out
+
+    def _leaf(self, number: int, t: Tensor) -> Tensor:
+        """End the network at ``t``."""
+        cut = self.graph.cuts[number]
+        if t.shape != cut.shape:
+            raise Departure(self.count - 1, f"the loss reads shape {list(t.shape)} in place of {list(cut.shape)}")
+        with AS_IT_IS if self.level.reverses else self.no_grad:
+            if cut.fragile:
+                t = self.level.call(Tensor.clone, (t,), {}, writes=False)
+            used, self.leaves[number] = self.level.cut(number, t)
+        return used
+
+    def _write_back(self, target: Tensor, result: Tensor) -> None:
+        """What the loss writes into a value of the network the user may read by its own name."""
+        with torch.no_grad(), self.level.outside():
+            self.level.primal(target).copy_(self.level.primal(result))
 
     def _mode(self, index: int) -> AbstractContextManager[Any]:
         return AS_IT_IS if index in self.level.reverses else self.no_grad
@@ -240,9 +421,10 @@ class Pass(Interceptor):
         results = tensors_in((out,)) if out is not None else tensors[:1]
         for site in sites:
             s = results[site.output]
-            if tuple(s.shape) != site.shape:
-                raise Departure
-            out = _put(out, s, self.inject(site, s, in_place))
+            if tuple(s.shape) != site.shape or s.dtype != site.dtype:
+                made = f"{_described(s.shape, s.dtype)} in place of {_described(site.shape, site.dtype)}"
+                raise Departure(index, f"{site.op} gave {made}")
+            out = self._replace(out, results, site.output, tensors, self.inject(site, s, in_place))
         if self.visit is not None:
             self.leave(self.visit)
             self.visit = None
@@ -338,9 +520,10 @@ class Pass(Interceptor):
         def body() -> Tensor:
             self.duals = {id(params[p]): self.level.substitute(params[p], v) for p, v in self.directions.items()}
             loss = self.run(closure)
-            if self.result is None or loss is not self.result:
-                raise Departure
-            return self.level.plain(self.result)
+            self.check_end(loss)
+            if self.graph.returned in self.graph.cut_of:
+                loss = self._leaf(self.graph.cut_of[self.graph.returned], loss)
+            return self.level.plain(self.standins.get(self.graph.returned, loss))
 
         plain = self.level.run(body)
         graph = self.graph
@@ -349,11 +532,6 @@ class Pass(Interceptor):
         self.total = total = plain if plain.dim() == 0 else plain.mean()
         found: list[Tensor | None] = []
         if leaves or own:
-            if not total.requires_grad:
-                raise ClosureError(
-                    "the loss lost its connection to the network's output inside the closure; a value written in place "
-                    "is probably read under its old name: use what the operation returns"
-                )
             variables = [*leaves, *(params[p] for p in own)]
             found = list(torch.autograd.grad(total, variables, allow_unused=True, retain_graph=self.keeps_graph))
         errors = [torch.zeros_like(v) if e is None else e for v, e in zip(leaves, found, strict=False)]
@@ -365,6 +543,13 @@ class Pass(Interceptor):
             exact=exact, params=dict(self.directions), values=self.values, states=self.level.notes,
             graphs=self.level.graphs, direct=self.visited, random=self.random,
         )  # fmt: skip
+
+    def check_end(self, loss: Any) -> None:
+        """The closure must have made all of the graph's calls, and return their loss."""
+        if self.count != len(self.graph.calls):
+            raise Departure(self.count, f"the closure ended before it called {self.graph.calls[self.count].op}")
+        if not isinstance(loss, Tensor) or self._value(loss) != self.graph.returned:
+            raise Departure(self.count, "the closure returned another tensor")
 
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
@@ -384,6 +569,29 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
     for part in parts[1:]:
         d = d + part
     return d
+
+
+#: Calls whose numbers say which tensors meet, so that others make another graph.
+_STRUCTURAL = {torch.cat, torch.concat, torch.concatenate, F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.dropout}
+
+#: Assignments to a tensor's attributes, which must reach the tensor itself.
+_SETTERS = {Tensor.data.__set__}  # type: ignore[attr-defined]
+
+
+def _name(fn: Any) -> str:
+    return str(getattr(fn, "__name__", fn)).strip("_")
+
+
+def _described(shape: Any, dtype: torch.dtype) -> str:
+    return f"a tensor {list(shape)} of {dtype}"
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    with torch.no_grad():
+        return a.layout is b.layout and bool(torch.equal(a, b))
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class Level(ABC):
 
     #: Whether ``resume`` is there.
     resumes: ClassVar[bool] = False
+    #: Whether a call that returns its argument untouched returns the same object.
+    same_objects: ClassVar[bool] = True
 
     def __init__(self, *, frozen_statistics: bool = False) -> None:
         #: Take batch normalisation's statistics for constants (biased, but examples stay apart).
@@ -67,9 +69,9 @@ class Level(ABC):
         """Parameter ``p`` with tangent ``v``."""
 
     @abstractmethod
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
-        """End the network at ``v``: note its tangent; return what the closure goes on with, and the leaf whose gradient
-        is the exact error. ``shared``: the network goes on as well. ``clone``: the loss writes into it."""
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
+        """End the network at ``v``: note its tangent; return what the loss reads in its place, and the leaf whose
+        gradient is the exact error."""
 
     #: Calls that run with a reverse graph.
     reverses: frozenset[int] = frozenset()
@@ -210,14 +212,10 @@ class DualLevel(Level):
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         return _pack(p.detach(), v)
 
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
-        primal, tangent = _unpack(v)
-        self.tangents[number] = tangent
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
+        primal, self.tangents[number] = _unpack(v)
         leaf = primal.detach().requires_grad_()
-        with torch.enable_grad():
-            if shared and tangent is not None:
-                return _pack(leaf, tangent), leaf
-            return (leaf.clone() if clone else leaf), leaf
+        return leaf, leaf
 
     def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
         tangent = _unpack(t)[1]
@@ -299,17 +297,17 @@ class PlainLevel(Level):
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         return p
 
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         return v, v
 
 
 class ErrorLevel(PlainLevel):
     """No tangents, but the exact errors: for a step whose estimators learn and make no guess this time."""
 
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         self.tangents[number] = None
-        leaf, after = _leaf(v, clone)
-        return after, leaf
+        leaf = v.detach().requires_grad_()
+        return leaf, leaf
 
 
 class BlockLevel(ErrorLevel):
@@ -339,9 +337,9 @@ class BlockLevel(ErrorLevel):
         self.graphs.marks[value] = End.of(before)
         return t
 
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         self.graphs.goals[self.goals[number]] = v
-        return super().cut(number, v, shared=shared, clone=clone)
+        return super().cut(number, v)
 
 
 def _leaf(t: Tensor, clone: bool) -> tuple[Tensor, Tensor]:
@@ -436,6 +434,7 @@ class FuncLevel(Level):
     """``torch.func.jvp``: the documented entry, and what every other level must equal."""
 
     name = "func"
+    same_objects = False
 
     def run(self, body: Callable[[], T]) -> T:
         results: list[T] = []
@@ -487,14 +486,12 @@ class FuncLevel(Level):
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         return p.detach() + self._scalar(v) * v
 
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         self._cuts[number] = v
         with torch.enable_grad():
             # requires_grad_() is refused inside a transform; adding an outside zero that requires grad serves as well.
             leaf = self.primal(v) + self._anchor.to(v.dtype)
-            if shared:
-                return leaf + (v - v.detach()), self.plain(leaf)
-            return (leaf.clone() if clone else leaf), self.plain(leaf)
+            return leaf, self.plain(leaf)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         if not writes or (self.frozen_statistics and fn is F.batch_norm):

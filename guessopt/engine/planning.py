@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from guessopt.engine.forward import Departure, Saved
+from guessopt.engine.forward import Departure, Pass, Saved
 from guessopt.engine.levels import FastLevel, Level
 from guessopt.engine.probe import Found, Tangents, find_layouts
 from guessopt.engine.stacked import StackedLevel
@@ -24,10 +25,13 @@ from guessopt.tracing.tape import Tape
 @dataclass
 class Plan:
     """A graph in use. ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so
-    far; ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see ``StackedLevel``; ``joints``:
-    sites that are guessed as one, by the first one's index; ``keeps_graphs``: whether a pass may leave the stream's
-    blocks with reverse graphs, as far as is known; ``found``: where the examples lie, and which calls no tangent has
-    passed yet; ``mixing``: after which operation examples interact."""
+    far; ``changes``: how often what the closure reads has changed, by value of a tensor or number of a call; ``due``:
+    whether such a change asks for a probe; ``stale``: whether the last pass made a guess from what the closure then
+    did not use, ``volatile``: how often one did; ``stacks``: whether K guesses share a pass (None: not known yet);
+    ``ways``: see ``StackedLevel``; ``joints``: sites that are guessed as one, by the first one's index;
+    ``keeps_graphs``: whether a pass may leave the stream's blocks with reverse graphs, as far as is known; ``found``:
+    where the examples lie, and which calls no tangent has passed yet; ``mixing``: after which operation examples
+    interact."""
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -36,6 +40,11 @@ class Plan:
     given: int | None
     loss: Tensor | None
     uses: int = 0
+    changes: dict[int, int] = field(default_factory=dict)
+    last: dict[int, tuple[ref[Tensor], int]] = field(default_factory=dict)
+    due: bool = False
+    volatile: int = 0
+    stale: bool = False
     tolerance: float = 0.0
     guesses: dict[int, Any] | None = None
     normalises_batch: bool = False
@@ -53,6 +62,21 @@ class Plan:
     def alive(self) -> bool:
         """Whether each site's tangent has been seen to arrive, on every way to the loss."""
         return self.found is None or self.found.alive
+
+    def observe(self, run: Pass) -> None:
+        """Compare what a run has read with what the last one has: the first, second, fourth, eighth ... change of
+        a tensor or a number asks for a probe."""
+        changed = list(run.changed)
+        for value, t in run.met.items():
+            version = -1 if t.is_inference() else t._version
+            before = self.last.get(value)
+            if before is None or before[0]() is not t or before[1] != version:
+                if before is not None:
+                    changed.append(value)
+                self.last[value] = ref(t), version
+        for leaf in changed:
+            count = self.changes[leaf] = self.changes.get(leaf, 0) + 1
+            self.due = self.due or count & (count - 1) == 0
 
 
 class Transaction:
@@ -91,6 +115,7 @@ def trace(
     """
     as_expression: frozenset[int] = frozenset()
     found: Found | None = None
+    departed = False
     while True:
         tape = Tape(ids, as_expression)
         try:
@@ -111,8 +136,15 @@ def trace(
         given = int(loss.shape[0]) if loss.dim() == 1 else None
         try:
             found = layouts_of(closure, analysis, sites, params, ids, make_level, transaction, given, known=found)
-        except Departure:
-            raise unstable() from None
+        except Departure as departure:
+            if departed:
+                raise unstable(departure) from None
+            as_expression, departed, found = (
+                frozenset(),
+                True,
+                None,
+            )  # a first run may have filled caches that later ones read
+            continue
         constant = constant_calls(analysis, sites, found)
         if constant <= as_expression:
             break
@@ -175,7 +207,8 @@ def layouts_of(
             try:
                 return run(watched)
             except Exception as error:
-                if error is not watched.failure and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                own = watched.failure is not None and watched.failure in (error, error.__cause__)
+                if not own and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
                     raise
                 together = False
         runs = [run(prepared(tangents, FastLevel(frozen_statistics=frozen), [lane])) for lane in range(count)]
@@ -245,8 +278,8 @@ def mixing_of(
     watched.watch = mixing.watch
     try:
         watched.execute(closure, params)
-    except Departure:
-        raise unstable() from None
+    except Departure as departure:
+        raise unstable(departure) from None
     finally:
         transaction.rewind()
     if mixing.call is None:
@@ -312,17 +345,19 @@ def reprobe(
     plan.found = found
     if changed:
         new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream, ends=found.ends)
-        plan.graph = replace(new, constants=graph.constants)
+        plan.graph = replace(new, constants={v: graph.constants.get(v, t) for v, t in new.constants.items()})
         plan.guesses = None
+    plan.due = False
 
 
 def is_due_for_probe(plan: Plan) -> bool:
-    """Before the next three passes; then before the eighth, 16th, ... while nothing has reached the loss; always where
-    the data decide which rows go where."""
+    """Before the pass after the first, second, fourth, eighth ... one; more often while some site's tangent has not
+    been seen to arrive; always where the data decide which rows go where."""
     uses = plan.uses
     if plan.analysis is None or uses == 0:
         return False
-    return plan.routes or uses <= 3 or (uses & (uses + 1) == 0 and not plan.alive)
+    asleep = not plan.alive and (uses < 64 or uses % 16 == 0)
+    return plan.routes or asleep or uses & (uses - 1) == 0
 
 
 def _forget_tensors(tape: Tape) -> None:
@@ -387,10 +422,12 @@ def independent(names: Sequence[str], graph: SiteGraph) -> str:
     )
 
 
-def unstable() -> ClosureError:
+def unstable(departure: Departure) -> ClosureError:
+    where = f" (call {departure.index + 1}: {departure.what})" if departure.what else ""
     return ClosureError(
-        "the closure does not repeat: run twice with the same random state it made different torch calls; compute the "
-        "loss from fixed inputs (draw the batch outside the closure, and keep caches out of it)"
+        f"the closure does not repeat: run twice with the same random state it did not do the same{where}; compute the "
+        "loss from fixed inputs (draw the batch outside the closure, from torch's, numpy's or random's global "
+        "generators, and keep caches out of it)"
     )
 
 

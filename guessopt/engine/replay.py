@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.engine.forward import Departure, Guess, Pass, Saved
+from guessopt.engine.forward import Guess, Pass, Saved
 from guessopt.engine.gradients import Gradients, scaled
 from guessopt.engine.levels import PlainLevel
 from guessopt.rng import RandomState
@@ -60,7 +60,7 @@ class Replay(Pass):
         done: Collection[int] = (),
     ) -> None:
         level = PlainLevel(frozen_statistics=frozen_statistics)
-        super().__init__(ids, graph, level, guesses[0], records[0].params, saved, keeps=False)
+        super().__init__(ids, graph, level, guesses[0], records[0].params, saved, keeps=False, repeats=True)
         self.share = 1 / sum(record.count for record in records)
         rates = [record.d if self.share == 1 else record.d * self.share for record in records]
         self.sources = list(zip(guesses, (rate if rate.dim() == 2 else rate[None] for rate in rates), strict=True))
@@ -74,9 +74,8 @@ class Replay(Pass):
 
     def replay(self, closure: Callable[[], object]) -> dict[int, Tensor]:
         """The gradients by position that have not been delivered. Raises ``Departure`` where the closure differs."""
-        self.run(closure)
-        if self.count != len(self.graph.functions) or self.waiting:
-            raise Departure
+        self.check_end(self.run(closure))
+        assert not self.waiting
         for record in self.records:
             self.gradients.close(record, self.share)
         rest = [p for p in self.gradients.params if p not in self.done]

@@ -110,14 +110,10 @@ class StackedLevel(FastLevel):
         self._attach(moved, v)
         return moved
 
-    def cut(self, number: int, v: Tensor, *, shared: bool, clone: bool) -> tuple[Tensor, Tensor]:
-        self.tangents[number] = tangent = self.tangent(v)
+    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.tangents[number] = self.tangent(v)
         leaf = v.detach().requires_grad_()
-        if shared and tangent is not None:
-            self._attach(leaf, tangent)
-            return leaf, leaf
-        with torch.enable_grad():
-            return (leaf.clone() if clone else leaf), leaf
+        return leaf, leaf
 
     def each(self, f: Callable[[list[Any]], Tensor], tensors: Sequence[Any]) -> Tensor:
         return torch.stack([f([None if t is None else t[k] for t in tensors]) for k in range(self.count)])

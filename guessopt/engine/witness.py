@@ -64,7 +64,7 @@ class Witness:
     def __init__(self, analysis: Analysis) -> None:
         calls = [analysis.tape.calls[c] for c in analysis.useful - analysis.loss]
         self._awake = {call.index for call in calls if name_of(call.fn) in _FLAT}
-        self._open = {call.index for call in calls if analysis.active.intersection(call.inputs)}
+        self._open = {call.index for call in calls if analysis.active.intersection(call.sources)}
         self._asleep: set[int] = set()
 
     @property
@@ -132,13 +132,13 @@ class Mixing:
 
 def before(analysis: Analysis, calls: Collection[int]) -> set[int]:
     """Values from which derivatives reach one of the calls."""
-    stack = [v for c in calls for v in analysis.tape.calls[c].inputs]
+    stack = [v for c in calls for v in analysis.tape.calls[c].sources]
     found: set[int] = set()
     while stack:
         v = stack.pop()
         if v in analysis.active and v not in found:
             found.add(v)
-            stack += analysis.tape.calls[analysis.tape.producer[v]].inputs
+            stack += analysis.tape.calls[analysis.tape.producer[v]].sources
     return found
 
 

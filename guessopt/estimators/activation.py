@@ -33,6 +33,10 @@ class ActivationPerturbation(Estimator):
         check_noise(self.noise)
 
     @property
+    def looks_ahead(self) -> bool:
+        return self.masked
+
+    @property
     def unbiased(self) -> bool:
         return not self.masked and self.noise != "uniform"
 

@@ -68,6 +68,11 @@ class Estimator(ABC):
     streams: bool = False
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether a guess depends on what the closure does after the site."""
+        return True
+
+    @property
     def joint(self) -> bool:
         """Whether parallel sites (``SiteGraph.joints``) are guessed as the one layer that they might be: ``sample`` and
         ``second_moment`` then take a ``JointLocal`` there, and tuples in place of a tensor of the site's shape."""

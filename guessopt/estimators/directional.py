@@ -33,6 +33,10 @@ class DirectionalDescent(Estimator):
         check_noise(self.noise)
 
     @property
+    def looks_ahead(self) -> bool:
+        return False
+
+    @property
     def unbiased(self) -> bool:
         return not self.scaled and self.noise != "uniform"
 

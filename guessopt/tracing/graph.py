@@ -20,6 +20,7 @@ from guessopt.sites import (
     Layout,
     Matrix,
     Onward,
+    Outside,
     Reach,
     Segment,
     Shape,
@@ -29,7 +30,7 @@ from guessopt.sites import (
     Value,
     numel,
 )
-from guessopt.tracing.interceptor import CustomFunction
+from guessopt.tracing.interceptor import CustomFunction, dense
 from guessopt.tracing.residual import Chain
 from guessopt.tracing.tape import Tape
 
@@ -63,6 +64,7 @@ class Analysis:
         self.active = tape.active
         self.blocked: dict[int, str] = {}
         self._next_inputs: dict[tuple[int, ...], int | None] = {}
+        self._expressions: dict[tuple[tuple[int, ...], int], int] = {}
         self.useful = self._ancestors()
         self.loss = self._loss_calls()
         self.cut_values = self._cut_values()
@@ -77,7 +79,7 @@ class Analysis:
             seen.add(v)
             call = tape.producer[v]
             found.add(call)
-            stack += tape.calls[call].inputs
+            stack += tape.calls[call].sources
         return found
 
     def _loss_calls(self) -> set[int]:
@@ -110,6 +112,8 @@ class Analysis:
     def _passable(self, c: int) -> bool:
         tape = self.tape
         call = tape.calls[c]
+        if tape.kinds[c] is Kind.STOPPED:
+            return False
         if tape.kinds[c] is Kind.SITE:
             if call.in_place and call.aliases:
                 return False
@@ -177,9 +181,9 @@ class Analysis:
             if tape.kinds[c] is not Kind.SITE:
                 continue
             call = tape.calls[c]
-            for k, v in enumerate(call.outputs):
-                read = any(u in self.useful for u in tape.consumers.get(v, ())) or v in self.cut_values
-                if v in self.active and read:
+            read = {v for v in call.outputs if v in self.cut_values or self._is_read(v)}
+            for k, v in enumerate(call.outputs[: call.direct]):
+                if v in self.active and (v in read or (call.in_place and read)):
                     found.append(
                         Site(
                             index=len(found), call=call, output=k, value=v, rule=rule_for(call.fn),
@@ -189,6 +193,10 @@ class Analysis:
                         )
                     )  # fmt: skip
         return [self._shared(site, found) for site in found]
+
+    def _is_read(self, v: int) -> bool:
+        """Whether a derivative goes on from the value towards the loss."""
+        return any(u in self.useful for u in self.tape.consumers.get(v, ()))
 
     def _reach(self, call: Call) -> Reach | None:
         """For tensors joined by ``cat``: the spans that hold parameters."""
@@ -334,10 +342,17 @@ class Analysis:
         return tuple(found)
 
     def _weight_key(self, w: int) -> str:
-        """Names a weight across traces: its parameter's position; else its order among the closure's tensors."""
-        outside = self.tape.outside.get(w)
-        position = self.tape.params.get(id(outside)) if outside is not None else None
-        return f"param {position}" if position is not None else f"tensor {w} {list(self.tape.shapes[w])}"
+        """Names a weight across traces: its parameter's position; the parameters of which it is an expression; else, of
+        a weight that does not train, what it holds."""
+        tape, shape = self.tape, list(self.tape.shapes[w])
+        if w in tape.parameters:
+            return f"param {tape.parameters[w]}"
+        if w in tape.outside:
+            return f"constant {shape} {_fingerprint(tape.outside[w])}"
+        origin = sorted(tape.origins[tape.producer[w]])
+        return (
+            f"expression of {origin} {shape} {self._expressions.setdefault((tuple(origin), w), len(self._expressions))}"
+        )
 
     def _chain(self, source: int, x: int) -> tuple[Call, ...] | None:
         tape, chain, v = self.tape, [], x
@@ -346,7 +361,7 @@ class Analysis:
             if c is None:
                 return None
             call = tape.calls[c]
-            if len(call.inputs) != 1 or call.aliases or not is_elementwise(call.fn):
+            if len(call.inputs) != 1 or call.aliases or call.held or not is_elementwise(call.fn):
                 return None
             if tape.shapes[call.inputs[0]] != tape.shapes[v]:
                 return None
@@ -361,9 +376,9 @@ class Analysis:
         while stack:
             v = stack.pop()
             c = tape.producer.get(v)
-            if v == source or c is None or c <= start or c in calls:
+            if v == source or c is None or c in calls or (c <= start and v not in tape.aliased):
                 continue
-            if tape.calls[c].aliases:
+            if tape.calls[c].aliases or v in tape.aliased:
                 raise _SharedMemory(f"{tape.calls[c].op} writes into memory that other tensors share")
             calls.add(c)
             stack += tape.calls[c].inputs
@@ -382,13 +397,8 @@ class Analysis:
         """Freeze. ``layouts``, ``ends``: of each site's and each cut's value. ``segments``: whether guesses will need
         them; ``stream``: whether an estimator asks for the residual stream."""
         tape = self.tape
-        kinds = list(tape.kinds)
-        for c in self.loss:
-            kinds[c] = Kind.LOSS
         calls_of_sites = {site.call.index for site in sites}
-        for c, kind in enumerate(kinds):
-            if kind is Kind.SITE and c not in calls_of_sites:
-                kinds[c] = Kind.PLAIN
+        kinds = [self._kind(c, calls_of_sites) for c in range(len(tape.calls))]
         cuts = tuple(self._cut(v, (ends or layouts).get(v, Layout.COUPLED)) for v in self.cut_values)
         final = tuple(
             replace(
@@ -402,14 +412,15 @@ class Analysis:
         )
         found = self._stream(final, batch) if stream and batch > 1 else None
         watch, release, constants = self._watch(final, found) if segments else ({}, {}, {})
+        by_loss = self._loss_parameter_calls()
         return SiteGraph(
-            functions=tuple(call.fn for call in tape.calls), kinds=tuple(kinds),
-            reads=tuple(tape.origins), sites=final, cuts=cuts, batch=batch,
+            calls=tuple(tape.calls), kinds=tuple(kinds), reads=tuple(tape.origins), mine=tuple(tape.mine),
+            outside=self._outside(), active=frozenset(self.active), sites=final, cuts=cuts, batch=batch,
             mutations=dict(tape.mutations), watch=watch, release=release, constants=constants,
-            returned=(tape.producer[self.returned],
-            tape.calls[tape.producer[self.returned]].outputs.index(self.returned))
-            if self.returned in tape.producer else None,
-            loss_params=frozenset().union(*(tape.origins[c] for c in self._loss_parameter_calls())),
+            ahead=self._ahead(final) if segments else frozenset(),
+            returned=self.returned,
+            loss_params=frozenset().union(*(tape.origins[c] for c in by_loss)),
+            keeps_graph=any(tape.kinds[c] is Kind.EXPRESSION for c in by_loss),
             stopped_params=frozenset(tape.stopped),
             answers=tuple(tape.answers),
             cost=self.cost(),
@@ -421,6 +432,39 @@ class Analysis:
             blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
             stream=found,
             joints=self._joints(final) if segments else (),
+        )  # fmt: skip
+
+    def _kind(self, c: int, calls_of_sites: set[int]) -> Kind:
+        kind = self.tape.kinds[c]
+        if c in self.loss:
+            return Kind.LOSS
+        if kind not in (Kind.SITE, Kind.PLAIN) or c in calls_of_sites:
+            return kind
+        reached = any(v in self.active for v in self.tape.calls[c].inputs)
+        return Kind.IDLE if reached and c not in self.useful else Kind.PLAIN
+
+    def _outside(self) -> dict[int, Outside]:
+        tape = self.tape
+        weights = {m[1] for call in tape.calls if (m := self.matrix_of(call)) is not None}
+        return {
+            v: Outside(
+                tape.shapes[v], tape.dtypes[v], tape.parameters.get(v), v in weights and v not in tape.parameters
+            )
+            for v in tape.first_use
+        }
+
+    @staticmethod
+    def _ahead(sites: tuple[Site, ...]) -> frozenset[int]:
+        """The calls that segments make before the closure does."""
+        segments = [site.segment for site in sites if site.segment is not None]
+        return frozenset(
+            call.index
+            for segment in segments
+            for program in (
+                segment.elementwise or (), segment.program, segment.weight_program,
+                *(way.program for way in segment.onward),
+            )
+            for call in program
         )  # fmt: skip
 
     def _joints(self, sites: tuple[Site, ...]) -> tuple[Joint, ...]:
@@ -482,12 +526,8 @@ class Analysis:
         return fits and entries >= OUTNUMBERED * sum(numel(shape) for shape in shapes)
 
     def _cut(self, v: int, layout: Layout) -> Cut:
-        tape = self.tape
-        call = tape.calls[tape.producer[v]]
-        users = tape.consumers.get(v, ())
-        shared = any(u in self.useful and u not in self.loss for u in users)
-        clone = any(tape.calls[u].in_place for u in users if u in self.loss)
-        return Cut(call.index, call.outputs.index(v), v, tape.shapes[v], layout, shared, clone)
+        shared = any(u in self.useful and u not in self.loss for u in self.tape.consumers.get(v, ()))
+        return Cut(v, self.tape.shapes[v], layout, shared, v in self.tape.overwritten)
 
     def _watch(
         self, sites: tuple[Site, ...], stream: Stream | None
@@ -495,7 +535,8 @@ class Analysis:
         """What a run must keep aside for the segments and the stream: where each value first appears, and after which
         call none needs it; and parameters for good."""
         tape = self.tape
-        last: dict[int, int] = {}  # value -> call of the last site that needs it
+        first: dict[int, int] = {}  # value -> calls of the first and the last site that need it
+        last: dict[int, int] = {}
         for site in sites:
             if site.segment is None or site.shares is not None:
                 continue
@@ -505,6 +546,7 @@ class Analysis:
             needed = {v for call in calls for v in call.inputs if v not in made}
             needed.update(w for matrix in site.segment.matrices for w in matrix.weights if w not in made)
             last.update(dict.fromkeys(needed, site.call.index))
+            first = dict.fromkeys(needed, site.call.index) | first
         if stream is not None:  # needed after the pass
             last.update(dict.fromkeys((*stream.shapes, *(v for block in stream.blocks for v in block.needs())), -1))
         watch: dict[int, list[tuple[str, int, int]]] = {}
@@ -515,11 +557,11 @@ class Analysis:
                 call = tape.calls[tape.producer[v]]
                 watch.setdefault(call.index, []).append(("out", call.outputs.index(v), v))
             else:
-                if v in tape.outside:  # a later graph of the same tape takes over what an earlier one held
-                    constants[v] = tape.outside[v]
+                call_index, position = tape.first_use[v]
+                if v in tape.outside and (v in tape.weights or call_index > first.get(v, call_index)):
+                    constants[v] = tape.outside[v]  # a later graph of the same tape takes over what an earlier one held
                 if v in tape.weights:
                     continue
-                call_index, position = tape.first_use[v]
                 watch.setdefault(call_index, []).append(("in", position, v))
             if last[v] >= 0:
                 release.setdefault(last[v], []).append(v)
@@ -555,7 +597,7 @@ class Analysis:
             v = stack.pop()
             if v not in seen and v in self.active:
                 seen.add(v)
-                stack += tape.calls[tape.producer[v]].inputs
+                stack += tape.calls[tape.producer[v]].sources
         return seen
 
 
@@ -580,3 +622,10 @@ def _normalises_batch(call: Call) -> bool:
     if call.fn is torch.nn.functional.batch_norm:
         return bool(call.kwargs.get("training", call.args[5] if len(call.args) > 5 else False))
     return call.fn is torch.batch_norm and bool(call.args[5])
+
+
+def _fingerprint(t: Tensor) -> str:
+    """Tells weights apart by what they hold: the sum of about a thousand entries."""
+    with torch.no_grad():
+        numbers = dense(t.detach()).flatten()
+        return f"{float(numbers[:: max(numbers.numel() // 1024, 1)].double().sum()):.6g}"

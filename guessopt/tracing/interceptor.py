@@ -1,4 +1,4 @@
-"""A function mode that sees every torch call of a closure and knows which of them read trainable parameters.
+"""A function mode that sees every torch call of a closure.
 
 Parameters are recognised by identity, so ``F.linear`` in a plain function is seen as well as ``nn.Linear``. A call
 whose tensors are all parameters, or computed from parameters alone, is a *parameter expression* (``W.t()``, ``1 + w``):
@@ -8,7 +8,7 @@ it records an ordinary autograd graph, which never contains an activation.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError
@@ -50,6 +52,101 @@ def _collect(node: Any, found: list[Tensor]) -> None:
             _collect(item, found)
 
 
+def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among arguments, in order, and the arguments' outline: nested lists with ``Tensor`` (the class) where
+    a tensor stands and everything else as it is.
+
+    >>> split((torch.zeros(1), (2, torch.ones(1))), {"dim": 0})
+    ([tensor([0.]), tensor([1.])], [<class 'torch.Tensor'>, [2, <class 'torch.Tensor'>], ['dim', 0]])
+    """
+    tensors: list[Tensor] = []
+    outline = _outline(args, tensors)
+    if kwargs:
+        outline.append(_outline_of_dict(kwargs, tensors))
+    return tensors, outline
+
+
+def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
+    found: list[Any] = []
+    for item in node:
+        if isinstance(item, Tensor):
+            tensors.append(item)
+            found.append(Tensor)
+        elif isinstance(item, (tuple, list)):
+            found.append(_outline(item, tensors))
+        elif isinstance(item, dict):
+            found.append(_outline_of_dict(item, tensors))
+        else:
+            found.append(item)
+    return found
+
+
+def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any]:
+    found: list[Any] = []
+    for key, item in node.items():
+        found.append(key)
+        found += _outline((item,), tensors)
+    return found
+
+
+#: Kinds of arguments that are kept to be compared; of others only the kind is.
+_COMPARED: tuple[type, ...] = (
+    bool, int, float, complex, str, type(None), type(...), slice,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
+def recordable(outline: list[Any]) -> list[Any]:
+    """An outline that keeps nothing alive: objects of other kinds than numbers, names and the like give way to their
+    kind."""
+    return [
+        recordable(item) if type(item) is list else item if item is Tensor or type(item) in _COMPARED else type(item)
+        for item in outline
+    ]
+
+
+def compared(outline: list[Any], recorded: list[Any]) -> bool | None:
+    """Whether a call has the arguments that were recorded: True; None where only numbers differ, on which a result
+    depends smoothly or which choose among equals (a weight, an index); False where anything else differs (a flag, a
+    name, how many there are).
+
+    >>> compared([1, 0.5, True], [1, 0.5, True]), compared([1, 0.25, True], [1, 0.5, True])
+    (True, None)
+    >>> compared([1, 0.5, False], [1, 0.5, True])
+    False
+    """
+    if len(outline) != len(recorded):
+        return False
+    answer: bool | None = True
+    for given, known in zip(outline, recorded, strict=True):
+        found = _compared(given, known)
+        if found is False:
+            return False
+        if found is None:
+            answer = None
+    return answer
+
+
+def _compared(given: Any, known: Any) -> bool | None:
+    if given is known:
+        return True
+    kind = type(given)
+    if kind is list and type(known) is list:
+        return compared(given, known)
+    if kind is slice and type(known) is slice:
+        ends = [given.start, given.stop, given.step], [known.start, known.stop, known.step]
+        return compared(*ends)
+    if _is_number(kind) and _is_number(type(known)):
+        return True if given == known or (given != given and known != known) else None
+    if kind in _COMPARED:
+        return kind is type(known) and bool(given == known)
+    return kind is known
+
+
+def _is_number(kind: type) -> bool:
+    return kind is not bool and issubclass(kind, (int, float, complex))
+
+
 class _NoGrad:
     """``torch.no_grad()`` at a fraction of its cost, which a pass would pay at every call."""
 
@@ -69,7 +166,7 @@ AS_IT_IS = nullcontext[None]()
 
 
 class Interceptor(TorchFunctionMode):
-    """Hands each torch call to ``call``, with the tensors that are trainable parameters or expressions of them.
+    """Hands each torch call to ``call``, with its tensors and the outline of its arguments.
 
     Args:
         params: ``id`` of each trainable parameter handed to the optimizer, to its position there.
@@ -94,7 +191,6 @@ class Interceptor(TorchFunctionMode):
         if fn is F.multi_head_attention_forward:
             with self:  # its projections are ordinary calls
                 return _attention(*args, **kwargs)
-        tensors = tensors_in(args, kwargs)
         if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
             return self.requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
         if torch.is_inference_mode_enabled():
@@ -108,10 +204,9 @@ class Interceptor(TorchFunctionMode):
                 "apply was looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in "
                 "the closure"
             )
-        mine = [t for t in read_by(fn, tensors) if id(t) in self.params or id(t) in self.expressions]
         index = self.count
         self.count += 1
-        return self.call(index, fn, args, kwargs, tensors, mine)
+        return self.call(index, fn, args, kwargs, *split(args, kwargs))
 
     def call(
         self,
@@ -120,9 +215,9 @@ class Interceptor(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        mine: list[Tensor],
+        outline: list[Any],
     ) -> Any:
-        """One torch call: its number in the closure, its arguments, their tensors, and which of these are trainable."""
+        """One torch call: its number in the closure, its arguments, their tensors, and their outline (``split``)."""
         raise NotImplementedError
 
     def requires_grad(self, answer: bool) -> bool:
@@ -138,10 +233,10 @@ class Interceptor(TorchFunctionMode):
         """``t`` outside any transform."""
         return t
 
-    def express(self, out: Any, mine: list[Tensor]) -> None:
+    def express(self, results: list[Tensor], mine: list[Tensor]) -> None:
         """Remember the results of a parameter expression."""
         origin: frozenset[int] | None = None
-        for t in tensors_in((out,)):
+        for t in results:
             if self.plain(t).requires_grad and id(t) not in self.params:
                 if origin is None:
                     origin = frozenset().union(*(self.positions(m) for m in mine))
@@ -191,19 +286,29 @@ def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     if cls is CheckpointFunction and torch._C._len_torch_function_stack():
         run, _, *inputs = args
         return run(*inputs)  # nothing is stored for a backward pass, so there is nothing to compute again
-    if cls.__name__ == "_NoopSaveInputs":  # the other kind of checkpointing in torch before 2.8, likewise
-        return torch.empty(0)
     return CustomFunction(cls)(*args, **kwargs)
+
+
+def _stores_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In place of non-reentrant checkpointing around a function: nothing is stored for a backward pass."""
+    yield
+
+
+_CHECKPOINT = "_checkpoint_without_reentrant_generator"
 
 
 @contextmanager
 def _visible_functions() -> Iterator[None]:
-    """Let function modes see ``torch.autograd.Function.apply``, which torch hides from them."""
+    """Let function modes see ``torch.autograd.Function.apply``, which torch hides from them, and run what is
+    checkpointed as it stands."""
+    checkpoint = getattr(torch.utils.checkpoint, _CHECKPOINT)
     torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
     try:
+        setattr(torch.utils.checkpoint, _CHECKPOINT, _stores_nothing)
         yield
     finally:
         torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
+        setattr(torch.utils.checkpoint, _CHECKPOINT, checkpoint)
 
 
 def _plainly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -229,6 +334,7 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.requires_grad_: _nothing,
     Tensor.requires_grad.__set__: _nothing,  # type: ignore[attr-defined]
     Tensor.retain_grad: _nothing,
+    Tensor.grad.__set__: _plainly,  # type: ignore[union-attr]
     Tensor.backward: _refuse,
     torch.autograd.backward: _refuse,
     torch.autograd.grad: _refuse,
@@ -258,6 +364,11 @@ def read_by(fn: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     return tensors[:1] if fn in _AFTER_ANOTHER else tensors
 
 
+def dense(w: Tensor) -> Tensor:
+    """A weight as numbers: what is kept quantised, in a tensor class of its own, is unpacked."""
+    return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
+
+
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 _STOPPING: set[Callable[..., Any]] = {
@@ -265,6 +376,7 @@ _STOPPING: set[Callable[..., Any]] = {
     torch.detach,
     Tensor.detach_,
     Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.data.__set__,  # type: ignore[attr-defined]
 }
 
 

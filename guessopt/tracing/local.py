@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
 from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Shape, Site, Value
-from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, tensors_in
+from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, dense, tensors_in
 
 
 class Local:
@@ -231,11 +230,6 @@ class JointLocal(Local):
         return (evaluate(self.joint.program, values, known=known)[segment.matrices[0].x],)
 
 
-def dense(w: Tensor) -> Tensor:
-    """A weight as numbers: what is kept quantised, in a tensor class of its own, is unpacked."""
-    return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
-
-
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means."""
     if source.means:
@@ -346,6 +340,9 @@ def _run(
         if fn in DROPOUT and call.index not in random:
             values[call.outputs[0]] = values[call.inputs[0]]
             continue
+        if call.held:
+            _hold(call, values)
+            continue
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
@@ -358,10 +355,21 @@ def _run(
             if known is not None and fn in RESUMED and not call.in_place:
                 known[call.index] = Known.of(args, kwargs, out, RESUMED[fn](out))
         else:
-            values.update(zip(call.outputs, tensors_in((out,)) if out is not None else [args[0]], strict=True))
+            results = tensors_in((out,)) if out is not None else [args[0]]
+            values.update(zip(call.outputs[: call.direct], results, strict=True))
         for v in variables.intersection(call.outputs) if variables else ():
             if not values[v].requires_grad:
                 values[v] = values[v].detach().requires_grad_()
+
+
+def _hold(call: Call, values: dict[int, Tensor]) -> None:
+    """A write that derivatives pass by: other numbers, with the derivative from before."""
+    with torch.no_grad():
+        plain = {v: values[v].detach() for v in call.inputs}
+        first = plain[call.inputs[0]] = plain[call.inputs[0]].clone()
+        call.fn(*_fill(call.args, plain), **_fill(call.kwargs, plain))
+    old, new = call.held[0]
+    values[new] = values[old] + (first - values[old].detach())
 
 
 def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:

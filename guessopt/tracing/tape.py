@@ -1,4 +1,4 @@
-"""One run of the closure, written down: calls and the tensors that pass between them."""
+"""One run of the closure, written down: calls and the values that pass between them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value
-from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, recordable, stops_gradient, tensors_in
 
 
 class Tape(Interceptor):
     """Runs the closure as it stands (no derivatives, nothing kept but outlines) and records every call.
 
+    A *value* is what a tensor holds between two writes to its memory. A write gives every live tensor that shares the
+    memory a new value; a call that returns its argument untouched (``.to()`` of the same dtype) makes none.
+
     Args:
         params: as for ``Interceptor``.
-        expressions: indices of calls to take as parameter expressions although another tensor takes part
+        as_expression: indices of calls to take as parameter expressions although another tensor takes part
             (``F.embedding(arange(T), W)``: no examples in it).
     """
 
@@ -42,6 +45,7 @@ class Tape(Interceptor):
         self.first_use: dict[int, tuple[int, int]] = {}
         self.outside: dict[int, Tensor] = {}
         self.weights: set[int] = set()
+        self.parameters: dict[int, int] = {}
         self.mutations: dict[int, tuple[int, ...]] = {}
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.stopped: set[int] = set()
@@ -49,7 +53,9 @@ class Tape(Interceptor):
         self.compiled = False
         self.active: set[int] = set()
         self.overwritten: set[int] = set()
+        self.aliased: set[int] = set()
         self._memory: dict[int, set[int]] = {}
+        self._views: dict[int, int] = {}
         self._values = WeakIdKeyDictionary()
 
     def call(
@@ -59,64 +65,151 @@ class Tape(Interceptor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        mine: list[Tensor],
+        outline: list[Any],
     ) -> Any:
         if torch._C._are_functorch_transforms_active() or isinstance(fn, HigherOrderOperator):
             self._check_plain(fn, tensors)
-        known = len(self.shapes)
+        mine = [t for t in read_by(fn, tensors) if id(t) in self.params or id(t) in self.expressions]
         self.compiled = self.compiled or (bool(mine) and _within_compiled_code())
-        inputs = tuple(self.value(t) for t in tensors)
-        for position, (t, v) in enumerate(zip(tensors, inputs, strict=True)):
-            if v >= known and v not in self.first_use:
-                self._check_seen(t, fn)
-                self.first_use[v] = (index, position)
-                self.outside[v] = t
-            if isinstance(t, torch.nn.Parameter) or id(t) in self.expressions:
-                self.weights.add(v)
+        reads = tuple(self._read(t, index, position, fn) for position, t in enumerate(tensors))
+        inputs = tuple(v if v >= 0 else ~v for v in reads)
         recorded_args, recorded_kwargs = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
         self.mutations_of(index, fn, args, kwargs, tensors, inputs)
+        if kwargs.get("out") is not None and (mine or any(v in self.active for v in inputs)):
+            raise ClosureError(
+                f"{getattr(fn, '__name__', fn)}(out=...) has no derivative; leave out= away and use what it returns"
+            )
 
+        origins = frozenset().union(*(self.positions(m) for m in mine))
         versions = [_version(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
             kind = Kind.STOPPED
-            self.stopped.update(*(self.positions(m) for m in mine))
+            self.stopped |= origins
         elif mine and (len(mine) == len(read_by(fn, tensors)) or index in self.as_expression):
             kind = Kind.EXPRESSION
         else:
             kind = Kind.SITE if mine else Kind.PLAIN
+        if kind is Kind.SITE and is_in_place(fn) and id(tensors[0]) in self.params:
+            raise ClosureError(
+                f"{getattr(fn, '__name__', fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} with "
+                "gradients enabled, which autograd refuses as well; write under torch.no_grad()"
+            )
         if kind in (Kind.EXPRESSION, Kind.STOPPED):
             out = fn(*args, **kwargs)
         else:
             with self.no_grad:
                 out = fn(*args, **kwargs)
-        if kind is Kind.EXPRESSION:
-            self.express(out, mine)
-
+        in_place = is_in_place(fn)
+        written = [k for k, t in enumerate(tensors) if _version(t) != versions[k] or (not k and in_place)]
         results = tensors_in((out,)) if out is not None else list(tensors[:1])
-        # What returns its own argument untouched (``contiguous``, a dropout of 0) is no write.
-        changed = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
-        in_place = is_in_place(fn) or any(r is t for r in results for t in changed)
-        extra = self._aliases(results, tensors) if in_place else []
-        if in_place and tensors:
-            self.overwritten |= self._memory.get(_memory(tensors[0]), set())
-        outputs = tuple(
-            self.value(t) if isinstance(t, torch.nn.Parameter) and not in_place else self._new(t, index)
-            for t in [*results, *extra]
-        )
-        self._remember(results, outputs, tensors)
-        if kind is Kind.SITE or (kind is Kind.PLAIN and any(v in self.active for v in inputs)):
-            self._activate(results, outputs, {id(t) for t, v in zip(tensors, inputs, strict=True) if v in self.outside})
-        for v in inputs:
-            self.consumers.setdefault(v, []).append(index)
-        autocast = autocast_of(tensors[0]) if tensors else None
+        in_place = in_place or any(r is tensors[k] for r in results for k in written)
+        if kind is Kind.EXPRESSION:
+            self.express(results, mine)
+        moves: tuple[tuple[int, int], ...] = ()
+        held: tuple[tuple[int, int], ...] = ()
+        flows = kind is Kind.SITE or (kind is Kind.PLAIN and any(v in self.active for v in inputs))
+        if written:
+            outputs, moves, held = self._write(index, kind, flows, [tensors[k] for k in written], results)
+        else:
+            outputs = self._made(index, kind, flows, results, tensors)
         self.calls.append(
-            Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra), autocast)
-        )
+            Call(
+                index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place,
+                aliases=(in_place and (len(outputs) > 1 or written != [0])) or any(v in self.active for _, v in moves),
+                autocast=autocast_of(tensors[0]) if tensors else None,
+                reads=reads, outline=recordable(outline), direct=len(results),
+                target=next((k for k in written if results and tensors[k] is results[0]), None), moves=moves, held=held,
+                sources=(*inputs, *(old for old, new in (*moves, *held) if new in self.active)),
+            )
+        )  # fmt: skip
+        for v in self.calls[-1].sources:
+            self.consumers.setdefault(v, []).append(index)
         self.kinds.append(kind)
         self.mine.append(tuple(k for k, t in enumerate(tensors) if any(t is m for m in mine)))
-        self.origins.append(frozenset().union(*(self.positions(m) for m in mine)))
+        self.origins.append(origins)
         return out
+
+    def _read(self, t: Tensor, index: int, position: int, fn: Callable[..., Any]) -> int:
+        """The tensor's value ``v``; ``~v`` where no call has made it and none has read it before."""
+        v = self.value(t)
+        if isinstance(t, torch.nn.Parameter) or id(t) in self.expressions:
+            self.weights.add(v)
+            if id(t) in self.params:
+                self.parameters[v] = self.params[id(t)]
+        if v in self.producer or v in self.first_use:
+            return v
+        self._check_seen(t, fn)
+        self.first_use[v] = (index, position)
+        self.outside[v] = t
+        return ~v
+
+    def _made(
+        self, index: int, kind: Kind, flows: bool, results: list[Tensor], tensors: list[Tensor]
+    ) -> tuple[int, ...]:
+        """The values of what a call returned that wrote nothing."""
+        places = {_memory(t): self._views[self.value(t)] for t in reversed(tensors) if t.numel()}
+        outputs: list[int] = []
+        for t in results:
+            if any(t is argument for argument in tensors):
+                outputs.append(self.value(t))
+                continue
+            v, place = self._new(t, index), _memory(t)
+            outputs.append(v)
+            if place in places:
+                self._memory.setdefault(place, set()).add(v)
+                if kind is not Kind.STOPPED:
+                    self._views[v] = places[place]
+            else:
+                self._memory[place] = {v}
+            if flows:
+                self._activate(t, v)
+        return tuple(outputs)
+
+    def _write(
+        self, index: int, kind: Kind, flows: bool, targets: list[Tensor], results: list[Tensor]
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+        """New values for all that shares memory with what a call has written: its results first; the pairs (old, new)
+        of tensors that are no results; and of those whose derivative stays what it was.
+
+        As in autograd: a write reaches its target and the target's differentiable views. Through ``detach()``,
+        ``.data`` or under ``no_grad`` it changes the numbers alone.
+        """
+        places = {_memory(t) for t in targets}
+        views = {self._views[self.value(t)] for t in targets}
+        touched = [t for t in list(self._values.keys()) if any(t is s for s in targets) or self._lies_in(t, places)]
+        extra = [t for t in touched if not any(t is r for r in results)]
+        outputs: list[int] = []
+        moves: list[tuple[int, int]] = []
+        held: list[tuple[int, int]] = []
+        for place in places:
+            self.overwritten |= self._memory.get(place, set())
+        for t in [*results, *extra]:
+            if not any(t is other for other in touched):  # made anew beside what was written
+                outputs.append(v := self._new(t, index))
+                self._memory[_memory(t)] = {v}
+                if flows:
+                    self._activate(t, v)
+                continue
+            old = self.value(t)
+            outputs.append(v := self._new(t, index))
+            self._views[v] = self._views[old]
+            self._memory.setdefault(_memory(t), set()).add(v)
+            if not any(t is r for r in results):
+                moves.append((old, v))
+                self.aliased.add(v)
+            if kind is not Kind.STOPPED and self._views[old] in views:
+                if flows:
+                    self._activate(t, v, mark=old not in self.outside)
+                if kind is not Kind.EXPRESSION:
+                    self.expressions.pop(id(t), None)
+            elif old in self.active:
+                self.active.add(v)
+                held.append((old, v))
+        return tuple(outputs), tuple(moves), tuple(held)
+
+    def _lies_in(self, t: Tensor, places: set[int]) -> bool:
+        return t.numel() > 0 and _memory(t) in places
 
     def run(self, closure: Callable[[], Any]) -> Any:
         loss = super().run(closure)
@@ -128,15 +221,13 @@ class Tape(Interceptor):
         self.answers.append(answer)
         return answer
 
-    def _activate(self, results: list[Tensor], outputs: tuple[int, ...], outside: set[int]) -> None:
-        """Derivatives reach these. They are made to require grad, so that a call which the mode cannot see leaves a
-        trace of itself; the user's own tensors stay as they are."""
-        for t, v in zip(results, outputs, strict=False):
-            if t.is_floating_point():
-                self.active.add(v)
-                if id(t) not in outside:
-                    t.requires_grad_()
-        self.active.update(v for v in outputs[len(results) :] if self.dtypes[v].is_floating_point)
+    def _activate(self, t: Tensor, v: int, *, mark: bool = True) -> None:
+        """Derivatives reach the value. Its tensor is made to require grad, so that a call which the mode cannot see
+        leaves a trace of itself; the user's own tensors stay as they are."""
+        if t.is_floating_point():
+            self.active.add(v)
+            if mark and not t.requires_grad:
+                t.requires_grad_()
 
     def _check_plain(self, fn: Callable[..., Any], tensors: list[Tensor]) -> None:
         """Raise ``ClosureError`` if a call inside a transform, or a higher-order one, takes part in the derivative."""
@@ -184,30 +275,10 @@ class Tape(Interceptor):
         self.shapes.append(tuple(t.shape))
         self.dtypes.append(t.dtype)
         self._values[t] = v
+        self._views[v] = v
         if producer is not None:
             self.producer[v] = producer
         return v
-
-    def _aliases(self, results: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-        """Other live tensors that share memory with what was just written."""
-        if not tensors or not tensors[0].numel():
-            return []
-        place = _memory(tensors[0])
-        return [
-            t
-            for t in list(self._values.keys())
-            if not any(t is r for r in results) and t.numel() and _memory(t) == place
-        ]
-
-    def _remember(self, results: list[Tensor], outputs: tuple[int, ...], tensors: list[Tensor]) -> None:
-        """Which values lie in which memory; memory that is in no input has been allocated anew."""
-        old = {_memory(t) for t in tensors}
-        for t, v in zip(results, outputs, strict=False):
-            place = _memory(t)
-            if place in old:
-                self._memory.setdefault(place, set()).add(v)
-            else:
-                self._memory[place] = {v}
 
     def mutations_of(
         self,
@@ -234,7 +305,11 @@ def _within_compiled_code() -> bool:
         return False
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+        # The other user of that module is ``torch._disable_dynamo``, by which torch wraps functions of its own.
+        if (
+            frame.f_globals.get("__name__") == "torch._dynamo.eval_frame"
+            and type(frame.f_locals.get("self")).__name__ != "DisableContext"
+        ):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
