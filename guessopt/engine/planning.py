@@ -207,8 +207,10 @@ def layouts_of(
             try:
                 return run(watched)
             except Exception as error:
-                own = watched.failure is not None and watched.failure in (error, error.__cause__)
-                if not own and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+                cause = error.__cause__ or error
+                if cause is not watched.failure and not isinstance(
+                    cause, (torch.OutOfMemoryError, MemoryError, NotImplementedError)
+                ):
                     raise
                 together = False
         runs = [run(prepared(tangents, FastLevel(frozen_statistics=frozen), [lane])) for lane in range(count)]
