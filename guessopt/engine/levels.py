@@ -52,6 +52,10 @@ class Level(ABC):
     def primal(self, t: Tensor) -> Tensor:
         """``t`` without its tangent, an ordinary tensor."""
 
+    def tangent(self, t: Tensor) -> Tensor | None:
+        """The tangent of ``t``, where the level can tell in the middle of a pass."""
+        return None
+
     @abstractmethod
     def plain(self, t: Tensor) -> Tensor:
         """``t`` without tangent, still connected in reverse mode."""
@@ -157,6 +161,9 @@ class DualLevel(Level):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         out = super().call(fn, args, kwargs, writes=writes)
         return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
+
+    def tangent(self, t: Tensor) -> Tensor | None:
+        return _unpack(t)[1]
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = tree_flatten((args, kwargs))

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from guessopt.engine.forward import Departure, Pass, Saved
-from guessopt.engine.levels import Level
-from guessopt.engine.probe import Found, find_layouts
+from guessopt.engine.levels import FastLevel, Level
+from guessopt.engine.probe import Found, Tangents, find_layouts
+from guessopt.engine.stacked import StackedLevel
+from guessopt.engine.witness import Mixing, WatchedPass, Witness, before
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState
 from guessopt.sites import Joint, Layout, Site, SiteGraph, is_differentiable
@@ -29,7 +31,8 @@ class Plan:
     change asks for a probe. ``stale``: whether the last pass made a guess from what the closure then did not use;
     ``volatile``: how often one did. ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see
     ``StackedLevel``. ``joints``: sites that are guessed as one, by the first one's index. ``keeps_graphs``: whether a
-    pass may leave the stream's blocks with reverse graphs, as far as is known."""
+    pass may leave the stream's blocks with reverse graphs, as far as is known. ``found``: where the examples lie, and
+    which calls no tangent has passed yet; ``mixing``: after which operation examples interact."""
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -46,7 +49,8 @@ class Plan:
     tolerance: float = 0.0
     guesses: dict[int, Any] | None = None
     normalises_batch: bool = False
-    alive: bool = False
+    found: Found | None = None
+    mixing: str = ""
     routes: bool = False
     compiled: bool = False
     stacks: bool | None = None
@@ -54,6 +58,11 @@ class Plan:
     stream: bool = False
     keeps_graphs: bool = True
     joints: dict[int, Joint] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> bool:
+        """Whether each site's tangent has been seen to arrive, on every way to the loss."""
+        return self.found is None or self.found.alive
 
     def observe(self, run: Pass) -> None:
         """Compare what a run has read with what the last one has: the first, second, fourth, eighth ... change of
@@ -106,6 +115,7 @@ def trace(
         ClosureError: what it returns is no loss, or no parameter has a part in it.
     """
     as_expression: frozenset[int] = frozenset()
+    found: Found | None = None
     departed = False
     while True:
         tape = Tape(ids, as_expression)
@@ -126,22 +136,27 @@ def trace(
         transaction.rewind()
         given = int(loss.shape[0]) if loss.dim() == 1 else None
         try:
-            found = layouts_of(closure, analysis, sites, params, ids, make_level, transaction, given)
+            found = layouts_of(closure, analysis, sites, params, ids, make_level, transaction, given, known=found)
         except Departure as departure:
             if departed:
                 raise unstable(departure) from None
-            as_expression, departed = frozenset(), True  # a first run may have filled caches that later ones read
+            as_expression, departed, found = (
+                frozenset(),
+                True,
+                None,
+            )  # a first run may have filled caches that later ones read
             continue
         constant = constant_calls(analysis, sites, found)
         if constant <= as_expression:
             break
         as_expression |= constant
-    graph = analysis.graph(sites, found.layouts, found.batch, stream=stream)
+    graph = analysis.graph(sites, found.layouts, found.batch, stream=stream, ends=found.ends)
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
     plan.tolerance = precision(analysis)
-    plan.alive, plan.stream = found.alive, stream
+    plan.found, plan.stream = found, stream
+    plan.mixing = mixing_of(closure, analysis, graph, found, params, ids, make_level, transaction)
     plan.compiled = tape.compiled
     plan.routes = analysis.routes_by_data()
     plan.normalises_batch = bool(analysis.coupled_by_batch_norm())
@@ -160,31 +175,120 @@ def layouts_of(
     transaction: Transaction,
     given: int | None,
     seed: int = 0,
-    known: tuple[int, dict[int, Layout]] | None = None,
+    known: Found | None = None,
+    thorough: bool = True,
 ) -> Found:
-    """Probe the closure for where its examples lie."""
+    """Probe the closure for where its examples lie. ``known``, ``thorough``: see ``find_layouts``."""
     graph = analysis.graph(list(sites), {}, 1, segments=False)
-    frozen = make_level().frozen_statistics
+    frozen, witness = make_level().frozen_statistics, Witness(analysis)
+    together = not graph.shared_writes
 
-    def push(tangents: dict[int, Callable[[Tensor], Tensor]]) -> list[Tensor | None]:
+    def prepared(tangents: Mapping[int, Tangents], level: Level, lanes: Sequence[int]) -> WatchedPass:
         def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
-            return tangents[site.index](s) if site.index in tangents else None
+            if site.index not in tangents:
+                return None
+            made = tangents[site.index](s, lanes)
+            return made if isinstance(level, StackedLevel) else made[0]
 
-        run = Pass(ids, graph, make_level(), guess, {}, transaction.saved, keeps=False)
+        watched = WatchedPass(ids, graph, level, guess, {}, transaction.saved, keeps=False)
+        watched.watch = witness.watch
+        return watched
+
+    def run(watched: WatchedPass) -> list[Tensor | None]:
         try:
-            return run.execute(closure, params).tangents
+            return watched.execute(closure, params).tangents
         finally:
             transaction.rewind()
 
-    return find_layouts(
+    def push(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
+        """All lanes in one run; where they do not go together, each in a run of its own."""
+        nonlocal together
+        if together and count > 1:
+            watched = prepared(tangents, StackedLevel(count, {}, frozen_statistics=frozen), range(count))
+            try:
+                return run(watched)
+            except Exception as error:
+                cause = error.__cause__ or error
+                if cause is not watched.failure and not isinstance(
+                    cause, (torch.OutOfMemoryError, MemoryError, NotImplementedError)
+                ):
+                    raise
+                together = False
+        runs = [run(prepared(tangents, FastLevel(frozen_statistics=frozen), [lane])) for lane in range(count)]
+        return [_stacked(lanes) for lanes in zip(*runs, strict=True)]
+
+    found = find_layouts(
         sites,
         graph.cuts,
         push,
         given=given,
+        others=[analysis.tape.shapes[v] for v in analysis.active],
         coupled=frozenset() if frozen else frozenset(analysis.coupled_by_batch_norm()),
+        doubtful=frozenset(site.value for site in sites if may_hold_no_examples(analysis, site)),
         seed=seed,
         known=known,
+        thorough=thorough,
     )
+    asleep = witness.asleep if known is None else witness.asleep & known.asleep
+    unproven = before(analysis, asleep)
+    coupled = frozenset(found.coupled)
+    return replace(
+        found,
+        asleep=asleep,
+        unproven=tuple(site.index for site in sites if site.value in unproven and site.index not in coupled),
+    )
+
+
+def _stacked(lanes: Sequence[Tensor | None]) -> Tensor | None:
+    like = next((t for t in lanes if t is not None), None)
+    return None if like is None else torch.stack([torch.zeros_like(like) if t is None else t for t in lanes])
+
+
+def mixing_of(
+    closure: Callable[[], Any],
+    analysis: Analysis,
+    graph: SiteGraph,
+    found: Found,
+    params: Mapping[int, Tensor],
+    ids: Mapping[int, int],
+    make_level: Callable[[], Level],
+    transaction: Transaction,
+) -> str:
+    """The operation after which the examples of the last coupled site interact; "" where none was found.
+
+    It takes a run of the closure, but for batch normalisation."""
+    coupled = [site for site in graph.sites if site.layout is Layout.COUPLED and site.shares is None]
+    if found.batch == 1 or not coupled:
+        return ""
+    last = coupled[-1]
+    if last.value in analysis.coupled_by_batch_norm():
+        return "batch_norm, which in training mode normalises by the whole batch"
+    layout = Layout.candidates(last.shape, found.batch)[0]
+    if layout is Layout.COUPLED:
+        return ""
+    generator = torch.Generator().manual_seed(0)
+    moving = torch.randperm(found.batch, generator=generator) < found.batch // 2
+    mixing = Mixing(moving)
+
+    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+        if site.index != last.index:
+            return None
+        noise = torch.randn(s.shape, generator=generator).to(s)
+        return noise.mul_(layout.spread(moving.to(s), tuple(s.shape)))
+
+    level = FastLevel(frozen_statistics=make_level().frozen_statistics)
+    watched = WatchedPass(ids, graph, level, guess, {}, transaction.saved, keeps=False)
+    watched.watch = mixing.watch
+    try:
+        watched.execute(closure, params)
+    except Departure as departure:
+        raise unstable(departure) from None
+    finally:
+        transaction.rewind()
+    if mixing.call is None:
+        return ""
+    index, shape = mixing.call
+    return f"{analysis.tape.calls[index].op} (its output: {list(shape)})"
 
 
 def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> frozenset[int]:
@@ -192,20 +296,19 @@ def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> f
     expressions after all. Their shape tells, or (T = N) that examples are apart again in what is made of them."""
     if found.batch <= 1:
         return frozenset()
-    apart = {v for v, layout in found.layouts.items() if layout is not Layout.COUPLED}
+    apart = {v for v, layout in (found.ends | found.layouts).items() if layout is not Layout.COUPLED}
 
     def holds_none(site: Site) -> bool:
         fits = Layout.candidates(site.shape, found.batch)[0] is not Layout.COUPLED
         return not fits or (site.value not in apart and analysis.leads_to(site.value, sites) <= apart)
 
-    return frozenset(
-        site.call.index
-        for site in sites
-        if not any(v in analysis.active for v in site.call.inputs)
-        and site.cut is None
-        and _is_about_parameters(analysis.tape, site)
-        and holds_none(site)
-    )
+    return frozenset(site.call.index for site in sites if may_hold_no_examples(analysis, site) and holds_none(site))
+
+
+def may_hold_no_examples(analysis: Analysis, site: Site) -> bool:
+    """Whether nothing but parameters, and indices or a mask beside them, make the site's output."""
+    reads_network = any(v in analysis.active for v in site.call.inputs)
+    return not reads_network and site.cut is None and _is_about_parameters(analysis.tape, site)
 
 
 def _is_about_parameters(tape: Tape, site: Site) -> bool:
@@ -227,7 +330,7 @@ def reprobe(
     """Look again: a site whose tangents could not reach the loss (a zero-initialised head) may have come alive."""
     assert plan.analysis is not None
     graph = plan.graph
-    known = {site.value: site.layout for site in graph.sites} | {cut.value: cut.layout for cut in graph.cuts}
+    assert plan.found is not None
     found = layouts_of(
         closure,
         plan.analysis,
@@ -238,23 +341,26 @@ def reprobe(
         transaction,
         plan.given,
         plan.uses,
-        (graph.batch, known),
+        plan.found,
+        thorough=False,
     )
-    plan.alive = plan.alive or found.alive
-    if found.layouts != known:
-        new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream)
+    changed = (found.batch, found.layouts, found.ends) != (plan.found.batch, plan.found.layouts, plan.found.ends)
+    plan.found = found
+    if changed:
+        new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream, ends=found.ends)
         plan.graph = replace(new, constants={v: graph.constants.get(v, t) for v, t in new.constants.items()})
         plan.guesses = None
     plan.due = False
 
 
 def is_due_for_probe(plan: Plan) -> bool:
-    """Before the pass after the first, second, fourth, eighth ... one; always where the data decide which rows go
-    where."""
+    """Before the pass after the first, second, fourth, eighth ... one; more often while some site's tangent has not
+    been seen to arrive; always where the data decide which rows go where."""
     uses = plan.uses
     if plan.analysis is None or uses == 0:
         return False
-    return plan.routes or uses & (uses - 1) == 0
+    asleep = not plan.alive and (uses < 64 or uses % 16 == 0)
+    return plan.routes or asleep or uses & (uses - 1) == 0
 
 
 def _forget_tensors(tape: Tape) -> None:
@@ -351,17 +457,20 @@ def check_repeats(first: Tensor, second: Tensor, tolerance: float) -> None:
 
 
 def warn_of_coupling(plan: Plan, warn: Callable[[str], None]) -> None:
-    """One warning if examples interact, or cannot be told apart."""
+    """One warning if examples interact, or cannot be told apart. Of one example alone there is nothing to say."""
     graph = plan.graph
-    coupled = [s for s in graph.sites if s.layout is Layout.COUPLED and s.shares is None and s.cut is None]
+    several = [s for s in graph.sites if s.shape and s.shape[0] > 1 and 1 not in s.shape[:2]]
+    coupled = [s for s in several if s.layout is Layout.COUPLED and s.shares is None and s.cut is None]
     if graph.batch > 1 and coupled:
-        ops = ", ".join(sorted({site.op for site in coupled}))
-        warn(
-            f"examples interact after {len(coupled)} of {len(graph.sites)} sites ({ops}), as batch normalisation in "
-            "training mode makes them: these sites take the scalar derivative of the whole batch, which is valid "
-            "but far noisier"
+        which = f"{len(coupled)} of {len(graph.sites)} sites ({', '.join(sorted({site.op for site in coupled}))})"
+        where = (
+            f"examples interact in {plan.mixing}: {which} before it"
+            if plan.mixing
+            else f"the {graph.batch} examples interact, or lie in no known order, at {which}, the last of them with "
+            f"output {list(coupled[-1].shape)}: these"
         )
-    elif graph.batch == 1 and any(s.shape and s.shape[0] > 1 for s in graph.sites):
+        warn(f"{where} take the scalar derivative of the whole batch, which is valid but far noisier")
+    elif graph.batch == 1 and 2 * len(several) > len(graph.sites):
         warn(
             "the closure's examples could not be told apart: every site takes the scalar derivative, which is valid "
             "but far noisier; keep the batch in the first or second dimension"

@@ -1,28 +1,42 @@
 """Which dimension holds the examples, and where examples interact: found by trying, not by shape.
 
-A tangent on a random half of the examples must move nothing that belongs to the other half. A layout that passes is
-right for every later step with the same calls and shapes; one that fails is replaced by another, or the site is
-*coupled* and takes the scalar derivative, which is always valid, only noisier.
+Some examples get a tangent; the others must not move. A layout that passes is right for every later step in which the
+same derivatives flow; one that fails is replaced by another, or the site is *coupled* and takes the scalar derivative,
+which is always valid, only noisier.
+
+A layout is a partition of a site's entries. It is right if each part moves the matching part of every cut and no other.
+So no layout has to be what a user calls the batch: it only has to pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from guessopt.sites import Cut, Layout, Shape, Site
 
-#: Runs the closure with a tangent for each site named, and gives the tangents of the cuts (None: not moved).
-Push = Callable[[dict[int, Callable[[Tensor], Tensor]]], list["Tensor | None"]]
+#: From a site's output and the numbers of some lanes: the site's tangents in these, ``[lanes, *shape]``.
+Tangents = Callable[[Tensor, Sequence[int]], Tensor]
 
-#: Splits of the batch that a layout must respect.
-SPLITS = 2
+#: Runs the closure with tangents by the site's index, in as many lanes as the number says; gives the cuts' tangents,
+#: ``[lanes, *shape]`` (None: not moved).
+Push = Callable[[Mapping[int, Tangents], int], list["Tensor | None"]]
 
-#: Checks that the search may make before it calls what is left coupled.
-BUDGET = 64
+#: Tangents that one run carries at most.
+LANES = 8
+
+#: Trials of parts of a group that the search for one N may make before it calls what is left coupled.
+BUDGET = 128
+
+#: Candidates for N that are tried; those that are searched site by site.
+CANDIDATES = 6
+SEARCHED = 2
 
 #: Layouts to prefer others to, by custom: batch-first and batch-major; either of these reversed; both.
 _CUSTOMS: tuple[frozenset[Layout], ...] = (
@@ -32,37 +46,53 @@ _CUSTOMS: tuple[frozenset[Layout], ...] = (
     frozenset({Layout.BATCH_FIRST, Layout.FLAT_T}),
 )
 
+Layouts = dict[int, Layout]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Found:
-    """Layouts by value, and what the search saw. ``alive``: some tangent reached the loss."""
+    """N, and where the examples lie: ``layouts`` of the sites, ``ends`` of the cuts, both by value.
+
+    ``asleep``: calls through which no tangent has come yet (a gate at zero). ``unproven``: sites with such a call on
+    their way to the loss; what lies behind it has not been checked."""
 
     batch: int
-    layouts: dict[int, Layout]
-    alive: bool
-    coupled: tuple[int, ...] = field(default=())
+    layouts: Layouts
+    ends: Layouts
+    coupled: tuple[int, ...] = ()
+    asleep: frozenset[int] = field(default=frozenset())
+    unproven: tuple[int, ...] = ()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the tangent of every site has been seen to arrive, on every way to the loss."""
+        return not self.unproven
 
 
-def batch_candidates(sites: Sequence[Site], cuts: Sequence[Cut], given: int | None) -> list[int]:
-    """Possible N, likeliest first: the one that fits most sites and cuts; among equals the cuts' first dimension. One
-    example would fit anything: it comes last, and only where the loss reads a single row.
+def batch_candidates(
+    sites: Sequence[Site], cuts: Sequence[Cut], given: int | None, others: Sequence[Shape] = ()
+) -> list[int]:
+    """Possible N, likeliest first: the one that fits most sites and cuts; among equals the cuts' first dimension, then
+    the first dimension of most values. One example would fit anything: it comes last, and only where the loss reads a
+    single row.
 
-    ``given``: the number of per-example losses, where the closure returns them.
+    ``given``: the number of losses, where the closure returns several; it comes first. ``others``: shapes of the
+    network's other values.
     """
-    if given is not None:
-        return [given]
     shapes = [site.shape for site in sites] + [cut.shape for cut in cuts]
-    sizes = {size for shape in shapes for size in shape[:2]}
+    leading = Counter(shape[0] for shape in (*shapes, *others) if shape)
+    sizes = leading.keys() | {shape[1] for shape in (*shapes, *others) if len(shape) > 1}
     rows = cuts[0].shape[0] if cuts and cuts[0].shape else 0
 
-    def fits(n: int) -> int:
-        return sum(Layout.candidates(shape, n)[0] is not Layout.COUPLED for shape in shapes)
+    def likelihood(n: int) -> tuple[int, bool, int, int]:
+        fits = sum(Layout.candidates(shape, n)[0] is not Layout.COUPLED for shape in shapes)
+        return fits, n == rows, leading[n], n
 
     possible = [
         n for n in sizes if n > 1 and all(Layout.candidates(cut.shape, n)[0] is not Layout.COUPLED for cut in cuts)
     ]
-    best = sorted(possible, key=lambda n: (fits(n), n == rows, n), reverse=True)[:4]
-    return [*best, 1] if rows == 1 else best
+    best = sorted(possible, key=lambda n: (n == given, *likelihood(n)), reverse=True)[:CANDIDATES]
+    return [*best, 1] if rows == 1 or given == 1 else best
 
 
 def find_layouts(
@@ -71,169 +101,258 @@ def find_layouts(
     push: Push,
     *,
     given: int | None = None,
+    others: Sequence[Shape] = (),
     coupled: frozenset[int] = frozenset(),
+    doubtful: frozenset[int] = frozenset(),
     seed: int = 0,
-    known: tuple[int, dict[int, Layout]] | None = None,
+    known: Found | None = None,
+    thorough: bool = True,
 ) -> Found:
     """Search; see the module's docstring.
 
     Args:
-        push: runs one forward pass.
+        push: runs the closure.
+        given, others: see ``batch_candidates``.
         coupled: values of sites known to lie before a batch normalisation.
+        doubtful: values of sites that may hold no examples (positions). They have no say in which N it is.
         seed: of the splits; another one later sees what this one may have missed.
-        known: N and layouts found earlier: one pass confirms them, or the search begins anew.
+        known: found earlier: one run confirms it, or the search begins anew.
+        thorough: confirm ``known`` on several splits, not on one half.
     """
-    search = _Search([site for site in sites if site.shares is None], list(cuts), push, coupled, seed)
-    if known is not None:
-        clean, alive = search.still_holds(known[1], known[0])
-        if clean:
-            return search.result(known[0], dict(known[1]), alive, sites)
-    candidates = batch_candidates(sites, cuts, given)
-    found: list[Found] = []
-    for n in candidates:
-        for layouts in search.hypotheses(n):
-            clean, alive = search.is_clean(search.free, layouts, n)
-            if clean:
-                found.append(search.result(n, layouts, alive, sites))
-                if search.settles(layouts):
-                    return found[-1]
-                break
-    for n in candidates[:2]:
-        ends: list[list[Layout]] = []
-        for layouts in search.hypotheses(n):
-            end = [layouts[cut.value] for cut in cuts]
-            if end not in ends:
-                ends.append(end)
-                search.choose(layouts, n)
-                found.append(search.result(n, layouts, True, sites))
-    # Each site guesses for n examples, or for one.
-    return max(
-        found, key=lambda f: (f.batch - 1) * (len(sites) - len(f.coupled)), default=search.result(1, {}, True, sites)
-    )
+    search = _Search(sites, cuts, push, coupled, doubtful, seed)
+    if known is not None and all(cut.value in known.ends for cut in cuts):
+        trial = _Trial(known.batch, search.completed(known), known.ends)
+        if search.keep_apart([trial], search.splits if thorough else search.half)[0]:
+            return search.result(trial)
+    candidates = batch_candidates(search.core, cuts, given, others)
+    found: list[_Trial] = []
+    for hypothesis in search.clean(trial for n in candidates for trial in search.hypotheses(n)):
+        if hypothesis.batch not in {trial.batch for trial in found}:
+            found.append(search.with_doubtful(hypothesis))
+            if search.settles(hypothesis):
+                return search.result(found[-1])
+    for n in candidates[:SEARCHED]:
+        found.append(search.choose(n))
+        if search.settles(found[-1]):
+            return search.result(found[-1])
+    return search.result(min(found, key=search.noise, default=_Trial(1, {}, {})))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Layouts of sites and cuts, by value, to be tried."""
+
+    batch: int
+    layouts: Layouts
+    ends: Layouts
 
 
 class _Search:
-    def __init__(self, sites: list[Site], cuts: list[Cut], push: Push, coupled: frozenset[int], seed: int) -> None:
-        self.cuts, self.push = cuts, push
-        self.free = [site for site in sites if site.value not in coupled]
-        self.passes = 0
+    """``core``: the sites that decide on N."""
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        cuts: Sequence[Cut],
+        push: Push,
+        coupled: frozenset[int],
+        doubtful: frozenset[int],
+        seed: int,
+    ) -> None:
+        self.sites, self.cuts, self.push = sites, cuts, push
+        self.free = [site for site in sites if site.shares is None and site.value not in coupled]
+        shapes = {site.shape for site in self.free if site.value not in doubtful}
+        self.core = [s for s in self.free if s.value not in doubtful or s.shape in shapes] or self.free
         self.generator = torch.Generator().manual_seed(seed)
+        #: Sites whose output nothing but the loss reads: their tangent is the cut's, so that the cut's layout is right.
+        self.last = {cut.value for cut in cuts if not cut.shared}
 
-    def hypotheses(self, n: int) -> Iterator[dict[int, Layout]]:
+    # --- what to try --------------------------------------------------------------------------------------------------
+
+    def hypotheses(self, n: int) -> list[_Trial]:
         """Layouts of every value by one custom throughout: batch before or after time, flattened either way."""
-        things: list[Site | Cut] = [*self.free, *self.cuts]
-        options = {thing.value: Layout.candidates(thing.shape, n) for thing in things}
-        seen: list[dict[int, Layout]] = []
+        found: list[_Trial] = []
         for late in _CUSTOMS:
-            layouts = {
-                v: min(
-                    allowed,
-                    key=lambda layout: (layout in late or layout is Layout.COUPLED) + (layout is Layout.COUPLED),
-                )
-                for v, allowed in options.items()
-            }
-            if layouts not in seen:
-                seen.append(layouts)
-                yield dict(layouts)
 
-    def settles(self, layouts: dict[int, Layout]) -> bool:
-        """Whether so few sites are left coupled (positions, which hold no examples) that no better answer is likely."""
-        return 4 * sum(layouts[site.value] is Layout.COUPLED for site in self.free) <= len(self.free)
+            def likeliest(thing: Site | Cut, late: frozenset[Layout] = late) -> Layout:
+                allowed = Layout.candidates(thing.shape, n)
+                return min(allowed, key=lambda layout: (layout is Layout.COUPLED, layout in late))
 
-    def choose(self, layouts: dict[int, Layout], n: int) -> None:
-        """Layouts of the sites, shape by shape, given those of the cuts; where no one layout serves a
-        shape, by site."""
-        shapes: dict[Shape, list[Site]] = {}
-        ends = {cut.value for cut in self.cuts}
-        for site in self.free:
-            if site.value in ends:
-                continue
-            shapes.setdefault(site.shape, []).append(site)
-        budget = self.passes + BUDGET
-        for shape, group in reversed(shapes.items()):
-            for layout in Layout.candidates(shape, n):
-                layouts.update({site.value: layout for site in group})
-                if self.is_clean(group, layouts, n)[0]:
-                    break
-            if layout is Layout.COUPLED and len(group) > 1:
-                layouts.update({site.value: Layout.candidates(shape, n)[0] for site in group})
-                self.resolve(group, layouts, n, budget)
+            layouts = {site.value: likeliest(site) for site in self.core}
+            trial = _Trial(n, layouts, {cut.value: likeliest(cut) for cut in self.cuts})
+            if trial not in found:
+                found.append(trial)
+        return found
 
-    def is_clean(self, sites: Sequence[Site], layouts: dict[int, Layout], n: int) -> tuple[bool, bool]:
-        """Whether tangents on half of the examples at these sites leave the other half's outputs alone; and whether
-        they moved anything. Each half is tried, and then the halves of another split: one row that belongs to another
-        example than it seems shows only where a split tells the two apart."""
-        self.passes += 1
-        alive = False
-        for _ in range(SPLITS):
-            half = torch.zeros(n)
-            half[torch.randperm(n, generator=self.generator)[: max(n // 2, 1)]] = 1
-            for examples in (half, 1 - half) if n > 1 else (half,):
-                clean, moved = self._keeps_apart(sites, layouts, n, examples)
-                alive = alive or moved
-                if not clean:
-                    return False, alive
-        return True, alive
+    def completed(self, known: Found) -> Layouts:
+        """Sites that were none when the layouts were found get the likeliest."""
+        new = {s.value: Layout.candidates(s.shape, known.batch)[0] for s in self.free if s.value not in known.layouts}
+        return known.layouts | new
 
-    def still_holds(self, layouts: dict[int, Layout], n: int) -> tuple[bool, bool]:
-        """``is_clean`` of all sites at once, on one half."""
-        half = torch.zeros(n)
-        half[torch.randperm(n, generator=self.generator)[: max(n // 2, 1)]] = 1
-        return self._keeps_apart(self.free, layouts, n, half)
+    def clean(self, trials: Iterator[_Trial]) -> Iterator[_Trial]:
+        """The trials that pass, in order: the first by itself, since it mostly does; the others once half of the
+        examples has shown which are worth a closer look."""
+        first = next(trials, None)
+        if first is None:
+            return
+        if self.keep_apart([first], self.splits)[0]:
+            yield first
+        others = list(trials)
+        for trial, passes in zip(others, self.keep_apart(others, self.half), strict=True):
+            if passes and self.keep_apart([trial], self.splits)[0]:
+                yield trial
 
-    def _keeps_apart(
-        self, sites: Sequence[Site], layouts: dict[int, Layout], n: int, half: Tensor
-    ) -> tuple[bool, bool]:
-        def tangent(layout: Layout) -> Callable[[Tensor], Tensor]:
-            def of(s: Tensor) -> Tensor:
-                noise = torch.randn(*s.shape, 1 + s.is_complex(), generator=self.generator)
-                noise = (torch.view_as_complex(noise) if s.is_complex() else noise[..., 0]).to(s)
-                return noise.mul_(layout.spread(half.to(s), tuple(s.shape)))
+    def settles(self, trial: _Trial) -> bool:
+        """Whether so few sites are coupled that no better answer is likely."""
+        return 4 * sum(trial.layouts[site.value] is Layout.COUPLED for site in self.core) <= len(self.core)
+
+    def noise(self, trial: _Trial) -> float:
+        """In units of a coupled site's: a site's guess has one derivative for each example, or one for all."""
+        shared = [trial.layouts.get(site.value, Layout.COUPLED) is Layout.COUPLED for site in self.core]
+        return sum(1.0 if each else 1 / trial.batch for each in shared)
+
+    def with_doubtful(self, trial: _Trial) -> _Trial:
+        """Layouts for the sites that had no say in N."""
+        rest = [site for site in self.free if site.value not in trial.layouts]
+        return self._completed(trial.batch, [trial.ends], trial.layouts, rest)
+
+    def choose(self, n: int) -> _Trial:
+        """Layouts of all sites, for that choice of the cuts' layouts which serves most of them."""
+        ends: list[Layouts] = []
+        for hypothesis in self.hypotheses(n):
+            if hypothesis.ends not in ends:
+                ends.append(hypothesis.ends)
+        return self._completed(n, ends, {}, self.free)
+
+    def _completed(self, n: int, ends: list[Layouts], layouts: Layouts, sites: Sequence[Site]) -> _Trial:
+        """``layouts``, and those of more sites, shape by shape. Where no one layout serves a shape, its sites are
+        halved until each leak has its site."""
+        known = layouts
+        groups: dict[Shape, list[Site]] = {}
+        for site in sites:
+            if site.value not in self.last:
+                groups.setdefault(site.shape, []).append(site)
+        pending, budget, layouts = list(groups.values()), BUDGET, dict(known)
+        while pending:
+            trials = [
+                (number, _Trial(n, {site.value: layout for site in group}, each))
+                for each in ends
+                for number, group in enumerate(pending)
+                for layout in Layout.candidates(group[0].shape, n)[:-1]
+            ]
+            passing = self.keep_apart([trial for _, trial in trials], self.half)
+            serving: list[dict[int, Layouts]] = [{} for _ in ends]
+            for (number, trial), passes in zip(trials, passing, strict=True):
+                if passes:
+                    serving[ends.index(trial.ends)].setdefault(number, trial.layouts)
+            best = max(range(len(ends)), key=lambda k: sum(len(pending[number]) for number in serving[k]))
+            ends, following = [ends[best]], list[list[Site]]()
+            for number, group in enumerate(pending):
+                fits = Layout.candidates(group[0].shape, n)[0] is not Layout.COUPLED
+                if number in serving[best]:
+                    layouts |= serving[best][number]
+                elif len(group) == 1 or budget < 0 or not fits:
+                    layouts |= {site.value: Layout.COUPLED for site in group}
+                else:
+                    following += [group[: len(group) // 2], group[len(group) // 2 :]]
+            pending = following
+            budget -= sum(len(Layout.candidates(group[0].shape, n)) - 1 for group in pending)
+        layouts |= {site.value: ends[0][site.value] for site in sites if site.value in self.last}
+        found = _Trial(n, layouts, ends[0])
+        if known and all(layouts[v] is Layout.COUPLED for v in layouts.keys() - known.keys()):
+            return found
+        return found if self.keep_apart([found], self.splits)[0] else self._without_leaks(found)
+
+    def _without_leaks(self, trial: _Trial) -> _Trial:
+        """Couple each site that leaks on a closer look; if leaks remain, every site but the last."""
+        apart = [site for site in self.free if trial.layouts[site.value] is not Layout.COUPLED]
+        alone = [_Trial(trial.batch, {site.value: trial.layouts[site.value]}, trial.ends) for site in apart]
+        leaks = [s.value for s, passes in zip(apart, self.keep_apart(alone, self.splits), strict=True) if not passes]
+        found = _Trial(trial.batch, trial.layouts | dict.fromkeys(leaks, Layout.COUPLED), trial.ends)
+        if self.keep_apart([found], self.splits)[0]:
+            return found
+        return _Trial(
+            trial.batch,
+            {site.value: trial.ends[site.value] if site.value in self.last else Layout.COUPLED for site in self.free},
+            trial.ends,
+        )
+
+    # --- which examples move ------------------------------------------------------------------------------------------
+
+    def splits(self, n: int) -> Tensor:
+        """``[lanes, N]``: which examples move. Each moves in as many lanes as any other, so that of two that differ
+        each moves without the other in some lane: all pairs where N <= 6, five of six where it is larger."""
+        lanes = range(min(n, 4))
+        codes = torch.zeros(0, len(lanes))
+        for on in combinations(lanes, 1 if n < 4 else 2):
+            codes = torch.cat([codes, torch.zeros(1, len(lanes)).index_fill_(1, torch.tensor(on), 1.0)])
+        return codes[torch.randperm(n, generator=self.generator) % len(codes)].T
+
+    def half(self, n: int) -> Tensor:
+        """``[1, N]``: one half of the examples."""
+        half = torch.zeros(1, n)
+        half[0, torch.randperm(n, generator=self.generator)[: max(n // 2, 1)]] = 1
+        return half
+
+    def keep_apart(self, trials: Sequence[_Trial], examples: Callable[[int], Tensor]) -> list[bool]:
+        """Whether, in each trial, the examples without a tangent stay where they are. Trials that differ only in the
+        cuts' layouts share their lanes."""
+        same: dict[Any, list[int]] = {}
+        for number, trial in enumerate(trials):
+            if trial.batch > 1 and any(layout is not Layout.COUPLED for layout in trial.layouts.values()):
+                same.setdefault((trial.batch, *trial.layouts.items()), []).append(number)
+        lanes = [(numbers, row) for numbers in same.values() for row in examples(trials[numbers[0]].batch)]
+        clean = [True] * len(trials)
+        for start in range(0, len(lanes), LANES):
+            carried = [lane for lane in lanes[start : start + LANES] if any(clean[number] for number in lane[0])]
+            which = [(trials[numbers[0]].layouts, row) for numbers, row in carried]
+            moved = self.push(self._tangents(which), len(carried)) if carried else []
+            for k, (numbers, row) in enumerate(carried):
+                for number in numbers:
+                    ends = trials[number].ends
+                    clean[number] = clean[number] and all(
+                        _stays(t[k], row, ends[cut.value])
+                        for cut, t in zip(self.cuts, moved, strict=True)
+                        if t is not None
+                    )
+        return clean
+
+    def _tangents(self, lanes: Sequence[tuple[Layouts, Tensor]]) -> dict[int, Tangents]:
+        def tangents(site: Site) -> Tangents:
+            def of(s: Tensor, wanted: Sequence[int]) -> Tensor:
+                dtype = s.dtype if s.is_complex() else torch.float32
+                noise = torch.randn(s.shape, generator=self.generator, dtype=dtype).to(s)
+                found = s.new_zeros(len(wanted), *s.shape)
+                for k, lane in enumerate(wanted):
+                    layouts, row = lanes[lane]
+                    layout = layouts.get(site.value, Layout.COUPLED)
+                    if layout is not Layout.COUPLED:
+                        torch.mul(noise, layout.spread(row.to(s), tuple(s.shape)), out=found[k])
+                return found
 
             return of
 
-        chosen = {
-            site.index: tangent(layouts[site.value]) for site in sites if layouts[site.value] is not Layout.COUPLED
-        }
-        if not chosen:
-            return True, False
-        clean, alive = True, False
-        for cut, t in zip(self.cuts, self.push(chosen), strict=True):
-            if t is None:
-                continue
-            size = t.abs().double().nan_to_num()
-            largest = float(size.max()) if size.numel() else 0.0
-            alive = alive or largest > 0
-            layout = layouts[cut.value]
-            if layout is Layout.COUPLED:
-                continue
-            moved = layout.sum_examples(size, n).cpu()
-            clean = clean and float(moved[half == 0].sum()) <= 1e-5 * largest * (size.numel() / n) ** 0.5
-        return clean, alive
+        moving = {v for layouts, _ in lanes for v, layout in layouts.items() if layout is not Layout.COUPLED}
+        return {site.index: tangents(site) for site in self.free if site.value in moving}
 
-    def resolve(self, sites: Sequence[Site], layouts: dict[int, Layout], n: int, budget: int) -> None:
-        """Halve the group until each leak has its site; there try the other layouts, else couple."""
-        if self.passes >= budget:
-            layouts.update({site.value: Layout.COUPLED for site in sites})
-            return
-        if not sites or self.is_clean(sites, layouts, n)[0]:
-            return
-        if len(sites) > 1:
-            middle = len(sites) // 2
-            self.resolve(sites[middle:], layouts, n, budget)
-            self.resolve(sites[:middle], layouts, n, budget)
-            return
-        for layout in Layout.candidates(sites[0].shape, n)[1:]:
-            layouts[sites[0].value] = layout
-            if self.is_clean(sites, layouts, n)[0]:
-                return
+    # --- the answer ---------------------------------------------------------------------------------------------------
 
-    def result(self, n: int, layouts: dict[int, Layout], alive: bool, sites: Sequence[Site]) -> Found:
-        for site in reversed(sites):
-            if site.shares is not None:
-                layouts[site.value] = layouts.get(sites[site.shares].value, Layout.COUPLED)
-        things: list[Site | Cut] = [*sites, *self.cuts]
-        for thing in things:
-            layouts.setdefault(thing.value, Layout.COUPLED)
-        coupled = tuple(site.index for site in sites if layouts[site.value] is Layout.COUPLED)
-        return Found(n, layouts, alive, coupled)
+    def result(self, trial: _Trial) -> Found:
+        """Layouts of all sites and cuts: one that shares a guess has its partner's layout, any other is coupled."""
+        layouts = {site.value: trial.layouts.get(site.value, Layout.COUPLED) for site in self.free}
+        for site in reversed(self.sites):
+            partner = site if site.shares is None else self.sites[site.shares]
+            layouts.setdefault(site.value, layouts.get(partner.value, Layout.COUPLED))
+        ends = {cut.value: trial.ends.get(cut.value, Layout.COUPLED) for cut in self.cuts}
+        coupled = tuple(site.index for site in self.sites if layouts[site.value] is Layout.COUPLED)
+        return Found(trial.batch, layouts, ends, coupled)
+
+
+def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
+    """Whether the examples that do not move are without tangent, up to rounding. What is not finite tells nothing."""
+    if layout is Layout.COUPLED or not tangent.numel():
+        return True
+    size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)
+    outside = layout.sum_examples(size, len(moving)).cpu()[moving == 0].sum()
+    rounding = min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)
+    return float(outside) <= rounding * float(size.max()) * (size.numel() / len(moving)) ** 0.5

@@ -76,7 +76,7 @@ class StackedLevel(FastLevel):
             self._table.clear()
             self._fresh = None
 
-    def _tangent(self, t: Tensor) -> Tensor | None:
+    def tangent(self, t: Tensor) -> Tensor | None:
         found = self._table.get(id(t))
         return None if found is None else found[1]
 
@@ -96,7 +96,7 @@ class StackedLevel(FastLevel):
         return t
 
     def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
-        tangent = self._tangent(s)
+        tangent = self.tangent(s)
         if tangent is None:
             self._attach(s, y)
         elif s is self._fresh:
@@ -111,7 +111,7 @@ class StackedLevel(FastLevel):
         return moved
 
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.tangents[number] = self._tangent(v)
+        self.tangents[number] = self.tangent(v)
         leaf = v.detach().requires_grad_()
         return leaf, leaf
 
@@ -126,7 +126,7 @@ class StackedLevel(FastLevel):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         if self.frozen_statistics and fn is F.batch_norm:
             args, kwargs, writes = self.with_frozen_statistics(*args, **kwargs), {}, False
-        moving = {id(t): v for t in tensors_in(args, kwargs) if (v := self._tangent(t)) is not None}
+        moving = {id(t): v for t in tensors_in(args, kwargs) if (v := self.tangent(t)) is not None}
         self._fresh = None
         if not moving:
             return Level.call(self, fn, args, kwargs, writes=writes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from guessopt.sites import (
     Value,
     numel,
 )
-from guessopt.tracing.interceptor import dense
+from guessopt.tracing.interceptor import CustomFunction, dense
 from guessopt.tracing.residual import Chain
 from guessopt.tracing.tape import Tape
 
@@ -87,7 +87,7 @@ class Analysis:
 
     def _loss_calls(self) -> set[int]:
         """The calls after the network's end: neither matrix sites nor parameters, but for single numbers (a loss's
-        weight, a temperature, an L2 term), and read by nothing but the loss."""
+        weight, a temperature, an L2 term) or in a fused head, and read by nothing but the loss."""
         tape = self.tape
         loss: set[int] = set()
         stack = [self.returned]
@@ -120,7 +120,8 @@ class Analysis:
         if tape.kinds[c] is Kind.SITE:
             if call.in_place and call.aliases:
                 return False
-            return all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c]) and any(
+            fused = is_loss_with_parameters(call.fn)
+            return (fused or all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c])) and any(
                 v in self.active for v in call.inputs
             )
         return self.matrix_of(call) is None and not call.aliases
@@ -404,14 +405,21 @@ class Analysis:
         return tuple(tape.calls[c] for c in sorted(calls))
 
     def graph(
-        self, sites: list[Site], layouts: dict[int, Layout], batch: int, *, segments: bool = True, stream: bool = False
+        self,
+        sites: list[Site],
+        layouts: dict[int, Layout],
+        batch: int,
+        *,
+        segments: bool = True,
+        stream: bool = False,
+        ends: dict[int, Layout] | None = None,
     ) -> SiteGraph:
-        """Freeze. ``layouts``: of each site's and cut's value. ``segments``: whether guesses will need them;
-        ``stream``: whether an estimator asks for the residual stream."""
+        """Freeze. ``layouts``, ``ends``: of each site's and each cut's value. ``segments``: whether guesses will need
+        them; ``stream``: whether an estimator asks for the residual stream."""
         tape = self.tape
         calls_of_sites = {site.call.index for site in sites}
         kinds = [self._kind(c, calls_of_sites) for c in range(len(tape.calls))]
-        cuts = tuple(self._cut(v, layouts.get(v, Layout.COUPLED)) for v in self.cut_values)
+        cuts = tuple(self._cut(v, (ends or layouts).get(v, Layout.COUPLED)) for v in self.cut_values)
         final = tuple(
             replace(
                 site,
@@ -603,7 +611,11 @@ class Analysis:
         """Values of sites upstream of a batch norm in training mode: its statistics make the examples interact."""
         tape, seen = self.tape, set()
         stack = [
-            v for c in self.useful if _normalises_batch(tape.calls[c]) for v in tape.calls[c].inputs if v in self.active
+            v
+            for c in self.useful - self.loss
+            if _normalises_batch(tape.calls[c])
+            for v in tape.calls[c].inputs
+            if v in self.active
         ]
         while stack:
             v = stack.pop()
@@ -611,6 +623,20 @@ class Analysis:
                 seen.add(v)
                 stack += tape.calls[tape.producer[v]].sources
         return seen
+
+
+#: Losses with the network's last layer in them: what they read of parameters takes its exact gradient from the loss's
+#: own reverse pass. Functions, and names of ``torch.autograd.Function``s.
+LOSSES_WITH_PARAMETERS: set[Any] = {
+    getattr(F, "linear_cross_entropy", None), "LinearCrossEntropyFunction", "FusedLinearCrossEntropyFunction",
+    "LigerFusedLinearCrossEntropyFunction", "LigerFusedLinearJSDFunction",
+}  # fmt: skip
+
+
+def is_loss_with_parameters(fn: Callable[..., Any]) -> bool:
+    """Whether ``fn`` is one of ``LOSSES_WITH_PARAMETERS``."""
+    known: Any = fn.cls.__name__ if isinstance(fn, CustomFunction) else fn
+    return isinstance(known, Hashable) and known in LOSSES_WITH_PARAMETERS
 
 
 _LAYERS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}

@@ -1,0 +1,155 @@
+"""A pass that watches each call: which let no tangent through yet, and where examples begin to interact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guessopt.engine.forward import Pass
+from guessopt.engine.levels import Level
+from guessopt.sites import Call
+from guessopt.tracing.graph import Analysis
+from guessopt.tracing.interceptor import tensors_in
+
+#: Sees a call before it is made (its index, function and tensors); what this gives sees what the call has returned.
+Watch = Callable[[Level, int, Callable[..., Any], list[Tensor]], "Callable[[list[Tensor]], None] | None"]
+
+#: Products, and how many of their tensors are factors: one that is zero stops the tangents of the others.
+_FACTORS = {"mul": 2, "multiply": 2, "imul": 2, "rmul": 2, "div": 2, "truediv": 2, "matmul": 2, "rmatmul": 2,
+            "mm": 2, "bmm": 2, "mv": 2, "linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "einsum": 9,
+            "scaled_dot_product_attention": 3}  # fmt: skip
+
+#: Their derivative is zero at all times: nothing behind them can come alive.
+_FLAT = {"sign", "sgn", "round", "floor", "ceil", "trunc", "fix", "heaviside", "zeros_like", "ones_like"}
+
+
+class WatchedPass(Pass):
+    """Shows ``watch`` every call that derivatives pass, its outputs before they get a guess. ``failure``: what the
+    level has raised in a call, and not the closure."""
+
+    watch: Watch | None = None
+    failure: Exception | None = None
+    _at: int = -1
+
+    def call(self, index: int, *rest: Any) -> Any:
+        if self._at < 0:
+            self._follow(self.level)
+        self._at = index
+        return super().call(index, *rest)
+
+    def _follow(self, level: Level) -> None:
+        inner = level.call
+
+        def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+            read = tensors_in(args, kwargs)
+            see = None if self.watch is None else self.watch(level, self._at, fn, read)
+            try:
+                out = inner(fn, args, kwargs, writes=writes)
+            except Exception as error:
+                self.failure = error
+                raise
+            if see is not None:
+                see(tensors_in((out,)) if out is not None else read[:1])
+            return out
+
+        level.call = call  # type: ignore[method-assign]
+
+
+class Witness:
+    """``asleep``: calls through which no tangent has come, in all runs that it has watched."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        calls = [analysis.tape.calls[c] for c in analysis.useful - analysis.loss]
+        self._awake = {call.index for call in calls if name_of(call.fn) in _FLAT}
+        self._open = {call.index for call in calls if analysis.active.intersection(call.sources)}
+        self._asleep: set[int] = set()
+
+    @property
+    def asleep(self) -> frozenset[int]:
+        return frozenset(self._asleep - self._awake)
+
+    def watch(
+        self, level: Level, index: int, fn: Callable[..., Any], read: list[Tensor]
+    ) -> Callable[[list[Tensor]], None] | None:
+        if index in self._awake or index not in self._open:
+            return None
+        moving = [_moves(level.tangent(t)) for t in read]
+        if not any(moving):
+            return None
+        factors = read[: _FACTORS.get(name_of(fn), 0)]
+        stopped = any(
+            any(moving[:k] + moving[k + 1 :]) and not bool(level.primal(t).any()) for k, t in enumerate(factors)
+        )
+
+        def see(made: list[Tensor]) -> None:
+            passes = not stopped and any(_moves(level.tangent(t)) for t in made)
+            (self._awake if passes else self._asleep).add(index)
+
+        return see
+
+
+class Mixing:
+    """Finds the first call after which the examples that move are not the ones that moved before it.
+
+    Attributes:
+        call: its index and the shape of its output."""
+
+    def __init__(self, moving: Tensor) -> None:
+        self.moving = moving
+        self.call: tuple[int, tuple[int, ...]] | None = None
+
+    def watch(
+        self, level: Level, index: int, fn: Callable[..., Any], read: list[Tensor]
+    ) -> Callable[[list[Tensor]], None] | None:
+        if self.call is not None or not all(self._apart(level.tangent(t)) for t in read):
+            return None
+
+        def see(made: list[Tensor]) -> None:
+            mixed = next((t for t in made if not self._apart(level.tangent(t))), None)
+            if mixed is not None:
+                self.call = index, tuple(mixed.shape)
+
+        return see
+
+    def _apart(self, tangent: Tensor | None) -> bool:
+        """Whether some dimension, or a part of one, holds the examples, with no tangent on those that do not move."""
+        if tangent is None or not _moves(tangent):
+            return True
+        size, n = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0), len(self.moving)
+        rest = self.moving.to(size) == 0
+        for dim, length in enumerate(size.shape):
+            if length % n:
+                continue
+            along = size.movedim(dim, 0).reshape(length, -1).sum(1)
+            for each in (along.view(n, -1).sum(1), along.view(-1, n).sum(0)):
+                if float(each[rest].sum()) <= 1e-5 * float(each.max()):
+                    return True
+        return False
+
+
+def before(analysis: Analysis, calls: Collection[int]) -> set[int]:
+    """Values from which derivatives reach one of the calls."""
+    stack = [v for c in calls for v in analysis.tape.calls[c].sources]
+    found: set[int] = set()
+    while stack:
+        v = stack.pop()
+        if v in analysis.active and v not in found:
+            found.add(v)
+            stack += analysis.tape.calls[analysis.tape.producer[v]].sources
+    return found
+
+
+def described(call: Call, shape: tuple[int, ...]) -> str:
+    return f"{call.op} (output {list(shape)})"
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """``mul`` of ``Tensor.__mul__``."""
+    return str(getattr(fn, "__name__", fn)).strip("_")
+
+
+def _moves(tangent: Tensor | None) -> bool:
+    return tangent is not None and bool(torch.count_nonzero(tangent))
