@@ -481,13 +481,125 @@ def test_step_of_a_closure_equals_zero_grad_estimate_step() -> None:
     assert equal(values(model), values(twin))
 
 
-def test_step_accepts_gradients_from_elsewhere() -> None:
-    model = mlp()
-    optimizer = sgd(model, lr=0.5)
+def backward(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
     mean_loss(model)().backward()
-    before = values(model)
+
+
+def estimate(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    optimizer.estimate(mean_loss(model))
+
+
+def assign(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p, g in zip(model.parameters(), torch.autograd.grad(mean_loss(model)(), list(model.parameters())), strict=True):
+        p.grad = g
+
+
+def replace(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = 0.5 * p.grad if p.grad is not None else None
+
+
+def scale(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.div_(2)
+
+
+def zeros(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+def unscale(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+
+
+Act = Callable[[GuessGradOptimizer, nn.Module], Any]
+
+
+def zero_grad(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    optimizer.zero_grad()
+
+
+def fill_zero(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+
+
+def apply(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
     optimizer.step()
-    assert_near(values(model), [p - 0.5 * g for p, g in zip(before, grads(model), strict=True)])
+
+
+def clip(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+#: What happens before ``step()``, and whether the gradients are the optimizer's own.
+ORIGINS: list[tuple[bool, list[Act]]] = [
+    (False, [backward]),
+    (False, [estimate, backward]),
+    (False, [backward, estimate]),
+    (False, [estimate, scale, backward]),
+    (False, [estimate, fill_zero, backward]),
+    (False, [estimate, zero_grad, backward]),
+    (False, [estimate, apply, zero_grad, backward]),
+    (False, [estimate, apply, backward]),
+    (False, [assign]),
+    (False, [assign, estimate]),
+    (False, [estimate, apply, assign]),
+    (True, [estimate]),
+    (True, [estimate, estimate]),
+    (True, [estimate, clip]),
+    (True, [estimate, scale, estimate, replace, clip]),
+    (True, [estimate, unscale]),
+    (True, [zeros, estimate]),
+    (True, [estimate, apply, fill_zero, estimate]),
+    (True, [backward, fill_zero, estimate]),
+    (True, [backward, zero_grad, estimate]),
+    (True, [estimate, apply]),  # once more, as with any optimizer of torch
+    (True, [estimate, replace, apply]),
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "acts"), ORIGINS, ids=[f"{own}: {' '.join(f.__name__ for f in acts)}" for own, acts in ORIGINS]
+)
+def test_step_applies_only_gradients_that_it_estimated(own: bool, acts: list[Act]) -> None:
+    model, twin = mlp(), mlp()
+    optimizer, allowing = sgd(model, lr=0.5), sgd(twin, lr=0.5, foreign_gradients="allow")
+    for act in acts:
+        act(optimizer, model)
+        act(allowing, twin)
+    before, held = values(model), grads(model)
+    if not own:
+        with pytest.raises(RuntimeError, match=r"gradient of parameter 0 .*step\(closure\).*foreign_gradients='allow'"):
+            optimizer.step()
+        assert equal(before, values(model)) and equal(held, grads(model))
+        optimizer.step(mean_loss(model)) if not optimizer._pending else optimizer.zero_grad()
+    else:
+        optimizer.step()
+        assert_near(values(model), [p - 0.5 * g for p, g in zip(before, held, strict=True)])
+    allowing.step()
+
+
+def test_one_parameter_with_a_foreign_gradient_is_named() -> None:
+    model = mlp()
+    optimizer = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, lr=0.5)
+    optimizer.estimate(mean_loss(model))
+    F.linear(X, model[0].weight).sum().backward()
+    with pytest.raises(RuntimeError, match=r"gradient of 0\.weight that"):
+        optimizer.step()
+
+
+def test_gradients_share_no_memory() -> None:
+    """Of ``a + b`` autograd makes one gradient for both: clipping must not scale it twice."""
+    a, b = (nn.Parameter(torch.randn(4, 5, dtype=torch.float64)) for _ in range(2))
+    optimizer = GuessGradOptimizer([a, b], torch.optim.SGD, lr=0.1, seed=0)
+    optimizer.estimate(lambda: F.cross_entropy(F.linear(X, a + b), LABELS))
+    assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+    a.grad.mul_(2)
+    assert not torch.equal(a.grad, b.grad)
 
 
 CLEARED: dict[str, Callable[[GuessGradOptimizer, nn.Module], Any]] = {

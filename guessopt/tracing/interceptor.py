@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError
+from guessopt.exclusive import running
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -150,7 +152,7 @@ class Interceptor(TorchFunctionMode):
     def run(self, closure: Callable[[], Any]) -> Any:
         """The closure's result under this mode, with gradients enabled as a training script has them."""
         with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
-            return closure()
+            return running(closure)
 
 
 # The same code, but that it does not hand itself over to the function mode as a whole.
@@ -188,6 +190,9 @@ _APPLY = torch.autograd.Function.__dict__["apply"]
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if cls is BackwardHookFunction:
+        hooked = sys._getframe(1).f_locals.get("self")
+        raise _module_hook(getattr(hooked, "module", None))
     if cls is CheckpointFunction and torch._C._len_torch_function_stack():
         run, _, *inputs = args
         return run(*inputs)  # nothing is stored for a backward pass, so there is nothing to compute again
@@ -222,6 +227,32 @@ def _refuse(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     )
 
 
+def _refuse_hook(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise ClosureError(
+        f"the closure calls Tensor.{fn.__name__}() on a tensor of shape {list(args[0].shape)}: no gradient of the loss "
+        "passes through the network here, so that the hook would never be called; change the gradient by a "
+        "torch.autograd.Function with a jvp or a differentiable backward, and register hooks on parameters outside the "
+        "closure"
+    )
+
+
+def _module_hook(module: Any) -> ClosureError:
+    return ClosureError(
+        f"a module of the closure{'' if module is None else f' ({type(module).__name__})'} has a backward hook "
+        "(register_full_backward_hook, register_full_backward_pre_hook or register_backward_hook): no gradient of the "
+        "loss passes through the network here, so that it would never be called; remove it, or change the gradient by "
+        "a torch.autograd.Function with a jvp or a differentiable backward"
+    )
+
+
+def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
+    asks = sys._getframe(2)
+    if asks.f_globals.get("__name__") == "torch.nn.modules.module":
+        raise _module_hook(asks.f_locals.get("self"))
+    return fn(*args)
+
+
 # HF's gradient checkpointing sets requires_grad on activations; hooks and retain_grad speak of a graph that is not
 # there.
 _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -229,6 +260,9 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.requires_grad_: _nothing,
     Tensor.requires_grad.__set__: _nothing,  # type: ignore[attr-defined]
     Tensor.retain_grad: _nothing,
+    Tensor.register_hook: _refuse_hook,
+    Tensor.register_post_accumulate_grad_hook: _refuse_hook,
+    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     Tensor.backward: _refuse,
     torch.autograd.backward: _refuse,
     torch.autograd.grad: _refuse,
