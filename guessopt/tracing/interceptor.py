@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -98,7 +97,7 @@ class Interceptor(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
-            return self.requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
+            return self._requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
         if torch.is_inference_mode_enabled():
             raise ClosureError(
                 f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
@@ -126,6 +125,12 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         """One torch call: its number in the closure, its arguments, their tensors, and which of these are trainable."""
         raise NotImplementedError
+
+    def _requires_grad(self, answer: bool) -> bool:
+        asks = sys._getframe(2)
+        if asks.f_globals.get("__name__") == "torch.utils.hooks" and torch.is_grad_enabled():
+            raise _module_hook(getattr(asks.f_locals.get("self"), "module", None))
+        return self.requires_grad(answer)
 
     def requires_grad(self, answer: bool) -> bool:
         """What the closure is told when it asks an activation whether it requires grad."""
@@ -190,9 +195,6 @@ _APPLY = torch.autograd.Function.__dict__["apply"]
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if cls is BackwardHookFunction:
-        hooked = sys._getframe(1).f_locals.get("self")
-        raise _module_hook(getattr(hooked, "module", None))
     if cls is CheckpointFunction and torch._C._len_torch_function_stack():
         run, _, *inputs = args
         return run(*inputs)  # nothing is stored for a backward pass, so there is nothing to compute again
@@ -246,9 +248,9 @@ def _module_hook(module: Any) -> ClosureError:
 
 
 def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
+    """``grad_fn``, which torch itself asks for where it is about to hang a module's hook on it."""
     asks = sys._getframe(2)
-    if asks.f_globals.get("__name__") == "torch.nn.modules.module":
+    if asks.f_globals.get("__name__") == "torch.nn.modules.module" and torch.is_grad_enabled():
         raise _module_hook(asks.f_locals.get("self"))
     return fn(*args)
 
