@@ -110,6 +110,15 @@ _turn = _Turn()
 _here = threading.local()
 
 
+def refuse_in_closure(name: str) -> None:
+    """Raise ``ClosureError`` if a closure of this thread is running."""
+    if getattr(_here, "running", False):
+        raise ClosureError(
+            f"the closure calls {name} of an optimizer of guessopt; it must only compute the loss: call {name} before "
+            "or after the step"
+        )
+
+
 class exclusive:
     """A step's turn; what runs within may take it again.
 
@@ -128,11 +137,7 @@ class exclusive:
         self.name = name
 
     def __enter__(self) -> None:
-        if getattr(_here, "running", False):
-            raise ClosureError(
-                f"the closure calls {self.name} of an optimizer of guessopt; it must only compute the loss: call "
-                f"{self.name} before or after the step"
-            )
+        refuse_in_closure(self.name)
         interrupts = _Interrupts.installed()
         try:
             _turn.lock.acquire()

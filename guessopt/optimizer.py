@@ -20,7 +20,7 @@ from guessopt.engine.planning import (
 )
 from guessopt.engine.replay import Journal
 from guessopt.estimators.base import Estimator, estimators_for, plain
-from guessopt.exclusive import exclusive
+from guessopt.exclusive import exclusive, refuse_in_closure
 from guessopt.groups import build, check_tensors, groups_of, names_of, tensors_of, with_fused
 from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
 from guessopt.memory import bytes_of
@@ -181,6 +181,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
                 closure, gradients that were not estimated are dropped.
             PartialUpdateError: see the class.
         """
+        refuse_in_closure("step()")
         if closure is None:
             with exclusive("step()"):
                 self._apply_estimated()
@@ -207,6 +208,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
     def estimate(self, closure: Callable[[], Any]) -> Tensor:
         """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss.
         ``step()`` applies them."""
+        refuse_in_closure("estimate()")
         self._settle(closure)
         with self._atomic(closure) as transaction:
             loss, gradients = self._hooked(closure, transaction)

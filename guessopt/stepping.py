@@ -369,7 +369,7 @@ class Stepping:
                 f"({type(error).__name__}: {error}); opt.finish(error.journal, closure) updates the rest",
                 journal,
             ) from error
-        self._updates.made += 1
+        self._updates.passed(self.base)
         self._learn(plan, journal.records[0])
 
     def _in_turn(

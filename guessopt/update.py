@@ -48,10 +48,31 @@ def _holds(node: Any) -> bool:
 class Undo:
     """What an update may change, as it was: containers, and of tensors the versions or, with ``copies``, the values."""
 
-    def __init__(self, roots: Iterable[Any], copies: bool, skip: Iterable[Any] = ()) -> None:
+    def __init__(self) -> None:
         self.containers: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, Tensor | None]] = []
-        self.copies = copies
+        self.versions: list[Tensor] = []
+        self.before: list[int] = []
+
+    @classmethod
+    def of(cls, base: Optimizer, params: Iterable[Tensor], plain: bool) -> Undo:
+        """Without copies, of a base that keeps its numbers in groups and state (``plain``: there is nothing to look
+        for elsewhere)."""
+        params = list(params)
+        grads = [g for p in params if (g := p.grad) is not None]
+        if not plain:
+            return cls().walked([vars(base), grads])
+        found, state = cls(), base.state
+        own = [state[params[0]]] if len(params) == 1 and params[0] in state else list(state.values())
+        dicts = [vars(base), state, *base.param_groups, *own]
+        found.containers = [(each, dict(each)) for each in dicts]
+        found.containers += [(group["params"], list(group["params"])) for group in base.param_groups]
+        found.versions = [*params, *grads, *(t for each in own for t in each.values() if isinstance(t, Tensor))]
+        found.before = [t._version for t in found.versions]
+        return found
+
+    def walked(self, roots: Iterable[Any], copies: bool = False, skip: Iterable[Any] = ()) -> Undo:
+        """Whatever can be reached."""
         seen, stack = {id(node) for node in skip}, list(roots)
         while stack:
             node = stack.pop()
@@ -69,6 +90,7 @@ class Undo:
             elif id(node) not in seen and _holds(node):
                 seen.add(id(node))
                 stack.append(vars(node))
+        return self
 
     def keep(self, node: Any) -> None:
         """A container, but not what is in it."""
@@ -100,7 +122,7 @@ class Undo:
                     t.copy_(value)
                 elif t._version != version or not told:
                     left.append(t)
-        return left
+        return left + [t for t, v in zip(self.versions, self.before, strict=True) if t._version != v or not told]
 
 
 class Updates:
@@ -113,49 +135,84 @@ class Updates:
     def __init__(self, base: Optimizer) -> None:
         self.made = 0
         self.told: bool = type(base).__module__.startswith("torch.optim.")
+        self.plain = False
 
     @contextmanager
     def whole(self, base: Optimizer, params: Sequence[Tensor], names: Sequence[str]) -> Iterator[None]:
         """An update of all parameters."""
-        with self._undone(base, [vars(base), [p.grad for p in params if p.grad is not None]], params, names):
+        copies = self._copies(params)
+        if copies:
+            undo = Undo().walked([vars(base), [p.grad for p in params if p.grad is not None]], True)
+        else:
+            undo = Undo.of(base, params, self.plain)
+        try:
             yield
+        except BaseException as error:
+            self._undo(undo, error, base, params, names)
+            raise
+        if self.made == 0:
+            self.plain = _is_plain(base)
+        if self.made == 1 and copies and not self.told:  # now that there is state
+            self.told = undo.told()
         self.made += 1
 
     @contextmanager
     def single(self, base: Optimizer, p: Tensor, name: str) -> Iterator[None]:
         """An update of one parameter; the groups hold no other."""
-        roots = [vars(base), base.state.get(p, {}), p.grad]
-        with self._undone(base, roots, [p], [name], skip=[base.state]) as undo:
+        copies = self._copies([p])
+        if copies or not self.plain:
+            roots = [vars(base), base.state.get(p, {}), p, p.grad]
+            undo = Undo().walked([r for r in roots if r is not None], copies, skip=[base.state])
             undo.keep(base.state)
-            yield
-
-    @contextmanager
-    def _undone(
-        self,
-        base: Optimizer,
-        roots: list[Any],
-        params: Sequence[Tensor],
-        names: Sequence[str],
-        skip: Iterable[Any] = (),
-    ) -> Iterator[Undo]:
-        copies = self.made < COPIED and 4 * sum(p.nbytes for p in params) <= MOST
-        undo = Undo(roots, copies, skip)
+        else:
+            undo = Undo.of(base, [p], True)
         try:
-            yield undo
+            yield
         except BaseException as error:
-            left = {id(t) for t in undo.restore(self.told)}
-            if not left:
-                raise
-            written = [name for p, name in zip(params, names, strict=True) if id(p) in left]
-            few = ", ".join(written[:3]) + (f" and {len(written) - 3} more" if len(written) > 3 else "")
-            raise PartialUpdateError(
-                f"{type(base).__name__} failed in its update ({type(error).__name__}: {error}) after it had written to "
-                f"{few or 'its state'}; load parameters and optimizer from a checkpoint. Gradients, buffers and random "
-                "states are as before the step",
-                None,
-            ) from error
-        if copies and self.made == 0 and not self.told:
-            self.told = undo.told() and bool(base.state)
+            self._undo(undo, error, base, [p], [name])
+            raise
+
+    def passed(self, base: Optimizer) -> None:
+        """A step of single updates is made."""
+        if self.made == 0:
+            self.plain = _is_plain(base)
+        self.made += 1
+
+    def _copies(self, params: Sequence[Tensor]) -> bool:
+        return self.made < COPIED and 4 * sum(p.nbytes for p in params) <= MOST
+
+    def _undo(
+        self, undo: Undo, error: BaseException, base: Optimizer, params: Sequence[Tensor], names: Sequence[str]
+    ) -> None:
+        told = self.told and not torch._C._len_torch_dispatch_stack()  # under a mode, torch counts no versions of lists
+        left = {id(t) for t in undo.restore(told)}
+        if not left:
+            return
+        written = [name for p, name in zip(params, names, strict=True) if id(p) in left]
+        few = ", ".join(written[:3]) + (f" and {len(written) - 3} more" if len(written) > 3 else "")
+        raise PartialUpdateError(
+            f"{type(base).__name__} failed in its update ({type(error).__name__}: {error}) after it had written to "
+            f"{few or 'its state'}; load parameters and optimizer from a checkpoint. Gradients, buffers and random "
+            "states are as before the step",
+            None,
+        ) from error
+
+
+def _is_plain(base: Optimizer) -> bool:
+    """Whether all numbers of a base are in its groups and in its parameters' state, at once."""
+
+    def is_leaf(node: Any) -> bool:
+        return not isinstance(node, dict | list | tuple) and not (_holds(node) and not isinstance(node, Tensor))
+
+    known, own = ("state", "param_groups", "defaults"), ("params", "param_names", "estimator")
+    others = [v for k, v in vars(base).items() if k not in known and not k.startswith("_optimizer_")]
+    inside = [v for group in base.param_groups for k, v in group.items() if k not in own]
+    inside += [v for state in base.state.values() for v in (state.values() if isinstance(state, dict) else [[]])]
+    numbers = (tuple, list)  # of numbers: betas
+    return all(
+        is_leaf(v) or (isinstance(v, numbers) and all(isinstance(x, int | float | str) for x in v))
+        for v in (*others, *inside)
+    ) and not any(isinstance(v, list) for v in others)
 
 
 # --- one parameter at a time ------------------------------------------------------------------------------------------
@@ -187,7 +244,7 @@ def together(base: Optimizer) -> str | None:
     small = 8 * sum(p.nbytes for group in base.param_groups for p in group["params"]) <= MOST
     error: Exception | None = None
     random = RandomState.capture(cuda_devices(p for group in base.param_groups for p in group["params"]))
-    before = Undo([vars(base)], copies=small)
+    before = Undo().walked([vars(base)], small)
     for side, sparse in ((SIDE, False), (SIDE, True), *((None, sparse) for sparse in (False, True) if small)):
         try:
             where = _difference(base, side, sparse)
