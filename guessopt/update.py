@@ -299,7 +299,7 @@ def _difference(base: Optimizer, side: int | None, sparse: bool) -> str | None:
 
 def _random(p: Tensor, generator: torch.Generator, sparse: bool) -> Tensor:
     real = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
-    g = torch.randn(*p.shape, *((2,) if p.is_complex() else ()), generator=generator, dtype=real)
+    g = torch.randn((*p.shape, *((2,) if p.is_complex() else ())), generator=generator, dtype=real)
     g = (torch.view_as_complex(g) if p.is_complex() else g).to(p.device, p.dtype)
     return g.to_sparse() if sparse else g
 

@@ -357,6 +357,164 @@ def test_learning_rate_schedulers(build: Callable[[torch.optim.Optimizer], Any],
     assert sequence(guessing, lambda: guessing.step(mean_loss(model))) == expected
 
 
+class Strict(torch.optim.SGD):
+    """Refuses keys of groups that are not its own, and has a mode to be in."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        params = list(params)
+        for group in params:
+            self.check(group)
+        super().__init__(params, lr=lr)
+        self.mode = "train"
+
+    @staticmethod
+    def check(group: Any) -> None:
+        if isinstance(group, dict) and not group.keys() <= {"params", "lr"}:
+            raise ValueError(f"unknown keys {sorted(group)}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.check(param_group)
+        super().add_param_group(param_group)
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_a_base_that_refuses_keys_of_groups() -> None:
+    model = mlp()
+    groups = [{"params": list(model[0].parameters()), "estimator": WPerp(k=3)}]
+    optimizer = GuessGradOptimizer(groups, Strict, "w_transpose", seed=0)
+    optimizer.step(mean_loss(model))
+    optimizer.add_param_group({"params": list(model[3].parameters()), "lr": 0.2})
+    optimizer.add_param_group({"params": model[5].weight, "estimator": "activation_perturbation"})
+    names = [group["estimator"]["name"] for group in optimizer.param_groups]
+    assert names == ["w_perp", "w_transpose", "activation_perturbation"]
+    optimizer.step(mean_loss(model))
+    assert all(p.grad is not None for p in [*model[0].parameters(), *model[3].parameters(), model[5].weight])
+
+
+def test_muon_and_its_like() -> None:
+    model = mlp()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    for memory in ("store", "stream"):
+        optimizer = GuessGradOptimizer(matrices, torch.optim.Muon, lr=0.01, seed=0, memory=memory)
+        before = values(model)
+        for _ in range(2):
+            optimizer.step(mean_loss(model))
+        moved = [not torch.equal(p, q) for p, q in zip(before, values(model), strict=True)]
+        assert moved == [True, False] * 3
+
+
+def test_what_the_base_offers_is_reachable() -> None:
+    model = mlp()
+    optimizer = GuessGradOptimizer(model.parameters(), Strict, seed=0)
+    optimizer.eval()
+    assert optimizer.base.mode == optimizer.mode == "eval"
+    optimizer.train()
+    assert optimizer.mode == "train"
+    plain = sgd(model)
+    assert not hasattr(plain, "train") and not hasattr(plain, "_step_supports_amp_scaling")
+    with pytest.raises(AttributeError, match="nowhere"):
+        _ = plain.nowhere
+
+
+def test_assigned_groups_are_those_of_the_base() -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.5)
+    optimizer.step(mean_loss(model))
+    kept = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "estimator")}
+    optimizer.param_groups = [{**kept, "params": list(model[0].parameters()), "lr": 0.25}]
+    assert optimizer.base.param_groups is optimizer.param_groups
+    before = values(model)
+    optimizer.step(mean_loss(model))
+    after = values(model)
+    assert equal(before[2:], after[2:])
+    assert_near(after[:2], [p - 0.25 * q.grad for p, q in zip(before, model[0].parameters(), strict=False)])
+    with pytest.raises(ValueError, match="given twice"):
+        optimizer.param_groups = [{**kept, "params": [model[0].weight, model[0].weight]}]
+
+
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_a_replaced_parameter_is_trained(memory: str) -> None:
+    model = mlp()
+    optimizer = sgd(model, memory=memory)
+    for _ in range(2):
+        optimizer.step(mean_loss(model))
+    old = model[3].weight
+    model[3].weight = new = nn.Parameter(old.detach().clone())
+    optimizer.param_groups[0]["params"][2] = new
+    before, stays = new.detach().clone(), old.detach().clone()
+    optimizer.step(mean_loss(model))
+    assert not torch.equal(new, before) and torch.equal(old, stays)
+
+
+def test_a_parameter_that_the_model_has_replaced_is_named() -> None:
+    model = mlp()
+    optimizer = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, lr=0.1, seed=0)
+    for _ in range(3):
+        optimizer.step(mean_loss(model))
+    model[3].weight = nn.Parameter(model[3].weight.detach().clone())
+    with pytest.warns(GuessWarning, match=r"does not depend on 3\.weight"):
+        optimizer.step(mean_loss(model))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler(fused: bool) -> None:
+    """``scaler.step`` unscales what ``estimate`` of a scaled loss has made; where that is not finite, nothing moves."""
+    model, twin = mlp().float(), mlp().float()
+    twin.load_state_dict(model.state_dict())
+    optimizer = GuessGradOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01, seed=0, fused=fused)
+    reference = GuessGradOptimizer(twin.parameters(), torch.optim.AdamW, lr=0.01, seed=0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    x = X.float()
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.estimate(lambda: scaler.scale(F.cross_entropy(model(x), LABELS)))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        reference.zero_grad()
+        reference.estimate(lambda: F.cross_entropy(twin(x), LABELS))
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        reference.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    before = values(model)
+    optimizer.zero_grad()
+    optimizer.estimate(mean := lambda: scaler.scale(F.cross_entropy(model(x), LABELS)))
+    assert model[0].weight.grad is not None
+    model[0].weight.grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert equal(before, values(model)) and scaler.get_scale() == 512.0
+    optimizer.zero_grad()
+    optimizer.estimate(mean)
+    scaler.step(optimizer)
+    assert not equal(before, values(model))
+
+
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_averaged_weights_and_their_schedule(memory: str) -> None:
+    model = mlp()
+    optimizer = sgd(model, memory=memory)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2)
+    seen = [values(model)]
+    average.update_parameters(model)
+    for _ in range(3):
+        optimizer.step(mean_loss(model))
+        average.update_parameters(model)
+        schedule.step()
+        seen.append(values(model))
+    assert_near(average.module.parameters(), [sum(ps) / 4 for ps in zip(*seen, strict=True)], 1e-9)  # type: ignore[misc]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
 # --------------------------------------------------------------------------------------------------- state
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guessopt import GuessGradOptimizer, PartialUpdateError, plan
+from guessopt.update import together
 
 MODES = ["store", "replay", "stream"]
 Closure = Callable[[], Tensor]
@@ -232,6 +233,13 @@ def test_sparse_gradients(memory: str) -> None:
     assert bool((table.weight[:6] != before[:6]).any(1).all()) and torch.equal(table.weight[6:], before[6:])
 
 
+@pytest.mark.parametrize("base", [Plain, GlobalNorm])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float16])
+def test_the_dry_run_takes_any_dtype(base: Any, dtype: torch.dtype) -> None:
+    params = [nn.Parameter(torch.ones(4, 5, dtype=dtype)), nn.Parameter(torch.ones((), dtype=dtype))]
+    assert (together(base(params)) is None) == (base is Plain)
+
+
 def test_the_dry_run_leaves_a_used_base_alone() -> None:
     """State and counters that the base has already are copied, narrowed, and left as they are."""
     model = mlp()
@@ -242,8 +250,6 @@ def test_the_dry_run_leaves_a_used_base_alone() -> None:
     before = copy.deepcopy(base.state_dict())
     optimizer = GuessGradOptimizer(model.parameters(), base, memory="stream")
     assert optimizer._refused("stream", None) is None
-    from guessopt.update import together
-
     assert together(base) is None
     after = base.state_dict()
     for k, state in before["state"].items():
