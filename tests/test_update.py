@@ -1,11 +1,12 @@
 """The base's update: whole or not at all, and one parameter at a time only where that is the same."""
 
 import copy
+import importlib
+import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import optimi
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from guessopt import GuessGradOptimizer, PartialUpdateError, plan
 from guessopt.update import together
 
+#: Its optimizers number their steps by group.
+OPTIMI: Any = importlib.import_module("optimi") if importlib.util.find_spec("optimi") else None
 MODES = ["store", "replay", "stream"]
 Closure = Callable[[], Tensor]
 torch.manual_seed(0)
@@ -175,10 +178,11 @@ TOGETHER: dict[str, tuple[Any, str]] = {
     "lookahead": (Lookahead, "k differs"),
     "an optimizer within": (Wrapper, "inner .*differs"),
     "a running sum": (Flat, "parameter . differs"),
-    "StableAdamW of optimi": (optimi.StableAdamW, "step differs"),
-    "AdamW of optimi": (optimi.AdamW, "step differs"),
     "fails out of training mode": (ScheduleFree, "not in training mode"),
 }
+
+if OPTIMI:
+    TOGETHER |= {name: (getattr(OPTIMI, name), "step differs") for name in ("StableAdamW", "AdamW")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,8 +208,9 @@ APART: dict[str, Any] = {
     "noise of its own": Langevin,
     "state from the start": Stateful,
     "an attribute that never repeats": Restless,
-    "Lion of optimi": optimi.Lion,
 }
+if OPTIMI:
+    APART["Lion of optimi"] = OPTIMI.Lion
 
 
 @pytest.mark.parametrize("base", APART.values(), ids=APART)
@@ -389,6 +394,38 @@ def test_stream_puts_back_the_parameter_whose_update_failed(warm: int) -> None:
     optimizer.step(loss_of(model))
     reference.step(loss_of(twin))
     assert_same(model.state_dict(), twin.state_dict())
+
+
+class Picky(torch.optim.AdamW):
+    """Fails in the middle of the update of parameters of one shape."""
+
+    shape: Any = None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for group in self.param_groups:
+            if any(p.shape == Picky.shape for p in group["params"]):
+                raise torch.OutOfMemoryError("out of memory")
+
+
+def test_a_base_that_failed_at_one_parameter_is_finished_as_if_nothing_had_been() -> None:
+    model, twin = mlp(), mlp()
+    options: dict[str, Any] = {"lr": 0.1, "memory": "stream", "seed": 0}
+    optimizer = GuessGradOptimizer(model.parameters(), Picky, "activation_perturbation", **options)
+    reference = GuessGradOptimizer(twin.parameters(), torch.optim.AdamW, "activation_perturbation", **options)
+    for _ in range(2):
+        optimizer.step(loss_of(model))
+        reference.step(loss_of(twin))
+    Picky.shape = model[2].bias.shape
+    with pytest.raises(PartialUpdateError, match=r"of 4 parameters.*out of memory") as caught:
+        optimizer.step(loss_of(model))
+    Picky.shape = None
+    assert torch.equal(model[2].bias, twin[2].bias) and caught.value.journal is not None
+    optimizer.finish(caught.value.journal, loss_of(model))
+    reference.step(loss_of(twin))
+    for p, state in optimizer.state.items():
+        assert int(state["step"]) == 3 and bool(p.isfinite().all())
+    torch.testing.assert_close(model[0].weight, twin[0].weight)
 
 
 class Late(GroupStep):
