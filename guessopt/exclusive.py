@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -176,6 +176,26 @@ def running(closure: Callable[[], Any]) -> Any:
         if interrupts is not None:
             interrupts.open = False
         _here.running = False
+
+
+@contextmanager
+def unscaled() -> Iterator[None]:
+    """Refuse ``GradScaler.scale`` in closures: within, nobody divides by the scale before the update."""
+    scale = torch.amp.GradScaler.scale
+
+    def refused(self: torch.amp.GradScaler, outputs: Any) -> Any:
+        if getattr(_here, "running", False) and self.is_enabled():
+            raise ClosureError(
+                "the closure of step(closure) calls GradScaler.scale(): the update would take scaled gradients; use "
+                "estimate(closure) and scaler.step(opt), or leave the scale out"
+            )
+        return scale(self, outputs)
+
+    torch.amp.GradScaler.scale = refused  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.amp.GradScaler.scale = scale  # type: ignore[method-assign]
 
 
 def hold_interrupts() -> None:

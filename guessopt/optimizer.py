@@ -20,7 +20,7 @@ from guessopt.engine.planning import (
 )
 from guessopt.engine.replay import Journal
 from guessopt.estimators.base import Estimator, estimators_for, plain
-from guessopt.exclusive import exclusive, refuse_in_closure
+from guessopt.exclusive import exclusive, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, groups_of, names_of, tensors_of, with_fused
 from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
 from guessopt.memory import bytes_of
@@ -195,7 +195,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         self._settle(closure)
         if self.memory == "stream":
             return self._stream(closure)
-        with self._atomic(closure) as transaction:
+        with self._atomic(closure) as transaction, unscaled():
             loss, gradients = self._hooked(closure, transaction)
             for position, p in enumerate(self._params):
                 p.grad = gradients.get(position)

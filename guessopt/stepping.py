@@ -33,7 +33,7 @@ from guessopt.engine.replay import Deliver, Journal, Replay
 from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
-from guessopt.exclusive import exclusive, hold_interrupts
+from guessopt.exclusive import exclusive, hold_interrupts, unscaled
 from guessopt.hooks import Hooks, apart, fire, hooked, lifted
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource
@@ -338,7 +338,7 @@ class Stepping:
 
     def _stream(self, closure: Callable[[], Any]) -> Tensor:
         """Replay, each gradient applied and freed as soon as it is whole."""
-        with self._atomic(closure) as transaction:
+        with self._atomic(closure) as transaction, unscaled():
             for p in self._params:
                 p.grad = None
             plan, records = self._derivatives(closure, transaction)

@@ -202,6 +202,15 @@ def activation(model: nn.Sequential) -> Closure:
     return closure
 
 
+def several(model: nn.Sequential) -> Closure:
+    def closure() -> Tensor:
+        h = model[1](model[0](X))
+        torch.autograd.graph.register_multi_grad_hook([h], lambda _: None)
+        return F.cross_entropy(model[2](h), LABELS)
+
+    return closure
+
+
 def of_parameter(kind: str) -> Callable[[nn.Sequential], Closure]:
     def make(model: nn.Sequential) -> Closure:
         def closure() -> Tensor:
@@ -224,6 +233,7 @@ def of_module(kind: str, at: int) -> Callable[[nn.Sequential], Closure]:
 MODULE = r"\({}\) has a backward hook.*remove it"
 REFUSED: dict[str, tuple[Callable[[nn.Sequential], Closure], str]] = {
     "on an activation": (activation, r"register_hook\(\) on a tensor of shape \[8, 6\].*autograd\.Function"),
+    "on several activations": (several, r"register_multi_grad_hook\(\) on a tensor of shape \[8, 6\]"),
     "on a parameter, in the closure": (of_parameter("register_hook"), r"register_hook\(\).*outside the closure"),
     "post-accumulate, in the closure": (
         of_parameter("register_post_accumulate_grad_hook"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from guessopt import ActivationPerturbation, GuessGradOptimizer, GuessWarning, WPerp, WTranspose
+from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, GuessWarning, WPerp, WTranspose
 
 ESTIMATORS = ["directional_descent", "activation_perturbation", "w_transpose", "w_perp"]
 ENGINES = ["fast", "dual", "func"]
@@ -498,6 +498,24 @@ def test_grad_scaler(fused: bool) -> None:
     assert not equal(before, values(model))
 
 
+@pytest.mark.parametrize("warm", [0, 5])
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_a_scaled_loss_is_refused_where_nobody_unscales(memory: str, warm: int) -> None:
+    model = mlp()
+    optimizer = sgd(model, memory=memory)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    for _ in range(warm):
+        optimizer.step(mean_loss(model))
+    before = values(model)
+    with pytest.raises(ClosureError, match=r"GradScaler\.scale.*scaler\.step"):
+        optimizer.step(lambda: scaler.scale(mean_loss(model)()))
+    assert equal(before, values(model))
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer.step(lambda: off.scale(mean_loss(model)()))
+    assert float(scaler.scale(torch.ones(()))) == 65536
+
+
 @pytest.mark.parametrize("memory", ["store", "replay", "stream"])
 def test_averaged_weights_and_their_schedule(memory: str) -> None:
     model = mlp()
@@ -739,6 +757,25 @@ def test_step_applies_only_gradients_that_it_estimated(own: bool, acts: list[Act
         optimizer.step()
         assert_near(values(model), [p - 0.5 * g for p, g in zip(before, held, strict=True)])
     allowing.step()
+
+
+def test_copies_and_files_of_models_and_gradients() -> None:
+    """Noticing ``backward()`` leaves nothing on a model that a copy or a file would stumble over."""
+    model = mlp()
+    optimizer = sgd(model)
+    optimizer.estimate(mean_loss(model))
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    mean_loss(twin)().backward()
+    mean_loss(loaded)().backward()
+    file = io.BytesIO()
+    torch.save([p.grad for p in model.parameters()], file)
+    file.seek(0)
+    assert equal(torch.load(file, weights_only=True), grads(model))
+    optimizer.step()  # what the copies did is not noticed here
 
 
 def test_one_parameter_with_a_foreign_gradient_is_named() -> None:

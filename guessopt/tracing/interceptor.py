@@ -231,7 +231,7 @@ def _refuse(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _refuse_hook(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     raise ClosureError(
-        f"the closure calls Tensor.{fn.__name__}() on a tensor of shape {list(args[0].shape)}: no gradient of the loss "
+        f"the closure calls {fn.__name__}() on a tensor of shape {list(args[0].shape)}: no gradient of the loss "
         "passes through the network here, so that the hook would never be called; change the gradient by a "
         "torch.autograd.Function with a jvp or a differentiable backward, and register hooks on parameters outside the "
         "closure"
@@ -248,10 +248,13 @@ def _module_hook(module: Any) -> ClosureError:
 
 
 def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``grad_fn``, which torch itself asks for where it is about to hang a module's hook on it."""
+    """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
     asks = sys._getframe(2)
-    if asks.f_globals.get("__name__") == "torch.nn.modules.module" and torch.is_grad_enabled():
+    where = asks.f_globals.get("__name__") if torch.is_grad_enabled() else None
+    if where == "torch.nn.modules.module":
         raise _module_hook(asks.f_locals.get("self"))
+    if where == "torch.autograd.graph":
+        _refuse_hook(torch.autograd.graph.register_multi_grad_hook, args, kwargs)
     return fn(*args)
 
 
