@@ -45,6 +45,10 @@ def _holds(node: Any) -> bool:
 # --- whole or not at all ----------------------------------------------------------------------------------------------
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.layout is torch.strided and torch.equal(a, b)
+
+
 class Undo:
     """What an update may change, as it was: containers, and of tensors the versions or, with ``copies``, the values."""
 
@@ -99,8 +103,7 @@ class Undo:
     def told(self) -> bool:
         """Whether every tensor that has changed has a new version; for copies only."""
         return all(
-            t._version != version or (t.layout is torch.strided and value is not None and torch.equal(t, value))
-            for t, version, value in self.tensors
+            t._version != version or (value is not None and _equal(t, value)) for t, version, value in self.tensors
         )
 
     def restore(self, told: bool) -> list[Tensor]:
@@ -119,7 +122,8 @@ class Undo:
         with torch.no_grad():
             for t, version, value in self.tensors:
                 if value is not None:
-                    t.copy_(value)
+                    if not _equal(t, value):
+                        t.copy_(value)
                 elif t._version != version or not told:
                     left.append(t)
         return left + [t for t, v in zip(self.versions, self.before, strict=True) if t._version != v or not told]

@@ -253,9 +253,11 @@ def test_the_dry_run_leaves_a_used_base_alone() -> None:
         p.grad = torch.ones_like(p)
     base.step()
     before = copy.deepcopy(base.state_dict())
+    versions = [p._version for p in model.parameters()]
     optimizer = GuessGradOptimizer(model.parameters(), base, memory="stream")
     assert optimizer._refused("stream", None) is None
     assert together(base) is None
+    assert versions == [p._version for p in model.parameters()]
     after = base.state_dict()
     for k, state in before["state"].items():
         assert all(torch.equal(v, after["state"][k][name]) for name, v in state.items())
