@@ -26,13 +26,16 @@ class AuditError(ClosureError):
 
 
 class PartialUpdateError(RuntimeError):
-    """A step of ``memory="stream"`` failed after some parameters had been updated.
+    """A step failed after some parameters had been updated.
 
-    Buffers and random states are as before the step; ``opt.finish(error.journal, closure)`` updates the rest, from the
-    same guesses and directional derivatives (the inputs of the remaining sites then come from updated parameters).
+    Buffers and random states are as before the step. In ``memory="stream"``, ``opt.finish(error.journal, closure)``
+    updates the rest, from the same guesses and directional derivatives (the inputs of the remaining sites then come
+    from updated parameters).
 
     Attributes:
-        journal: a ``Journal``: seeds, directional derivatives, and which parameters are done.
+        journal: a ``Journal``: seeds, directional derivatives, and which parameters are done; None where the base
+            failed in the middle of an update, after its first ones: what it had written is not known to be whole, so
+            that parameters and base state are to be loaded from a checkpoint.
 
     >>> issubclass(PartialUpdateError, RuntimeError)
     True

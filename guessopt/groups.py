@@ -61,6 +61,9 @@ def check_tensors(tensors: Sequence[Any]) -> None:
 
 
 def build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], default: dict[str, Any]) -> Optimizer:
+    """The base. Its groups name their estimators only once it is built: some bases refuse keys that are not theirs."""
+    own = {id(p): group["estimator"] for group in groups for p in tensors_of(group["params"])}
+    bare = [{key: value for key, value in group.items() if key != "estimator"} for group in groups]
     if isinstance(base, Optimizer):
         if kwargs:
             raise TypeError(
@@ -70,26 +73,23 @@ def build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], defau
         given = {id(p) for group in groups for p in tensors_of(group["params"])}
         if given != {id(p) for group in base.param_groups for p in group["params"]}:
             raise ValueError("base: the optimizer was built on other parameters than those in params; use the same")
-        own = {id(p): group["estimator"] for group in groups for p in tensors_of(group["params"])}
-        for group in base.param_groups:
-            group.setdefault("estimator", own[id(group["params"][0])])
-            group["estimator"] = plain(group["estimator"])
         built = base
     elif isinstance(base, type) and issubclass(base, Optimizer):
         refuse_closure_bases(base)
-        built = base(groups, **kwargs)
+        built = base(bare, **kwargs)
     elif callable(base):
-        built = base(groups, **kwargs)
+        built = base(bare, **kwargs)
         if not isinstance(built, Optimizer):
             raise TypeError(f"base: the callable returned {type(built).__name__}, not a torch.optim.Optimizer")
-        for group in built.param_groups:
-            group.setdefault("estimator", default)
     else:
         raise TypeError(
             f"base: expected an optimizer class, a callable from groups to an optimizer, or an optimizer, got "
             f"{type(base).__name__}"
         )
     refuse_closure_bases(type(built))
+    for group in built.param_groups:
+        first = next(iter(group["params"]), None)
+        group["estimator"] = plain(group.get("estimator", own.get(id(first), default)))
     return built
 
 

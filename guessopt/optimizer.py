@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -20,11 +21,14 @@ from guessopt.engine.planning import (
 )
 from guessopt.engine.replay import Journal
 from guessopt.estimators.base import Estimator, estimators_for, plain
+from guessopt.exclusive import exclusive, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, groups_of, names_of, tensors_of, with_fused
+from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
 from guessopt.memory import bytes_of
-from guessopt.rng import NoiseSource
+from guessopt.rng import NoiseSource, RandomState
 from guessopt.state import Before, check, described, load_base, moved, placement
 from guessopt.stepping import MODES, Stepping
+from guessopt.update import Updates
 
 
 class GuessGradOptimizer(Stepping, Optimizer):
@@ -68,6 +72,19 @@ class GuessGradOptimizer(Stepping, Optimizer):
             derivative per example, far less noise, and a bias (what examples do to each other is left out).
         audit: in a plan's first pass, the second, the fourth, the eighth, ..., check by plain runs of the closure that
             the loss moves as the tangents say (``guessopt.audit``); ``AuditError`` if it does not.
+        foreign_gradients: ``"refuse"``: ``step()`` without a closure raises where ``.grad`` holds what ``estimate`` did
+            not make, so that nobody trains by ``backward()`` unawares. What ``backward()`` adds is always noticed, as
+            is a gradient assigned where nothing was estimated; that a tensor put in place of an estimate derives from
+            it is believed. ``"allow"`` applies whatever is there.
+
+    A failed step leaves everything as it was: parameters, base state, buffers, ``.grad``, random states. For that, the
+    first 8 updates are made with copies of gradients, parameters and base state at hand, where these take at most
+    64 MiB (``"stream"``: of one parameter at a time). Where the base itself fails without copies (out of memory in
+    the middle of a later update), all is put back if it has written nothing yet; else ``PartialUpdateError`` names the
+    parameters that it had written. Ctrl-C takes effect in the closure or after the step, never in an update.
+
+    Hooks on parameters (``register_hook``, ``register_post_accumulate_grad_hook``) act on estimated gradients as
+    they would on those of ``backward()``. Steps of several threads take turns.
 
     Raises:
         ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
@@ -104,6 +121,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         check_finite: bool = True,
         batch_norm: str = "exact",
         audit: bool = True,
+        foreign_gradients: str = "refuse",
         **base_kwargs: Any,
     ) -> None:
         if not isinstance(guesses, int) or guesses < 1:
@@ -124,6 +142,9 @@ class GuessGradOptimizer(Stepping, Optimizer):
             )
         if batch_norm not in ("exact", "frozen_statistics"):
             raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
+        if foreign_gradients not in ("refuse", "allow"):
+            raise ValueError(f"foreign_gradients: {foreign_gradients!r} is not one of refuse, allow")
+        self.foreign_gradients = foreign_gradients
         self._level = partial(make_level, engine, frozen_statistics=batch_norm == "frozen_statistics")
         self._level()
         self.stack_guesses, self.orthogonal = stack_guesses, bool(orthogonal)
@@ -145,6 +166,9 @@ class GuessGradOptimizer(Stepping, Optimizer):
         self._pending = False
         self._warned: set[str] = set()
         self._trainable: tuple[bool, ...] = ()
+        self._params: list[Tensor] = []
+        self._hooks: Hooks = {}
+        self._estimated_ids: set[int] = set()
         self._refresh()
 
     # --- the path of a step -------------------------------------------------------------------------------------------
@@ -159,14 +183,15 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
         Raises:
             ClosureError: no gradient can be estimated; everything is as before.
-            RuntimeError: nothing estimated, or estimated gradients pending.
+            RuntimeError: nothing estimated, gradients that were not estimated, or estimated gradients pending. With a
+                closure, gradients that were not estimated are dropped.
+            PartialUpdateError: see the class.
         """
+        refuse_in_closure("step()")
         if closure is None:
-            if all(p.grad is None for p in self._params):
-                raise RuntimeError(
-                    "step() found no gradient: call estimate(closure) before it, or pass the closure: step(closure)"
-                )
-            self._update()
+            with exclusive("step()"):
+                self._apply_estimated()
+            self._updated()
             return None
         if self._pending and any(p.grad is not None for p in self._params):
             raise RuntimeError(
@@ -176,22 +201,72 @@ class GuessGradOptimizer(Stepping, Optimizer):
         self._settle(closure)
         if self.memory == "stream":
             return self._stream(closure)
-        loss, gradients = self._estimate(closure)
-        for position, p in enumerate(self._params):
-            p.grad = gradients.get(position)
-        self._update()
+        with self._atomic(closure) as transaction, unscaled():
+            loss, gradients = self._hooked(closure, transaction)
+            for position, p in enumerate(self._params):
+                p.grad = gradients.get(position)
+                if p.grad is not None:
+                    mark(p.grad)
+            self._update([self._params[k] for k in gradients if accumulates(self._params[k])])
+        self._updated()
         return loss
 
     def estimate(self, closure: Callable[[], Any]) -> Tensor:
         """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss.
         ``step()`` applies them."""
+        refuse_in_closure("estimate()")
         self._settle(closure)
-        loss, gradients = self._estimate(closure)
-        for position, gradient in gradients.items():
-            p = self._params[position]
-            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        with self._atomic(closure) as transaction:
+            loss, gradients = self._hooked(closure, transaction)
+            waiting = [self._params[k] for k in gradients if accumulates(self._params[k])]
+            made = {k: is_made(p, id(p) in self._estimated_ids) for k, p in enumerate(self._params) if k in gradients}
+            for position, gradient in gradients.items():
+                p = self._params[position]
+                if p.grad is None:
+                    p.grad = gradient
+                elif waiting or p.grad.layout is not torch.strided:  # what may yet fail is not to change the old one
+                    p.grad = gradient + p.grad if gradient.layout is torch.strided else p.grad + gradient
+                else:
+                    p.grad.add_(gradient)
+                mark(p.grad, made[position])
+            for p in waiting:
+                fire(p)
+            self._estimated_ids.update(id(self._params[k]) for k in gradients)
         self._pending = True
         return loss
+
+    def _hooked(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
+        """An estimate after the hooks on parameters."""
+        loss, gradients = self._estimated(closure, transaction)
+        if self._hooks:
+            gradients = {k: hooked(g, self._params[k], self._hooks, self._names[k]) for k, g in gradients.items()}
+        return loss, gradients
+
+    def _apply_estimated(self) -> None:
+        """``step()`` without a closure."""
+        self._refresh()
+        found = [(k, p) for k, p in enumerate(self._params) if p.grad is not None]
+        if not found:
+            raise RuntimeError(
+                "step() found no gradient: call estimate(closure) before it, or pass the closure: step(closure)"
+            )
+        if self.foreign_gradients == "refuse":
+            for k, p in found:
+                if not is_made(p, id(p) in self._estimated_ids):
+                    raise RuntimeError(
+                        f"step() found a gradient of {self._names[k]} that estimate(closure) did not make (backward(), "
+                        "or .grad = ...): pass the closure, step(closure), or call estimate(closure) in place of "
+                        "backward(); foreign_gradients='allow' applies such gradients"
+                    )
+        random = RandomState.capture(self._devices)
+        try:
+            self._update()
+        except BaseException:
+            random.restore()
+            raise
+        for _, p in found:
+            if p.grad is not None:
+                mark(p.grad)
 
     def finish(self, journal: Journal, closure: Callable[[], Any]) -> None:
         """Complete a step of ``memory="stream"`` that failed half-way: update the parameters that it had not reached.
@@ -203,20 +278,24 @@ class GuessGradOptimizer(Stepping, Optimizer):
         Raises:
             PartialUpdateError: it failed again, further on or at the same place.
         """
-        transaction = Transaction(self._devices)
-        now, transaction.random = transaction.random, journal.random
-        self._refresh()
-        if not self._plans:
-            self._plans.append(
-                trace(closure, self._by_position, self._ids, self._names, self._level, transaction, finite=False)
-            )
-        try:
-            self._apply(self._plans[0], journal, closure, transaction)
-            self._steps += 1
-        except BaseException:
-            transaction.random = now
-            transaction.rewind()
-            raise
+        with exclusive("finish()"):
+            transaction = Transaction(self._devices)
+            now, transaction.random = transaction.random, journal.random
+            self._refresh()
+            try:
+                with lifted(self._params, self._hooks):
+                    if not self._plans:
+                        plan = trace(
+                            closure, self._by_position, self._ids, self._names, self._level, transaction, finite=False
+                        )
+                        self._plans.append(plan)
+                    self._apply(self._plans[0], journal, closure, transaction)
+                self._steps += 1
+            except BaseException:
+                transaction.random = now
+                transaction.rewind()
+                raise
+        self._updated()
 
     # --- what users of torch.optim expect -----------------------------------------------------------------------------
 
@@ -227,7 +306,15 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
-        pass  # Optimizer.__init__ assigns an empty list
+        if not self._is_built:
+            return  # Optimizer.__init__ assigns an empty list
+        groups = [{"estimator": self._default, **group} for group in value]
+        check_tensors([p for group in groups for p in group["params"]])
+        for group in groups:
+            group["estimator"] = plain(group["estimator"])
+        self.base.param_groups = groups
+        self._trainable = ()
+        self._refresh()
 
     @property
     def state(self) -> Any:
@@ -236,7 +323,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        pass
+        if self._is_built:
+            self.base.state = value
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -245,22 +333,35 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
-        pass
+        if self._is_built:
+            self.base.defaults = value
+
+    @property
+    def _is_built(self) -> bool:
+        return "_noise" in vars(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the base offers under a public name, such as ``train()`` and ``eval()`` of schedule-free ones."""
+        if name.startswith("_") or "base" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any optimizer; pending estimates are dropped."""
         self.base.zero_grad(set_to_none)
         self._pending = False
+        self._estimated_ids.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; the group may carry its own ``"estimator"``."""
-        if not hasattr(self, "_noise"):
+        if not self._is_built:
             return  # Optimizer.__init__ adds groups that the base has already
         group = dict(param_group)
-        group["estimator"] = plain(group.get("estimator", self._default))
+        estimator = plain(group.pop("estimator", self._default))  # a key that some bases refuse
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         check_tensors(list(tensors_of(group["params"])))
         self.base.add_param_group(group)
+        self.param_groups[-1]["estimator"] = estimator
         self._trainable = ()
         self._refresh()
 
@@ -334,16 +435,16 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
     def _refresh(self) -> None:
         """Look again at which parameters train; start over if that has changed."""
-        trainable = tuple(p.requires_grad for group in self.param_groups for p in group["params"])
-        if trainable == self._trainable:
+        params = [p for group in self.param_groups for p in group["params"]]
+        trainable = tuple(p.requires_grad for p in params)
+        if trainable == self._trainable and all(map(operator.is_, params, self._params)):
             return
-        self._params = [p for group in self.param_groups for p in group["params"]]
-        self._trainable = trainable
-        if not any(trainable):
+        if not any(trainable):  # before anything is taken over: the next step must say so again
             raise ValueError(
                 f"params: none of the {len(trainable)} parameters requires a gradient: all are frozen; set "
                 "requires_grad_(True) on those to train"
             )
+        self._params, self._trainable = params, trainable
         self._names = names_of(self.param_groups)
         self._by_position = {k: p for k, p in enumerate(self._params) if p.requires_grad}
         self._ids = {id(p): k for k, p in self._by_position.items()}
@@ -361,6 +462,10 @@ class GuessGradOptimizer(Stepping, Optimizer):
         devices = {p.device.index for p in self._params if p.device.type == "cuda"}
         self._devices = tuple(sorted(d for d in devices if d is not None))
         self._plans = []
+        self._updates, self._together = Updates(self.base), None
+        if self.foreign_gradients == "refuse":
+            for p in self._params:
+                watch(p)
 
 
 def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, Any]) -> GuessGradOptimizer:

@@ -16,6 +16,8 @@ import torch
 from guessopt.engine.levels import TREATMENTS, WITHOUT_FORWARD, is_foreign
 from guessopt.engine.planning import Transaction, trace
 from guessopt.errors import GuessWarning
+from guessopt.exclusive import exclusive
+from guessopt.hooks import lifted
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Layout, Matrix, Shape, Site
 
@@ -117,7 +119,11 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
     transaction = Transaction(opt._devices)
     warned = set(opt._warned)
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with (
+            exclusive("preflight()"),
+            lifted(opt._params, opt._hooks),
+            warnings.catch_warnings(record=True) as caught,
+        ):
             warnings.simplefilter("always", GuessWarning)
             opt._warned = set()
             plan = trace(

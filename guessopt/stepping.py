@@ -34,12 +34,15 @@ from guessopt.engine.replay import Deliver, Journal, Replay
 from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
+from guessopt.exclusive import exclusive, hold_interrupts, unscaled
+from guessopt.hooks import Hooks, apart, fire, hooked, lifted
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource
 from guessopt.rules.base import Known
 from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
 from guessopt.tracing.interceptor import without_autocast
 from guessopt.tracing.local import JointLocal, Local, centred, draw
+from guessopt.update import Updates, base_step, only, together
 
 #: What a step keeps: see ``GuessGradOptimizer``.
 MODES = ("store", "replay", "stream")
@@ -92,6 +95,10 @@ class Stepping:
     _budget: int | None
     audit: bool
     _asked: list[AuditReport] | None
+    _hooks: Hooks
+    _updates: Updates
+    _together: tuple[str | None] | None
+    _estimated_ids: set[int]
 
     def _refresh(self) -> None:
         """Look again at which parameters train."""
@@ -100,28 +107,34 @@ class Stepping:
     def _estimate(
         self, closure: Callable[[], Any], transaction: Transaction | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients."""
+        """closure -> SiteGraph -> guesses y_i -> one forward-mode pass -> D_n -> g^_i -> site rule -> gradients.
+
+        Hooks on parameters do not apply to these."""
         with self._atomic(closure, transaction) as transaction:
-            if self.memory in ("store", "auto"):
-                loss, gradients, guesses = self._guess_once(closure, transaction)
-                passes = self.guesses // guesses
-                for lane in range(1, passes):
-                    self._noise.lane = lane
-                    transaction.rewind()
-                    for k, g in self._guess_once(closure, transaction)[1].items():
-                        gradients[k] = gradients[k] + g if k in gradients else g
-                if passes > 1:
-                    gradients = {position: g / passes for position, g in gradients.items()}
-            else:
-                plan, records = self._derivatives(closure, transaction)
-                loss = records[0].loss
-                if plan.graph.stream is None:
-                    gradients = self._replay(plan, records, closure, transaction)
-                    self._learn(plan, records[0])
-                else:  # block by block, without another pass
-                    gradients = self._gradients(plan, records[0])
-            self._steps += 1
-            return loss, {k: _laid_out(g, self._params[k]) for k, g in gradients.items()}
+            return self._estimated(closure, transaction)
+
+    def _estimated(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
+        """``_estimate``, within ``_atomic``."""
+        if self.memory in ("store", "auto"):
+            loss, gradients, guesses = self._guess_once(closure, transaction)
+            passes = self.guesses // guesses
+            for lane in range(1, passes):
+                self._noise.lane = lane
+                transaction.rewind()
+                for k, g in self._guess_once(closure, transaction)[1].items():
+                    gradients[k] = gradients[k] + g if k in gradients else g
+            if passes > 1:
+                gradients = {position: g / passes for position, g in gradients.items()}
+        else:
+            plan, records = self._derivatives(closure, transaction)
+            loss = records[0].loss
+            if plan.graph.stream is None:
+                gradients = self._replay(plan, records, closure, transaction)
+                self._learn(plan, records[0])
+            else:  # block by block, without another pass
+                gradients = self._gradients(plan, records[0])
+        self._steps += 1
+        return loss, apart({k: _laid_out(g, self._params[k]) for k, g in gradients.items()})
 
     def _settle(self, closure: Callable[[], Any]) -> None:
         """Replace ``memory="auto"`` by the mode that serves."""
@@ -132,6 +145,10 @@ class Stepping:
         """Why a memory mode does not serve, as far as is known without a graph; None if it does."""
         if memory not in ("replay", "stream"):
             return None
+        if memory == "stream" and graph is not None:
+            self._together = self._together or (together(self.base),)
+            if self._together[0]:
+                return self._together[0]
         if self.orthogonal:
             return f"orthogonal takes all guesses at once, which memory={memory!r} does not keep; use memory='store'"
         for e in dict.fromkeys(e for e in self._estimators if e.learns):
@@ -145,23 +162,26 @@ class Stepping:
         """Everything within, or nothing: an exception leaves all as it was."""
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
-        self._refresh()
+        with exclusive("step() or estimate()"):
+            self._refresh()
+            with lifted(self._params, self._hooks):
+                yield from self._restoring(transaction)
+
+    def _restoring(self, transaction: Transaction | None) -> Iterator[Transaction]:
         noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
         grads, plans = [p.grad for p in self._params], list(self._plans)
         self._noise.follow()
         transaction = transaction or Transaction(self._devices)
         try:
             yield transaction
-        except PartialUpdateError:
+        except BaseException as error:
             transaction.rewind()
-            raise
-        except BaseException:
-            transaction.rewind()
-            self._noise.restore(noise)
-            self._cache.restore(cached)
-            self._steps, self._plans = steps, plans
-            for p, grad in zip(self._params, grads, strict=True):
-                p.grad = grad
+            if not isinstance(error, PartialUpdateError) or error.journal is None:
+                self._noise.restore(noise)
+                self._cache.restore(cached)
+                self._steps, self._plans = steps, plans
+                for p, grad in zip(self._params, grads, strict=True):
+                    p.grad = grad
             raise
         finally:
             self._noise.lane = 0
@@ -323,7 +343,7 @@ class Stepping:
 
     def _stream(self, closure: Callable[[], Any]) -> Tensor:
         """Replay, each gradient applied and freed as soon as it is whole."""
-        with self._atomic(closure) as transaction:
+        with self._atomic(closure) as transaction, unscaled():
             for p in self._params:
                 p.grad = None
             plan, records = self._derivatives(closure, transaction)
@@ -331,12 +351,14 @@ class Stepping:
                 self._replay(plan, records, closure, transaction, deliver=lambda gradients: None)
             self._apply(plan, Journal(transaction.random, tuple(records)), closure, transaction)
             self._steps += 1
-            return records[0].loss
+        self._updated()
+        return records[0].loss
 
     def _apply(self, plan: Plan, journal: Journal, closure: Callable[[], Any], transaction: Transaction) -> None:
-        """The second pass, in which the base updates each parameter as its gradient is whole; its hooks fire once."""
+        """The second pass, in which the base updates each parameter as its gradient is whole."""
 
         def deliver(gradients: dict[int, Tensor]) -> None:
+            hold_interrupts()
             for position, g in gradients.items():
                 self._update_one(position, _laid_out(g, self._params[position]))
                 journal.done.add(position)
@@ -345,16 +367,15 @@ class Stepping:
         try:
             deliver(self._replay(plan, journal.records, closure, transaction, deliver, frozenset(journal.done)))
         except BaseException as error:
-            if not journal.done:
+            if not journal.done or (isinstance(error, PartialUpdateError) and error.journal is None):
                 raise
             raise PartialUpdateError(
                 f"the step failed after {len(journal.done)} of {len(self._by_position)} parameters had been updated "
                 f"({type(error).__name__}: {error}); opt.finish(error.journal, closure) updates the rest",
                 journal,
             ) from error
+        self._updates.passed(self.base)
         self._learn(plan, journal.records[0])
-        self._fire(self.base._optimizer_step_post_hooks)
-        self._pending = False
 
     def _in_turn(
         self, plan: Plan, first: ForwardRecord, closure: Callable[[], Any], transaction: Transaction
@@ -761,39 +782,38 @@ class Stepping:
                 found[position] = _stacked(vs, count) if amplitude == 1 else _stacked(vs, count).mul_(amplitude)
         return found
 
-    def _update(self) -> None:
-        """The base's own step, without the closure; its own hooks fire, the global ones have fired for this
-        optimizer."""
+    def _update(self, arrived: Iterable[Tensor] = ()) -> None:
+        """The base's own step, without the closure, whole or not at all (see ``Updates``); its own hooks before a step
+        fire, the global ones have fired for this optimizer.
+
+        Args:
+            arrived: parameters whose hooks wait for the gradient that is now in ``.grad``.
+        """
         self._fire(self.base._optimizer_step_pre_hooks)
-        self._base_step()
-        self._fire(self.base._optimizer_step_post_hooks)
+        with self._updates.whole(self.base, self._params, self._names):
+            for p in arrived:
+                fire(p)
+            base_step(self.base)
+
+    def _updated(self) -> None:
+        """The step is made: what its own hooks after it raise does not take it back."""
         self._pending = False
+        self._estimated_ids.clear()
+        self._fire(self.base._optimizer_step_post_hooks)
 
     def _fire(self, hooks: Mapping[int, Callable[..., Any]]) -> None:
         for hook in list(hooks.values()):
             hook(self.base, (), {})
 
-    def _base_step(self) -> None:
-        base_step = type(self.base).step
-        plain = getattr(base_step, "__wrapped__", base_step) if getattr(base_step, "hooked", None) else base_step
-        if "step" in vars(self.base):
-            self.base.step()
-        else:
-            with torch.no_grad():
-                plain(self.base)
-
     def _update_one(self, position: int, gradient: Tensor) -> None:
         """The base's step for one parameter, whose gradient is then freed."""
-        p, groups = self._params[position], self.base.param_groups
-        params = [group["params"] for group in groups]
-        p.grad = gradient
+        p, name = self._params[position], self._names[position]
+        p.grad = hooked(gradient, p, self._hooks, name)
         try:
-            for group in groups:
-                group["params"] = [p] if any(q is p for q in group["params"]) else []
-            self._base_step()
+            with only(self.base, p), self._updates.single(self.base, p, name):
+                fire(p)
+                base_step(self.base)
         finally:
-            for group, own in zip(groups, params, strict=True):
-                group["params"] = own
             p.grad = None
 
     # --- which guess, and what a user should hear of it ---

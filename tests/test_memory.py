@@ -223,6 +223,7 @@ def test_stream_never_holds_all_gradients() -> None:
     x = torch.randn(4, 8)
     for _ in range(2):
         opt.step(lambda: net(x).square().mean())
+    held = [count for count in held if count]  # a dry run on copies sees none of these
     assert held == [1] * 24 and all(p.grad is None for p in net.parameters())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from guessopt import ActivationPerturbation, GuessGradOptimizer, GuessWarning, WPerp, WTranspose
+from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, GuessWarning, WPerp, WTranspose
 
 ESTIMATORS = ["directional_descent", "activation_perturbation", "w_transpose", "w_perp"]
 ENGINES = ["fast", "dual", "func"]
@@ -357,6 +357,182 @@ def test_learning_rate_schedulers(build: Callable[[torch.optim.Optimizer], Any],
     assert sequence(guessing, lambda: guessing.step(mean_loss(model))) == expected
 
 
+class Strict(torch.optim.SGD):
+    """Refuses keys of groups that are not its own, and has a mode to be in."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        params = list(params)
+        for group in params:
+            self.check(group)
+        super().__init__(params, lr=lr)
+        self.mode = "train"
+
+    @staticmethod
+    def check(group: Any) -> None:
+        if isinstance(group, dict) and not group.keys() <= {"params", "lr"}:
+            raise ValueError(f"unknown keys {sorted(group)}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.check(param_group)
+        super().add_param_group(param_group)
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+def test_a_base_that_refuses_keys_of_groups() -> None:
+    model = mlp()
+    groups = [{"params": list(model[0].parameters()), "estimator": WPerp(k=3)}]
+    optimizer = GuessGradOptimizer(groups, Strict, "w_transpose", seed=0)
+    optimizer.step(mean_loss(model))
+    optimizer.add_param_group({"params": list(model[3].parameters()), "lr": 0.2})
+    optimizer.add_param_group({"params": model[5].weight, "estimator": "activation_perturbation"})
+    names = [group["estimator"]["name"] for group in optimizer.param_groups]
+    assert names == ["w_perp", "w_transpose", "activation_perturbation"]
+    optimizer.step(mean_loss(model))
+    assert all(p.grad is not None for p in [*model[0].parameters(), *model[3].parameters(), model[5].weight])
+
+
+def test_muon_and_its_like() -> None:
+    model = mlp()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    for memory in ("store", "stream"):
+        optimizer = GuessGradOptimizer(matrices, torch.optim.Muon, lr=0.01, seed=0, memory=memory)
+        before = values(model)
+        for _ in range(2):
+            optimizer.step(mean_loss(model))
+        moved = [not torch.equal(p, q) for p, q in zip(before, values(model), strict=True)]
+        assert moved == [True, False] * 3
+
+
+def test_what_the_base_offers_is_reachable() -> None:
+    model = mlp()
+    optimizer = GuessGradOptimizer(model.parameters(), Strict, seed=0)
+    optimizer.eval()
+    assert optimizer.base.mode == optimizer.mode == "eval"
+    optimizer.train()
+    assert optimizer.mode == "train"
+    plain = sgd(model)
+    assert not hasattr(plain, "train") and not hasattr(plain, "_step_supports_amp_scaling")
+    with pytest.raises(AttributeError, match="nowhere"):
+        _ = plain.nowhere
+
+
+def test_assigned_groups_are_those_of_the_base() -> None:
+    model = mlp()
+    optimizer = sgd(model, lr=0.5)
+    optimizer.step(mean_loss(model))
+    kept = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "estimator")}
+    optimizer.param_groups = [{**kept, "params": list(model[0].parameters()), "lr": 0.25}]
+    assert optimizer.base.param_groups is optimizer.param_groups
+    before = values(model)
+    optimizer.step(mean_loss(model))
+    after = values(model)
+    assert equal(before[2:], after[2:])
+    assert_near(after[:2], [p - 0.25 * q.grad for p, q in zip(before, model[0].parameters(), strict=False)])
+    with pytest.raises(ValueError, match="given twice"):
+        optimizer.param_groups = [{**kept, "params": [model[0].weight, model[0].weight]}]
+
+
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_a_replaced_parameter_is_trained(memory: str) -> None:
+    model = mlp()
+    optimizer = sgd(model, memory=memory)
+    for _ in range(2):
+        optimizer.step(mean_loss(model))
+    old = model[3].weight
+    model[3].weight = new = nn.Parameter(old.detach().clone())
+    optimizer.param_groups[0]["params"][2] = new
+    before, stays = new.detach().clone(), old.detach().clone()
+    optimizer.step(mean_loss(model))
+    assert not torch.equal(new, before) and torch.equal(old, stays)
+
+
+def test_a_parameter_that_the_model_has_replaced_is_named() -> None:
+    model = mlp()
+    optimizer = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, lr=0.1, seed=0)
+    for _ in range(3):
+        optimizer.step(mean_loss(model))
+    model[3].weight = nn.Parameter(model[3].weight.detach().clone())
+    with pytest.warns(GuessWarning, match=r"does not depend on 3\.weight"):
+        optimizer.step(mean_loss(model))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler(fused: bool) -> None:
+    """``scaler.step`` unscales what ``estimate`` of a scaled loss has made; where that is not finite, nothing moves."""
+    model, twin = mlp().float(), mlp().float()
+    twin.load_state_dict(model.state_dict())
+    optimizer = GuessGradOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01, seed=0, fused=fused)
+    reference = GuessGradOptimizer(twin.parameters(), torch.optim.AdamW, lr=0.01, seed=0, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    x = X.float()
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.estimate(lambda: scaler.scale(F.cross_entropy(model(x), LABELS)))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        reference.zero_grad()
+        reference.estimate(lambda: F.cross_entropy(twin(x), LABELS))
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        reference.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    before = values(model)
+    optimizer.zero_grad()
+    optimizer.estimate(mean := lambda: scaler.scale(F.cross_entropy(model(x), LABELS)))
+    assert model[0].weight.grad is not None
+    model[0].weight.grad[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert equal(before, values(model)) and scaler.get_scale() == 512.0
+    optimizer.zero_grad()
+    optimizer.estimate(mean)
+    scaler.step(optimizer)
+    assert not equal(before, values(model))
+
+
+@pytest.mark.parametrize("warm", [0, 5])
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_a_scaled_loss_is_refused_where_nobody_unscales(memory: str, warm: int) -> None:
+    model = mlp()
+    optimizer = sgd(model, memory=memory)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    for _ in range(warm):
+        optimizer.step(mean_loss(model))
+    before = values(model)
+    with pytest.raises(ClosureError, match=r"GradScaler\.scale.*scaler\.step"):
+        optimizer.step(lambda: scaler.scale(mean_loss(model)()))
+    assert equal(before, values(model))
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    optimizer.step(lambda: off.scale(mean_loss(model)()))
+    assert float(scaler.scale(torch.ones(()))) == 65536
+
+
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_averaged_weights_and_their_schedule(memory: str) -> None:
+    model = mlp()
+    optimizer = sgd(model, memory=memory)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2)
+    seen = [values(model)]
+    average.update_parameters(model)
+    for _ in range(3):
+        optimizer.step(mean_loss(model))
+        average.update_parameters(model)
+        schedule.step()
+        seen.append(values(model))
+    assert_near(average.module.parameters(), [sum(ps) / 4 for ps in zip(*seen, strict=True)], 1e-9)  # type: ignore[misc]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
 # --------------------------------------------------------------------------------------------------- state
 
 
@@ -481,13 +657,144 @@ def test_step_of_a_closure_equals_zero_grad_estimate_step() -> None:
     assert equal(values(model), values(twin))
 
 
-def test_step_accepts_gradients_from_elsewhere() -> None:
-    model = mlp()
-    optimizer = sgd(model, lr=0.5)
+def backward(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
     mean_loss(model)().backward()
-    before = values(model)
+
+
+def estimate(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    optimizer.estimate(mean_loss(model))
+
+
+def assign(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p, g in zip(model.parameters(), torch.autograd.grad(mean_loss(model)(), list(model.parameters())), strict=True):
+        p.grad = g
+
+
+def replace(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = 0.5 * p.grad if p.grad is not None else None
+
+
+def scale(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.div_(2)
+
+
+def zeros(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+def unscale(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+
+
+Act = Callable[[GuessGradOptimizer, nn.Module], Any]
+
+
+def zero_grad(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    optimizer.zero_grad()
+
+
+def fill_zero(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+
+
+def apply(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
     optimizer.step()
-    assert_near(values(model), [p - 0.5 * g for p, g in zip(before, grads(model), strict=True)])
+
+
+def clip(optimizer: GuessGradOptimizer, model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+#: What happens before ``step()``, and whether the gradients are the optimizer's own.
+ORIGINS: list[tuple[bool, list[Act]]] = [
+    (False, [backward]),
+    (False, [estimate, backward]),
+    (False, [backward, estimate]),
+    (False, [estimate, scale, backward]),
+    (False, [estimate, fill_zero, backward]),
+    (False, [estimate, zero_grad, backward]),
+    (False, [estimate, apply, zero_grad, backward]),
+    (False, [estimate, apply, backward]),
+    (False, [assign]),
+    (False, [assign, estimate]),
+    (False, [estimate, apply, assign]),
+    (True, [estimate]),
+    (True, [estimate, estimate]),
+    (True, [estimate, clip]),
+    (True, [estimate, scale, estimate, replace, clip]),
+    (True, [estimate, unscale]),
+    (True, [zeros, estimate]),
+    (True, [estimate, apply, fill_zero, estimate]),
+    (True, [backward, fill_zero, estimate]),
+    (True, [backward, zero_grad, estimate]),
+    (True, [estimate, apply]),  # once more, as with any optimizer of torch
+    (True, [estimate, replace, apply]),
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "acts"), ORIGINS, ids=[f"{own}: {' '.join(f.__name__ for f in acts)}" for own, acts in ORIGINS]
+)
+def test_step_applies_only_gradients_that_it_estimated(own: bool, acts: list[Act]) -> None:
+    model, twin = mlp(), mlp()
+    optimizer, allowing = sgd(model, lr=0.5), sgd(twin, lr=0.5, foreign_gradients="allow")
+    for act in acts:
+        act(optimizer, model)
+        act(allowing, twin)
+    before, held = values(model), grads(model)
+    if not own:
+        with pytest.raises(RuntimeError, match=r"gradient of parameter 0 .*step\(closure\).*foreign_gradients='allow'"):
+            optimizer.step()
+        assert equal(before, values(model)) and equal(held, grads(model))
+        optimizer.step(mean_loss(model)) if not optimizer._pending else optimizer.zero_grad()
+    else:
+        optimizer.step()
+        assert_near(values(model), [p - 0.5 * g for p, g in zip(before, held, strict=True)])
+    allowing.step()
+
+
+def test_copies_and_files_of_models_and_gradients() -> None:
+    """Noticing ``backward()`` leaves nothing on a model that a copy or a file would stumble over."""
+    model = mlp()
+    optimizer = sgd(model)
+    optimizer.estimate(mean_loss(model))
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    mean_loss(twin)().backward()
+    mean_loss(loaded)().backward()
+    file = io.BytesIO()
+    torch.save([p.grad for p in model.parameters()], file)
+    file.seek(0)
+    assert equal(torch.load(file, weights_only=True), grads(model))
+    optimizer.step()  # what the copies did is not noticed here
+
+
+def test_one_parameter_with_a_foreign_gradient_is_named() -> None:
+    model = mlp()
+    optimizer = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, lr=0.5)
+    optimizer.estimate(mean_loss(model))
+    F.linear(X, model[0].weight).sum().backward()
+    with pytest.raises(RuntimeError, match=r"gradient of 0\.weight that"):
+        optimizer.step()
+
+
+def test_gradients_share_no_memory() -> None:
+    """Of ``a + b`` autograd makes one gradient for both: clipping must not scale it twice."""
+    a, b = (nn.Parameter(torch.randn(4, 5, dtype=torch.float64)) for _ in range(2))
+    optimizer = GuessGradOptimizer([a, b], torch.optim.SGD, lr=0.1, seed=0)
+    optimizer.estimate(lambda: F.cross_entropy(F.linear(X, a + b), LABELS))
+    assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+    a.grad.mul_(2)
+    assert not torch.equal(a.grad, b.grad)
 
 
 CLEARED: dict[str, Callable[[GuessGradOptimizer, nn.Module], Any]] = {

@@ -19,6 +19,8 @@ from guessopt.engine.forward import Pass
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import Level
 from guessopt.engine.planning import Transaction
+from guessopt.exclusive import exclusive
+from guessopt.hooks import lifted
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import ForwardRecord, Joint, Layout, Site, SiteGraph
 from guessopt.stepping import lasting
@@ -32,14 +34,15 @@ T = TypeVar("T")
 def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
     """Whatever runs within leaves no trace: the closure's side effects and random states are undone, nothing has been
     learned, and prepared states are no older."""
-    steps, learned = opt._steps, opt._cache.learned()
-    transaction = Transaction(opt._devices)
-    try:
-        yield transaction
-    finally:
-        transaction.rewind()
-        opt._steps = steps
-        opt._cache.relearn(learned)
+    with exclusive("a measurement"), lifted(opt._params, opt._hooks):
+        steps, learned = opt._steps, opt._cache.learned()
+        transaction = Transaction(opt._devices)
+        try:
+            yield transaction
+        finally:
+            transaction.rewind()
+            opt._steps = steps
+            opt._cache.relearn(learned)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from guessopt.diagnostics.gradients import joined
 from guessopt.diagnostics.plots import curve
 from guessopt.diagnostics.reverse import Closure, ReversePass, Truth, draw, measuring, named
+from guessopt.hooks import mark
 from guessopt.optimizer import GuessGradOptimizer
 
 STEP_SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -139,6 +140,7 @@ class CosineMatched:
         loss, gradients = self._gradient(opt, closure)
         for position, p in opt._by_position.items():
             p.grad = gradients[opt._names[position]]
+            mark(p.grad)
         opt.step()
         return loss
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError, refusal, refused
+from guessopt.exclusive import running
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -194,7 +195,7 @@ class Interceptor(TorchFunctionMode):
             with self:  # its projections are ordinary calls
                 return _attention(*args, **kwargs)
         if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
-            return self.requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
+            return self._requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
         if torch.is_inference_mode_enabled():
             raise ClosureError(
                 f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
@@ -227,6 +228,12 @@ class Interceptor(TorchFunctionMode):
         """One torch call: its number in the closure, its arguments, their tensors, and their outline (``split``)."""
         raise NotImplementedError
 
+    def _requires_grad(self, answer: bool) -> bool:
+        asks = sys._getframe(2)
+        if asks.f_globals.get("__name__") == "torch.utils.hooks" and torch.is_grad_enabled():
+            raise _module_hook(getattr(asks.f_locals.get("self"), "module", None))
+        return self.requires_grad(answer)
+
     def requires_grad(self, answer: bool) -> bool:
         """What the closure is told when it asks an activation whether it requires grad."""
         return answer
@@ -252,7 +259,7 @@ class Interceptor(TorchFunctionMode):
     def run(self, closure: Callable[[], Any]) -> Any:
         """The closure's result under this mode, with gradients enabled as a training script has them."""
         with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
-            return closure()
+            return running(closure)
 
 
 # The same code, but that it does not hand itself over to the function mode as a whole.
@@ -334,6 +341,35 @@ def _refuse(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     )
 
 
+def _refuse_hook(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise ClosureError(
+        f"the closure calls {fn.__name__}() on a tensor of shape {list(args[0].shape)}: no gradient of the loss "
+        "passes through the network here, so that the hook would never be called; change the gradient by a "
+        "torch.autograd.Function with a jvp or a differentiable backward, and register hooks on parameters outside the "
+        "closure"
+    )
+
+
+def _module_hook(module: Any) -> ClosureError:
+    return ClosureError(
+        f"a module of the closure{'' if module is None else f' ({type(module).__name__})'} has a backward hook "
+        "(register_full_backward_hook, register_full_backward_pre_hook or register_backward_hook): no gradient of the "
+        "loss passes through the network here, so that it would never be called; remove it, or change the gradient by "
+        "a torch.autograd.Function with a jvp or a differentiable backward"
+    )
+
+
+def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
+    asks = sys._getframe(2)
+    where = asks.f_globals.get("__name__") if torch.is_grad_enabled() else None
+    if where == "torch.nn.modules.module":
+        raise _module_hook(asks.f_locals.get("self"))
+    if where == "torch.autograd.graph":
+        _refuse_hook(torch.autograd.graph.register_multi_grad_hook, args, kwargs)
+    return fn(*args)
+
+
 # HF's gradient checkpointing sets requires_grad on activations; hooks and retain_grad speak of a graph that is not
 # there.
 _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -342,6 +378,9 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.requires_grad.__set__: _nothing,  # type: ignore[attr-defined]
     Tensor.retain_grad: _nothing,
     Tensor.grad.__set__: _plainly,  # type: ignore[union-attr]
+    Tensor.register_hook: _refuse_hook,
+    Tensor.register_post_accumulate_grad_hook: _refuse_hook,
+    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
     Tensor.backward: _refuse,
     torch.autograd.backward: _refuse,
     torch.autograd.grad: _refuse,
