@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.engine.planning import Transaction, trace
 from guessopt.errors import GuessWarning
-from guessopt.tracing.interceptor import Interceptor, tensors_in
+from guessopt.tracing.interceptor import Interceptor, read_by, tensors_in
 
 if TYPE_CHECKING:
     from guessopt.stepping import Stepping
@@ -301,8 +301,9 @@ class _Saved(Interceptor):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         tensors: list[Tensor],
-        mine: list[Tensor],
+        outline: list[Any],
     ) -> Any:
+        mine = [t for t in read_by(fn, tensors) if id(t) in self.params or id(t) in self.expressions]
         out = fn(*args, **kwargs)
         for m in mine:
             self.last |= dict.fromkeys(self.positions(m), index)
@@ -312,7 +313,7 @@ class _Saved(Interceptor):
         results = [t for t in tensors_in((out,)) if t.requires_grad]
         self.made.append(sum(t.nbytes for t in results))
         if mine and len(mine) == len(tensors):
-            self.express(out, mine)
+            self.express(tensors_in((out,)) if out is not None else tensors[:1], mine)
         else:
             for t in results:
                 self._values[t] = len(self.spans)

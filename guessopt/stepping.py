@@ -165,8 +165,10 @@ class Stepping:
         with exclusive("step() or estimate()"):
             self._refresh()
             with lifted(self._params, self._hooks):
-                yield from self._restoring(transaction)
+                with self._restoring(transaction) as started:
+                    yield started
 
+    @contextmanager
     def _restoring(self, transaction: Transaction | None) -> Iterator[Transaction]:
         noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
         grads, plans = [p.grad for p in self._params], list(self._plans)

@@ -258,8 +258,13 @@ class Interceptor(TorchFunctionMode):
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """The closure's result under this mode, with gradients enabled as a training script has them."""
-        with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
-            return running(closure)
+        try:
+            with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
+                return running(closure)
+        except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # which came while torch had taken a mode away
+                raise error.__context__ from None
+            raise
 
 
 # The same code, but that it does not hand itself over to the function mode as a whole.
