@@ -506,6 +506,8 @@ class Stepping:
             round.locals[site.index] = local = lasting(local, values, source)
             if not estimator.injects(self._steps, plan.graph):
                 return None
+        if 0 in site.shape:  # an expert to which no token goes
+            return s.new_zeros((round.count, *site.shape) if several else site.shape)
         lanes = source.lanes
         if site.by_parameter and estimator.per_example_parameters:
             noise = centred(estimator.noise)
@@ -515,7 +517,7 @@ class Stepping:
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
-            made = (estimator.sample(state, local) for _ in lanes(round.count))
+            made = (_typed(estimator.sample(state, local), s) for _ in lanes(round.count))
             if joint is not None:
                 each_site = zip(joint.sites, *made, strict=True)
                 round.joined |= {index: _stacked(ys, round.count) for index, *ys in each_site}
@@ -774,6 +776,11 @@ def _let_go(graph: SiteGraph, locals: dict[int, Local], visit: Visit) -> None:
     for index, position in graph.rectified.get(visit.call.index, ()):
         if index in locals:
             locals[index].s = visit.args[position]
+
+
+def _typed(y: Any, s: Tensor) -> Any:
+    """The guess in the dtype of the site's output: the next weight may have another one."""
+    return y.to(s.dtype) if isinstance(y, Tensor) else y
 
 
 def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:

@@ -238,6 +238,9 @@ class Pass(Interceptor):
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
         results = tensors_in((out,)) if out is not None else tensors[:1]
+        for where, k, value in self.graph.watch.get(index, ()) if len(results) > 1 else ():
+            if where == "out":  # a guess for one output may need the others (an LSTM cell's two states)
+                self._keep(value, results[k])
         for site in sites:
             s = results[site.output]
             if tuple(s.shape) != site.shape:

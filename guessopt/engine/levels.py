@@ -404,8 +404,13 @@ def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _unpack(t: Tensor) -> tuple[Tensor, Tensor | None]:
     """``fw.unpack_dual`` without its checks: a level is known to be open, and levels do not nest."""
-    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0) if t.is_floating_point() else (t, None)
+    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0) if _may_move(t) else (t, None)
     return pair
+
+
+def _may_move(t: Tensor) -> bool:
+    """Whether a tensor can carry a tangent: floating point, and not sparse."""
+    return t.is_floating_point() and t.layout is torch.strided
 
 
 def _unpack_any(node: Any) -> tuple[Any, Any]:

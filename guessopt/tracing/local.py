@@ -231,6 +231,13 @@ class JointLocal(Local):
         return (evaluate(self.joint.program, values, known=known)[segment.matrices[0].x],)
 
 
+def alike(t: Tensor, w: Tensor) -> Tensor:
+    """``t`` in the dtype of ``w``, for a product of the two; as it is where autocast brings both to one dtype."""
+    if t.dtype is w.dtype or (w.dtype is not torch.float64 and autocast_of(t)):
+        return t
+    return t.to(w.dtype)
+
+
 def dense(w: Tensor) -> Tensor:
     """A weight as numbers: what is kept quantised, in a tensor class of its own, is unpacked."""
     return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
