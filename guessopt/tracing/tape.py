@@ -73,7 +73,9 @@ class Tape(Interceptor):
                 self.outside[v] = t
             if isinstance(t, torch.nn.Parameter) or id(t) in self.expressions:
                 self.weights.add(v)
-        recorded_args, recorded_kwargs = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
+        recorded_args, recorded_kwargs = tree_map_only(
+            Tensor, lambda t: Value(self.value(t)), (args, kwargs), is_leaf=lambda node: isinstance(node, torch.Size)
+        )  # a size stays a size: ``t.new(size)`` takes a tuple for data
         self.mutations_of(index, fn, args, kwargs, tensors, inputs)
 
         versions = [_version(t) for t in tensors]
