@@ -34,11 +34,12 @@ from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projec
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.memory import choose
-from guessopt.rng import NoiseSource
+from guessopt.rng import NoiseSource, RandomState
 from guessopt.rules.base import Known
+from guessopt.rules.drawing import draws_now
 from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
 from guessopt.tracing.interceptor import without_autocast
-from guessopt.tracing.local import JointLocal, Local, centred, draw
+from guessopt.tracing.local import JointLocal, Local, Random, centred, draw, walked
 
 #: What a step keeps: see ``GuessGradOptimizer``.
 MODES = ("store", "replay", "stream")
@@ -50,13 +51,15 @@ MAX_PLANS = 16
 @dataclass
 class Round:
     """What the guesses of one pass have in common: how many at each site, their stream, what they have found of calls
-    to come (None: of no use), those made ahead for parallel sites, and what estimators that learn will need."""
+    to come (None: of no use), those made ahead for parallel sites, and what estimators that learn will need: the sites,
+    and the random states before the network's own draws, by call."""
 
     count: int
     source: NoiseSource
     known: dict[int, Known] | None
     joined: dict[int, Tensor] = field(default_factory=dict)
     locals: dict[int, Local] = field(default_factory=dict)
+    random: Random = field(default_factory=dict)
 
 
 class Stepping:
@@ -211,7 +214,7 @@ class Stepping:
             if any(lesson.looks for lesson in record.lessons.values()):
                 transaction.rewind()
                 try:
-                    self._show(plan, record.lessons, "look", record.noise, closure, transaction)
+                    self._show(plan, record.lessons, "look", record.noise, closure, transaction, record.random)
                 except Departure:
                     raise unstable() from None
         assert plan is not None
@@ -231,7 +234,7 @@ class Stepping:
         guesses, known = [], dict[int, Known]()
         for lane, record in enumerate(records):
             source, record.params = self._again(record.noise, record.count, lane)
-            round = Round(record.count, source, known)
+            round = Round(record.count, source, known, random=record.random)
             if record.lessons:
                 guesses.append(self._shown(plan, record.lessons, "serve", round))
             else:
@@ -255,12 +258,23 @@ class Stepping:
         noise: Any,
         closure: Callable[[], Any],
         transaction: Transaction,
+        random: Random,
     ) -> None:
         """A pass of its own, for estimators that must see every site before they can guess, or serve, at one."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         source, directions = self._again(noise)
-        guess = self._shown(plan, lessons, how, Round(1, source, None))
+        guess = self._shown(plan, lessons, how, Round(1, source, None, random=random))
         Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=False).run(closure)
+
+    def _draws(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, random: dict[int, RandomState | None]
+    ) -> None:
+        """A pass that does no more than note the random states before the network's own draws."""
+        level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
+        run = Pass(self._ids, plan.graph, level, lambda *_: None, {}, transaction.saved, keeps=False)
+        run.random = random
+        run.run(closure)
+        transaction.rewind()
 
     def _again(self, noise: Any, count: int = 1, lane: int = 0) -> tuple[NoiseSource, dict[int, Tensor]]:
         """The guesses' stream as it stood before a pass, past the guesses for parameters; and these."""
@@ -443,15 +457,18 @@ class Stepping:
         guesses, lessons = self._guesses_of(plan), self._lessons(plan)
         keeps = keeps or plan.graph.stream is not None
         before = None if keeps else self._noise.snapshot()
+        random = dict[int, RandomState | None].fromkeys(_redrawn(plan.graph)) if lessons else {}
         while not keeps and any(lesson.begins for lesson in lessons.values()):
-            self._show(plan, lessons, "begin", before, closure, transaction)
+            if None in random.values():  # what the network draws, before anything is begun
+                self._draws(plan, closure, transaction, random)
+            self._show(plan, lessons, "begin", before, closure, transaction, random)
             transaction.rewind()
         level = self._level()
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
         elif isinstance(level, FastLevel) and self._rests(plan):
             level = self._resting(plan)
-        round = Round(count, self._noise, {} if level.resumes else None)
+        round = Round(count, self._noise, {} if level.resumes else None, random=random)
         guess: Guess = partial(self._guess, plan, round)
         if lessons and not keeps:
             guess = self._shown(plan, lessons, "see", round)
@@ -464,6 +481,8 @@ class Stepping:
             keeps=keeps, left=left, direct=self._direct(plan, lessons),
         )  # fmt: skip
         run.known = {} if round.known is None else round.known
+        if random:
+            run.random = random
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
         record.noise, record.lessons = before, lessons
@@ -503,7 +522,8 @@ class Stepping:
         if joint is not None:
             local = JointLocal(joint, site, s, values, source, several=several, known=known)
         if estimator.learns:
-            round.locals[site.index] = local = lasting(local, values, source)
+            local = lasting(local, values, source)
+            round.locals[site.index] = local.replaying(round.random) if round.random else local
             if not estimator.injects(self._steps, plan.graph):
                 return None
         if 0 in site.shape:  # an expert to which no token goes
@@ -768,6 +788,16 @@ def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
         return y
 
     return forgetting
+
+
+def _redrawn(graph: SiteGraph) -> frozenset[int]:
+    """Calls that draw and that estimators which learn run once more, site by site."""
+
+    def found() -> frozenset[int]:
+        segments = [site.segment for site in graph.sites if site.segment is not None]
+        return frozenset(call.index for segment in segments for call in walked(segment) if draws_now(call))
+
+    return frozenset() if graph.stream is not None else graph.derive("redrawn", found)
 
 
 def _let_go(graph: SiteGraph, locals: dict[int, Local], visit: Visit) -> None:

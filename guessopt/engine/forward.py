@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
 from guessopt.errors import ClosureError
-from guessopt.rng import RandomState, cuda_devices, draws
+from guessopt.rng import RandomState, draws
 from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
@@ -111,7 +111,7 @@ class Pass(Interceptor):
                 self._keep(value, tensors[k])
 
         if index in self.random:
-            self.random[index] = RandomState.capture(cuda_devices(tensors))
+            self.random[index] = RandomState.before(args, kwargs)
         out = self._run(index, kind, fn, args, kwargs, tensors, mine)
 
         cuts = graph.cuts_at.get(index)
@@ -272,7 +272,7 @@ class Pass(Interceptor):
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
-        state = RandomState.capture(cuda_devices(tensors)) if draws(fn) else None
+        state = RandomState.before(args, kwargs) if draws(fn) else None
         return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
 
     def leave(self, visit: Visit) -> None:
