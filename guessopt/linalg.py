@@ -61,6 +61,8 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
     tensor([[[1., 0., 0.],
              [0., 1., 0.]]])
     """
+    if not bool(torch.isfinite(rows).all()):  # of weights that were not finite for a while
+        return right_singular_basis(w, rows.shape[-2])
     work = w if w.dtype in (torch.float32, torch.float64) else w.float()
     q = rows.mT.to(work.dtype)
     for _ in range(iterations):

@@ -154,8 +154,9 @@ def _names_drawing(fn: FunctionType, seen: frozenset[FunctionType] = frozenset()
         if _is_drawing_operation(name):
             return True
         other = fn.__globals__.get(name)
-        follows = isinstance(other, FunctionType) and _is_of_torch(other) and name != "handle_torch_function"
-        if follows and other not in seen and _names_drawing(other, seen):
+        if not isinstance(other, FunctionType) or name == "handle_torch_function" or other in seen:
+            continue
+        if _is_of_torch(other) and _names_drawing(other, seen):
             return True
     return False
 

@@ -33,6 +33,7 @@ from guessopt.engine.replay import Deliver, Journal, Replay
 from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
+from guessopt.estimators.moments import sound
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource, RandomState
 from guessopt.rules.base import Known
@@ -324,11 +325,16 @@ class Stepping:
         }
 
     def _learn(self, plan: Plan, record: ForwardRecord) -> None:
-        """What was learned in this step serves from the next pass on."""
+        """What was learned in this step serves from the next pass on; from a batch that is not finite nothing is."""
         guesses = self._guesses_of(plan)
+        finite = None if self.check_finite or not record.lessons else _finite(record)
         for lesson in record.lessons.values():
             for index, state in lesson.learned().items():
-                self._cache.put(guesses[index][2], self._steps, state)
+                key = guesses[index][2]
+                if finite is not None:
+                    state = sound(state, self._cache.peek(key), finite)
+                if state is not None:
+                    self._cache.put(key, self._steps, state)
 
     def _stream(self, closure: Callable[[], Any]) -> Tensor:
         """Replay, each gradient applied and freed as soon as it is whole."""
@@ -777,6 +783,12 @@ def _laid_out(g: Tensor, p: Tensor) -> Tensor:
     if g.layout is not torch.strided or g.stride() == p.stride():
         return g
     return torch.empty_like(p, requires_grad=False).copy_(g)
+
+
+def _finite(record: ForwardRecord) -> Tensor:
+    """Whether the loss, the errors and the directional derivatives are, as a number on the loss's device."""
+    parts = (record.loss, record.d, *record.errors)
+    return torch.isfinite(torch.stack([t.detach().sum().to(record.loss) for t in parts]).sum())
 
 
 def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
