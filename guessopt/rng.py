@@ -150,13 +150,16 @@ def _is_of_torch(fn: Callable[..., Any]) -> bool:
 def _names_drawing(fn: FunctionType, seen: frozenset[FunctionType] = frozenset()) -> bool:
     """Whether a function of torch's names an operation that draws, or another function that does."""
     seen |= {fn}
-    for name in fn.__code__.co_names:
-        if _is_drawing_operation(name):
-            return True
-        other = fn.__globals__.get(name)
-        if not isinstance(other, FunctionType) or name == "handle_torch_function" or other in seen:
-            continue
-        if _is_of_torch(other) and _names_drawing(other, seen):
+    if any(_is_drawing_operation(name) for name in fn.__code__.co_names):
+        return True
+    named = [fn.__globals__.get(name) for name in fn.__code__.co_names if name != "handle_torch_function"]
+    for other in (*named, *(cell.cell_contents for cell in fn.__closure__ or ())):
+        if (
+            isinstance(other, FunctionType)
+            and other not in seen
+            and _is_of_torch(other)
+            and _names_drawing(other, seen)
+        ):
             return True
     return False
 

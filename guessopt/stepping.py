@@ -553,7 +553,7 @@ class Stepping:
             if not estimator.debias:
                 return ys
             each = ys if several else [ys]
-            return ys, _stacked((estimator.correct(state, local, y) for y in each), round.count)
+            return ys, _stacked((_typed(estimator.correct(state, local, y), s) for y in each), round.count)
 
     def _formed(
         self, plan: Plan, record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None] | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
 from guessopt.errors import ClosureError
-from guessopt.rng import RandomState, draws
+from guessopt.rng import RandomState, draws, replayed
 from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
@@ -183,10 +183,12 @@ class Pass(Interceptor):
             with self._mode(index):
                 return self._site(index, fn, args, kwargs, tensors, mine)
         if kind is Kind.EXPRESSION:
+            state = RandomState.before(args, kwargs) if self.duals and draws(fn) else None
             out = fn(*args, **kwargs)
             self.express(out, mine)
-            if self.duals:
-                self._express_duals(fn, args, kwargs, out)
+            if self.duals and any(t.requires_grad for t in tensors_in((out,))):
+                with replayed(state):  # the same noise in both
+                    self._express_duals(fn, args, kwargs, out)
             return out
         if kind is Kind.STOPPED:
             args, kwargs = _map(args, self.level.primal), _map(kwargs, self.level.primal)
