@@ -298,6 +298,32 @@ def test_awkward_networks(estimator: str, network: str) -> None:
         torch.testing.assert_close(other, first)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("kind", ["coo", "listed", "csr"])
+@pytest.mark.parametrize("memory", ["store", "replay"])
+def test_trainable_values_of_a_sparse_matrix(kind: str, memory: str) -> None:
+    """Before the head, learned feedback is exact."""
+    torch.manual_seed(0)
+    values, head = nn.Parameter(torch.rand(N, dtype=torch.float64)), nn.Linear(4, 3).double()
+    x, rows, columns = torch.randn(N, 4, dtype=torch.float64), torch.arange(N), torch.arange(N).flip(0)
+    make = {
+        "coo": lambda: torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (N, N)),
+        "listed": lambda: torch.sparse_coo_tensor([rows.tolist(), columns.tolist()], values, (N, N)),
+        "csr": lambda: torch.sparse_csr_tensor(torch.arange(N + 1), columns, values, (N, N)),
+    }[kind]
+
+    def closure() -> Tensor:
+        return F.cross_entropy(head(torch.tanh(make() @ x)), labels(N, 3))
+
+    (true,) = torch.autograd.grad(closure(), [values])
+    named = [("values", values), *head.named_parameters()]
+    feedback = LearnedFeedback(gamma=0, residual=False)
+    opt = GuessGradOptimizer(named, torch.optim.SGD, feedback, lr=1.0, seed=1, memory=memory)
+    before = values.detach().clone()
+    opt.step(closure)
+    torch.testing.assert_close(before - values.detach(), true)
+
+
 def test_an_empty_batch_is_refused_all_the_same() -> None:
     net, _ = of(lambda m, x: m.h(torch.relu(m.a(x))), a=lin(4, 8), h=lin(8, 3))()
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=0.1, seed=1)
