@@ -420,3 +420,21 @@ def test_a_batch_that_is_not_finite_teaches_nothing(memory: str, options: dict[s
             if isinstance(value, Tensor):
                 assert torch.equal(value, before[key][name]), (key, name)
     step(0.0)
+
+
+@pytest.mark.parametrize("memory", ["store", "replay"])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm1d, nn.BatchNorm1d])
+@pytest.mark.parametrize("estimator", ["activation_perturbation", "w_perp", "downstream", "learned_feedback"])
+def test_running_statistics_move_once_a_step(estimator: str, norm: type[nn.InstanceNorm1d], memory: str) -> None:
+    """However often guesses and rules run the norm once more."""
+    made = of(
+        lambda m, x: m.h(torch.relu(m.b(m.n(m.a(x)))).flatten(1)), 4, 5,
+        a=lambda: nn.Conv1d(4, 4, 1), n=lambda: norm(4, affine=True, track_running_stats=True),
+        b=lambda: nn.Conv1d(4, 4, 1), h=lin(20, 3),
+    )  # fmt: skip
+    net, closure = made()
+    closure()
+    moved = [net.n.running_mean.clone(), net.n.running_var.clone()]
+    net, closure = made()
+    update((net, closure), ESTIMATORS[estimator], memory=memory)
+    torch.testing.assert_close([net.n.running_mean, net.n.running_var], moved)

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
+from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push, without_side_effects
 from guessopt.rules.drawing import draws_now
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
-from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Segment, Shape, Site, Value
 from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, tensors_in
 
