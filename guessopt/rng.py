@@ -37,30 +37,36 @@ class RandomState:
         self.generators = tuple(generators)
 
     @classmethod
-    def capture(cls, devices: tuple[int, ...] = (), generators: Iterable[torch.Generator] = ()) -> RandomState:
-        """Record; ``devices`` are the CUDA devices in use, ``generators`` others beside the global ones."""
-        numpy = sys.modules.get("numpy")
+    def capture(
+        cls, devices: tuple[int, ...] = (), generators: Iterable[torch.Generator] = (), *, torch_alone: bool = False
+    ) -> RandomState:
+        """Record; ``devices`` are the CUDA devices in use, ``generators`` others beside the global ones;
+        ``torch_alone``: nothing but torch's generators."""
+        numpy = None if torch_alone else sys.modules.get("numpy")
         return cls(
             torch.get_rng_state(),
             {device: torch.cuda.get_rng_state(device) for device in devices},
             numpy.random.get_state() if numpy is not None else None,
-            random.getstate(),
+            None if torch_alone else random.getstate(),
             ((generator, generator.get_state()) for generator in generators),
         )
 
     @classmethod
-    def before(cls, args: Any, kwargs: dict[str, Any]) -> RandomState:
-        """What a call with these arguments may draw from: the global generators, and one that it is given.
+    def before(cls, args: Any, kwargs: dict[str, Any], *fns: Callable[..., Any]) -> RandomState:
+        """What calls with these arguments may draw from: the global generators, and one that they are given.
+
+        Args:
+            fns: the functions; where all are torch's own, these draw from torch's generators alone.
 
         >>> generator = torch.Generator()
-        >>> len(RandomState.before(((2, 3),), {"generator": generator}).generators)
+        >>> len(RandomState.before(((2, 3),), {"generator": generator}, torch.rand).generators)
         1
         """
         devices, generators = set[int](), list[torch.Generator]()
         _sources((args, kwargs), devices, generators)
         if torch.cuda.is_initialized() and (not devices or torch.get_default_device().type == "cuda"):
             devices.add(torch.cuda.current_device())  # it may name no device, and take the default
-        return cls.capture(tuple(devices), generators)
+        return cls.capture(tuple(devices), generators, torch_alone=bool(fns) and all(map(_is_of_torch, fns)))
 
     def restore(self) -> None:
         """Put every generator back to the recorded state."""
@@ -72,7 +78,8 @@ class RandomState:
         numpy = sys.modules.get("numpy")
         if numpy is not None and self.numpy is not None:
             numpy.random.set_state(self.numpy)
-        random.setstate(self.python)
+        if self.python is not None:
+            random.setstate(self.python)
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -86,7 +93,8 @@ def replayed(state: RandomState | None) -> Iterator[None]:
     if state is None:
         yield
         return
-    now = RandomState.capture(tuple(state.devices), (generator for generator, _ in state.generators))
+    generators = (generator for generator, _ in state.generators)
+    now = RandomState.capture(tuple(state.devices), generators, torch_alone=state.python is None)
     state.restore()
     try:
         yield
@@ -144,7 +152,10 @@ def _is_drawing_operation(name: str) -> bool:
 
 
 def _is_of_torch(fn: Callable[..., Any]) -> bool:
-    return (getattr(fn, "__module__", None) or "").partition(".")[0] == "torch"
+    """Whether it is one of torch's own functions: built in, or written in Python."""
+    if isinstance(fn, FunctionType):
+        return fn.__module__.partition(".")[0] == "torch"
+    return not isinstance(fn, type) and type(fn).__module__ in _BUILT_IN
 
 
 def _names_drawing(fn: FunctionType, seen: frozenset[FunctionType] = frozenset()) -> bool:

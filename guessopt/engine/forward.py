@@ -111,7 +111,7 @@ class Pass(Interceptor):
                 self._keep(value, tensors[k])
 
         if index in self.random:
-            self.random[index] = RandomState.before(args, kwargs)
+            self.random[index] = RandomState.before(args, kwargs, fn)
         out = self._run(index, kind, fn, args, kwargs, tensors, mine)
 
         cuts = graph.cuts_at.get(index)
@@ -183,7 +183,7 @@ class Pass(Interceptor):
             with self._mode(index):
                 return self._site(index, fn, args, kwargs, tensors, mine)
         if kind is Kind.EXPRESSION:
-            state = RandomState.before(args, kwargs) if self.duals and draws(fn) else None
+            state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
             out = fn(*args, **kwargs)
             self.express(out, mine)
             if self.duals and any(t.requires_grad for t in tensors_in((out,))):
@@ -274,7 +274,7 @@ class Pass(Interceptor):
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
-        state = RandomState.before(args, kwargs) if draws(fn) else None
+        state = RandomState.before(args, kwargs, fn) if draws(fn) else None
         return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
 
     def leave(self, visit: Visit) -> None:

@@ -309,7 +309,11 @@ def evaluate(
     """
     values, random = dict(values), random or {}
     anew = [c for c in calls if draws(c.fn) and c.fn not in DROPOUT and random.get(c.index) is None and draws_now(c)]
-    state = RandomState.before([*values.values(), *((c.args, c.kwargs) for c in anew)], {}) if anew else None
+    state = (
+        RandomState.before([*values.values(), *((c.args, c.kwargs) for c in anew)], {}, *(c.fn for c in anew))
+        if anew
+        else None
+    )
     with replayed(state):
         _run(calls, values, variables, known, random)
     return values
