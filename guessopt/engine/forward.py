@@ -186,7 +186,7 @@ class Pass(Interceptor):
             state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
             out = fn(*args, **kwargs)
             self.express(out, mine)
-            if self.duals and any(t.requires_grad for t in tensors_in((out,))):
+            if self.duals and any(self.plain(t).requires_grad for t in tensors_in((out,))):
                 with replayed(state):  # the same noise in both
                     self._express_duals(fn, args, kwargs, out)
             return out
