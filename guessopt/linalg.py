@@ -61,6 +61,8 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
     tensor([[[1., 0., 0.],
              [0., 1., 0.]]])
     """
+    if not bool(torch.isfinite(rows).all()):  # of weights that were not finite for a while
+        return right_singular_basis(w, rows.shape[-2])
     work = w if w.dtype in (torch.float32, torch.float64) else w.float()
     q = rows.mT.to(work.dtype)
     for _ in range(iterations):
@@ -155,7 +157,8 @@ def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     """
     o, i = w.shape
     k = min(k, o, i)
-    work, mask, start = (t if t.dtype is torch.float64 else t.float() for t in (w, m, start))
+    work = w if w.dtype is torch.float64 else w.float()
+    mask, start = m.to(work.dtype), start.to(work.dtype)
     chunk = (GPU_CHUNK if w.is_cuda else CHUNK) // i
     if min(o, i) <= EXACT_SIDE:
         found = [_exact_masked(work, part, k) for part in mask.split(max(1, chunk // min(o, i)))]
@@ -195,7 +198,7 @@ def _filtered_masked(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
     own = gram.new_empty(n, most, most)
     for part, chosen in zip(own, units, strict=True):
         torch.index_select(gram.index_select(0, chosen), 1, chosen, out=part)
-    y = torch.eye(most, dtype=m.dtype) if exact else block[: k + CARRIED, units].transpose(0, 1)
+    y = torch.eye(most, dtype=m.dtype, device=m.device) if exact else block[: k + CARRIED, units].transpose(0, 1)
     rows = _filtered(own, m, y * (m != 0), k, () if exact else DEGREES)
     return rows.new_zeros(n, k, i).scatter_(2, units[:, None].expand(-1, k, -1), rows)
 

@@ -6,11 +6,13 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 
 class RandomState:
@@ -23,29 +25,61 @@ class RandomState:
     True
     """
 
-    def __init__(self, torch_cpu: Tensor, devices: dict[int, Tensor], numpy: Any, python: Any) -> None:
+    def __init__(
+        self,
+        torch_cpu: Tensor,
+        devices: dict[int, Tensor],
+        numpy: Any,
+        python: Any,
+        generators: Iterable[tuple[torch.Generator, Tensor]] = (),
+    ) -> None:
         self.torch_cpu, self.devices, self.numpy, self.python = torch_cpu, devices, numpy, python
+        self.generators = tuple(generators)
 
     @classmethod
-    def capture(cls, devices: tuple[int, ...] = ()) -> RandomState:
-        """Record; ``devices`` are the CUDA devices in use."""
-        numpy = sys.modules.get("numpy")
+    def capture(
+        cls, devices: tuple[int, ...] = (), generators: Iterable[torch.Generator] = (), *, torch_alone: bool = False
+    ) -> RandomState:
+        """Record; ``devices`` are the CUDA devices in use, ``generators`` others beside the global ones;
+        ``torch_alone``: nothing but torch's generators."""
+        numpy = None if torch_alone else sys.modules.get("numpy")
         return cls(
             torch.get_rng_state(),
             {device: torch.cuda.get_rng_state(device) for device in devices},
             numpy.random.get_state() if numpy is not None else None,
-            random.getstate(),
+            None if torch_alone else random.getstate(),
+            ((generator, generator.get_state()) for generator in generators),
         )
+
+    @classmethod
+    def before(cls, args: Any, kwargs: dict[str, Any], *fns: Callable[..., Any]) -> RandomState:
+        """What calls with these arguments may draw from: the global generators, and one that they are given.
+
+        Args:
+            fns: the functions; where all are torch's own, these draw from torch's generators alone.
+
+        >>> generator = torch.Generator()
+        >>> len(RandomState.before(((2, 3),), {"generator": generator}, torch.rand).generators)
+        1
+        """
+        devices, generators = set[int](), list[torch.Generator]()
+        _sources((args, kwargs), devices, generators)
+        if torch.cuda.is_initialized() and (not devices or torch.get_default_device().type == "cuda"):
+            devices.add(torch.cuda.current_device())  # it may name no device, and take the default
+        return cls.capture(tuple(devices), generators, torch_alone=bool(fns) and all(map(_is_of_torch, fns)))
 
     def restore(self) -> None:
         """Put every generator back to the recorded state."""
+        for generator, given in self.generators:
+            generator.set_state(given)
         torch.set_rng_state(self.torch_cpu)
         for device, state in self.devices.items():
             torch.cuda.set_rng_state(state, device)
         numpy = sys.modules.get("numpy")
         if numpy is not None and self.numpy is not None:
             numpy.random.set_state(self.numpy)
-        random.setstate(self.python)
+        if self.python is not None:
+            random.setstate(self.python)
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> tuple[int, ...]:
@@ -59,7 +93,8 @@ def replayed(state: RandomState | None) -> Iterator[None]:
     if state is None:
         yield
         return
-    now = RandomState.capture(tuple(state.devices))
+    generators = (generator for generator, _ in state.generators)
+    now = RandomState.capture(tuple(state.devices), generators, torch_alone=state.python is None)
     state.restore()
     try:
         yield
@@ -67,24 +102,77 @@ def replayed(state: RandomState | None) -> Iterator[None]:
         now.restore()
 
 
-_DRAWING = (
-    "rand", "bernoulli", "multinomial", "dropout", "multi_head_attention", "scaled_dot_product", "lstm", "gru", "rnn_",
-    "rrelu", "gumbel", "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_",
-)  # fmt: skip
+def _sources(node: Any, devices: set[int], generators: list[torch.Generator]) -> None:
+    """The CUDA devices and the generators among a call's arguments."""
+    if isinstance(node, Tensor):
+        if node.is_cuda:
+            devices.add(node.device.index)
+    elif isinstance(node, torch.Generator):
+        generators.append(node)
+    elif isinstance(node, (tuple, list)):
+        for item in node:
+            _sources(item, devices, generators)
+    elif isinstance(node, dict):
+        for key, item in node.items():
+            if key == "device" and item is not None and (device := torch.device(item)).type == "cuda":
+                devices.add(torch.cuda.current_device() if device.index is None else device.index)
+            else:
+                _sources(item, devices, generators)
 
 
+@lru_cache(maxsize=4096)
 def draws(fn: Callable[..., Any]) -> bool:
-    """Whether a torch function may draw from the global generators.
+    """Whether a torch function may draw random numbers.
 
-    >>> draws(torch.rand_like), draws(torch.relu)
-    (True, False)
+    Torch's own operations say so by a tag. A function written in Python draws where an operation that it names does.
+    Of what torch knows nothing about (a custom operation, a ``torch.autograd.Function``), the answer is yes.
+
+    >>> draws(torch.rand_like), draws(torch.nn.functional.gumbel_softmax), draws(torch.relu)
+    (True, True, False)
     """
-    return _named_for_drawing(getattr(fn, "__name__", ""))
+    if isinstance(fn, OpOverload):
+        return torch.Tag.nondeterministic_seeded in fn.tags or fn.namespace not in _TAGGED
+    if isinstance(fn, OpOverloadPacket):
+        return any(draws(getattr(fn, name)) for name in fn.overloads())
+    if isinstance(fn, FunctionType):
+        return not _is_of_torch(fn) or _names_drawing(fn)
+    if isinstance(fn, type) or type(fn).__module__ not in _BUILT_IN:
+        return True
+    return _is_drawing_operation(fn.__name__)
+
+
+#: Namespaces of operations whose tags are complete; modules of the types of torch's built-in functions.
+_TAGGED, _BUILT_IN = ("aten", "prims", "prim"), ("builtins", "torch")
 
 
 @cache
-def _named_for_drawing(name: str) -> bool:
-    return any(word in name for word in _DRAWING)
+def _is_drawing_operation(name: str) -> bool:
+    packet = None if name.startswith("__") else getattr(torch.ops.aten, name, None)
+    return packet is not None and draws(packet)
+
+
+def _is_of_torch(fn: Callable[..., Any]) -> bool:
+    """Whether it is one of torch's own functions: built in, or written in Python."""
+    if isinstance(fn, FunctionType):
+        return fn.__module__.partition(".")[0] == "torch"
+    return not isinstance(fn, type) and type(fn).__module__ in _BUILT_IN
+
+
+def _names_drawing(fn: FunctionType, seen: frozenset[FunctionType] = frozenset()) -> bool:
+    """Whether a function of torch's names an operation that draws, or another function that does."""
+    seen |= {fn}
+    if any(_is_drawing_operation(name) for name in fn.__code__.co_names):
+        return True
+    named = [fn.__globals__.get(name) for name in fn.__code__.co_names if name != "handle_torch_function"]
+    for other in (*named, *(cell.cell_contents for cell in fn.__closure__ or ())):
+        if (
+            isinstance(other, FunctionType)
+            and other not in seen
+            and _is_of_torch(other)
+            and _names_drawing(other, seen)
+        ):
+            return True
+    return False
 
 
 class NoiseSource:

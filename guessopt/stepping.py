@@ -34,14 +34,16 @@ from guessopt.engine.replay import Deliver, Journal, Replay
 from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
 from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
+from guessopt.estimators.moments import sound
 from guessopt.exclusive import exclusive, hold_interrupts, unscaled
 from guessopt.hooks import Hooks, apart, fire, hooked, lifted
 from guessopt.memory import choose
-from guessopt.rng import NoiseSource
+from guessopt.rng import NoiseSource, RandomState
 from guessopt.rules.base import Known
+from guessopt.rules.drawing import draws_now
 from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
 from guessopt.tracing.interceptor import without_autocast
-from guessopt.tracing.local import JointLocal, Local, centred, draw
+from guessopt.tracing.local import JointLocal, Local, Random, centred, draw, walked
 from guessopt.update import Updates, base_step, only, together
 
 #: What a step keeps: see ``GuessGradOptimizer``.
@@ -54,13 +56,15 @@ MAX_PLANS = 16
 @dataclass
 class Round:
     """What the guesses of one pass have in common: how many at each site, their stream, what they have found of calls
-    to come (None: of no use), those made ahead for parallel sites, and what estimators that learn will need."""
+    to come (None: of no use), those made ahead for parallel sites, and what estimators that learn will need: the sites,
+    and the random states before the network's own draws, by call."""
 
     count: int
     source: NoiseSource
     known: dict[int, Known] | None
     joined: dict[int, Tensor] = field(default_factory=dict)
     locals: dict[int, Local] = field(default_factory=dict)
+    random: Random = field(default_factory=dict)
 
 
 class Stepping:
@@ -164,9 +168,8 @@ class Stepping:
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
         with exclusive("step() or estimate()"):
             self._refresh()
-            with lifted(self._params, self._hooks):
-                with self._restoring(transaction) as started:
-                    yield started
+            with lifted(self._params, self._hooks), self._restoring(transaction) as started:
+                yield started
 
     @contextmanager
     def _restoring(self, transaction: Transaction | None) -> Iterator[Transaction]:
@@ -238,7 +241,7 @@ class Stepping:
             if any(lesson.looks for lesson in record.lessons.values()):
                 transaction.rewind()
                 try:
-                    self._show(plan, record.lessons, "look", record.noise, closure, transaction)
+                    self._show(plan, record.lessons, "look", record.noise, closure, transaction, record.random)
                 except Departure as departure:
                     raise unstable(departure) from None
         assert plan is not None
@@ -258,7 +261,7 @@ class Stepping:
         guesses, known = [], dict[int, Known]()
         for lane, record in enumerate(records):
             source, record.params = self._again(record.noise, record.count, lane)
-            round = Round(record.count, source, known)
+            round = Round(record.count, source, known, random=record.random)
             if record.lessons:
                 guesses.append(self._shown(plan, record.lessons, "serve", round))
             else:
@@ -282,12 +285,23 @@ class Stepping:
         noise: Any,
         closure: Callable[[], Any],
         transaction: Transaction,
+        random: Random,
     ) -> None:
         """A pass of its own, for estimators that must see every site before they can guess, or serve, at one."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         source, directions = self._again(noise)
-        guess = self._shown(plan, lessons, how, Round(1, source, None))
+        guess = self._shown(plan, lessons, how, Round(1, source, None, random=random))
         Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=False).run(closure)
+
+    def _draws(
+        self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, random: dict[int, RandomState | None]
+    ) -> None:
+        """A pass that does no more than note the random states before the network's own draws."""
+        level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
+        run = Pass(self._ids, plan.graph, level, lambda *_: None, {}, transaction.saved, keeps=False)
+        run.random = random
+        run.run(closure)
+        transaction.rewind()
 
     def _again(self, noise: Any, count: int = 1, lane: int = 0) -> tuple[NoiseSource, dict[int, Tensor]]:
         """The guesses' stream as it stood before a pass, past the guesses for parameters; and these."""
@@ -337,11 +351,16 @@ class Stepping:
         }
 
     def _learn(self, plan: Plan, record: ForwardRecord) -> None:
-        """What was learned in this step serves from the next pass on."""
+        """What was learned in this step serves from the next pass on; from a batch that is not finite nothing is."""
         guesses = self._guesses_of(plan)
+        finite = None if self.check_finite or not record.lessons else _finite(record)
         for lesson in record.lessons.values():
             for index, state in lesson.learned().items():
-                self._cache.put(guesses[index][2], self._steps, state)
+                key = guesses[index][2]
+                if finite is not None:
+                    state = sound(state, self._cache.peek(key), finite)
+                if state is not None:
+                    self._cache.put(key, self._steps, state)
 
     def _stream(self, closure: Callable[[], Any]) -> Tensor:
         """Replay, each gradient applied and freed as soon as it is whole."""
@@ -514,15 +533,18 @@ class Stepping:
         keeps = keeps or plan.graph.stream is not None
         audited = self._is_audited(plan)
         before = None if keeps and not audited else self._noise.snapshot()
+        random = dict[int, RandomState | None].fromkeys(_redrawn(plan.graph)) if lessons else {}
         while not keeps and any(lesson.begins for lesson in lessons.values()):
-            self._show(plan, lessons, "begin", before, closure, transaction)
+            if None in random.values():  # what the network draws, before anything is begun
+                self._draws(plan, closure, transaction, random)
+            self._show(plan, lessons, "begin", before, closure, transaction, random)
             transaction.rewind()
         level = self._level()
         if count > 1:
             level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
         elif isinstance(level, FastLevel) and self._rests(plan):
             level = self._resting(plan)
-        round = Round(count, self._noise, {} if level.resumes else None)
+        round = Round(count, self._noise, {} if level.resumes else None, random=random)
         guess: Guess = partial(self._guess, plan, round)
         if lessons and not keeps:
             guess = self._shown(plan, lessons, "see", round)
@@ -535,6 +557,8 @@ class Stepping:
             keeps=keeps, left=left, direct=self._direct(plan, lessons),
         )  # fmt: skip
         run.known = {} if round.known is None else round.known
+        if random:
+            run.random = random
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
         record = run.execute(closure, self._by_position)
         if lessons:
@@ -665,9 +689,12 @@ class Stepping:
         if joint is not None:
             local = JointLocal(joint, site, s, values, source, several=several, known=known)
         if estimator.learns:
-            round.locals[site.index] = local = lasting(local, values, source)
+            local = lasting(local, values, source)
+            round.locals[site.index] = local.replaying(round.random) if round.random else local
             if not estimator.injects(self._steps, plan.graph):
                 return None
+        if 0 in site.shape:  # an expert to which no token goes
+            return s.new_zeros((round.count, *site.shape) if several else site.shape)
         lanes = source.lanes
         if site.by_parameter and estimator.per_example_parameters:
             noise = centred(estimator.noise)
@@ -677,7 +704,7 @@ class Stepping:
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
-            made = (estimator.sample(state, local) for _ in lanes(round.count))
+            made = (_typed(estimator.sample(state, local), s) for _ in lanes(round.count))
             if joint is not None:
                 each_site = zip(joint.sites, *made, strict=True)
                 round.joined |= {index: _stacked(ys, round.count) for index, *ys in each_site}
@@ -687,7 +714,7 @@ class Stepping:
             if not estimator.debias:
                 return ys
             each = ys if several else [ys]
-            return ys, _stacked((estimator.correct(state, local, y) for y in each), round.count)
+            return ys, _stacked((_typed(estimator.correct(state, local, y), s) for y in each), round.count)
 
     def _formed(
         self, plan: Plan, record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None] | None = None
@@ -928,6 +955,12 @@ def _laid_out(g: Tensor, p: Tensor) -> Tensor:
     return torch.empty_like(p, requires_grad=False).copy_(g)
 
 
+def _finite(record: ForwardRecord) -> Tensor:
+    """Whether the loss, the errors and the directional derivatives are, as a number on the loss's device."""
+    parts = (record.loss, record.d, *record.errors)
+    return torch.isfinite(torch.stack([t.detach().sum().to(record.loss) for t in parts]).sum())
+
+
 def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
     """The guess, without what it leaves in ``locals``."""
 
@@ -939,12 +972,27 @@ def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
     return forgetting
 
 
+def _redrawn(graph: SiteGraph) -> frozenset[int]:
+    """Calls that draw and that estimators which learn run once more, site by site."""
+
+    def found() -> frozenset[int]:
+        segments = [site.segment for site in graph.sites if site.segment is not None]
+        return frozenset(call.index for segment in segments for call in walked(segment) if draws_now(call))
+
+    return frozenset() if graph.stream is not None else graph.derive("redrawn", found)
+
+
 def _let_go(graph: SiteGraph, locals: dict[int, Local], visit: Visit) -> None:
     """Where a call has read what a rectifier made of a site's output, which has the same derivative, that stands for
     the output, whose memory is given back."""
     for index, position in graph.rectified.get(visit.call.index, ()):
         if index in locals:
             locals[index].s = visit.args[position]
+
+
+def _typed(y: Any, s: Tensor) -> Any:
+    """The guess in the dtype of the site's output: the next weight may have another one."""
+    return y.to(s.dtype) if isinstance(y, Tensor) else y
 
 
 def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:

@@ -359,8 +359,27 @@ def test_what_is_known_serves_the_same_numbers_in_the_same_memory_alone() -> Non
     assert not Known.of((y,), {}, None).serves((y,), {})
 
 
+#: Operations on a sparse matrix, in place of which another serves on a dense one.
+SPARSE: dict[Any, Callable[..., Any]] = {
+    torch.sparse.mm: torch.mm, torch.spmm: torch.mm, torch.sparse.addmm: torch.addmm, torch.matmul: torch.matmul,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("fn", SPARSE, ids=str)
+def test_tangent_of_a_product_with_a_sparse_matrix(fn: Callable[..., Any], layout: torch.layout) -> None:
+    a = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, -3.0]], dtype=torch.float64)
+    h, dh, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (3, 4), (2, 1)))
+    entry, first = tangent_for(fn), (b,) if fn is torch.sparse.addmm else ()
+    assert entry is not None
+    out, dout = entry[0]((*first, a.to_sparse(layout=layout), h), (*(None for _ in first), None, dh))
+    assert_close(out, SPARSE[fn](*first, a, h), 1e-12)
+    assert_close(dout, a @ dh, 1e-12)
+
+
 def test_every_tangent_rule_has_a_case() -> None:
-    covered = {case.fn for case in TANGENTS}
+    covered = {case.fn for case in TANGENTS} | SPARSE.keys()
     assert [fn for fn in REGISTERED if fn not in covered] == []
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, inner, is_foreign
 from guessopt.errors import ClosureError
-from guessopt.rng import RandomState, cuda_devices, draws
+from guessopt.rng import RandomState, draws, replayed
 from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import Call, ForwardRecord, Kind, Site, SiteGraph, Value, Visit
 from guessopt.tracing.interceptor import (
@@ -148,7 +148,7 @@ class Pass(Interceptor):
                 self._keep(value, tensors[k])
 
         if index in self.random:
-            self.random[index] = RandomState.capture(cuda_devices(tensors))
+            self.random[index] = RandomState.before(args, kwargs, fn)
         out = self._run(index, kind, fn, args, kwargs, tensors)
 
         results = tensors_in((out,)) if out is not None else tensors[:1]
@@ -301,10 +301,13 @@ class Pass(Interceptor):
         if kind is Kind.LOSS:
             return self._loss(index, fn, args, kwargs, tensors)
         if kind is Kind.EXPRESSION:
+            state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
             out = fn(*args, **kwargs)
-            self.express(tensors_in((out,)) if out is not None else tensors[:1], mine)
-            if self.duals:
-                self._express_duals(fn, args, kwargs, out)
+            results = tensors_in((out,)) if out is not None else tensors[:1]
+            self.express(results, mine)
+            if self.duals and any(self.plain(t).requires_grad for t in results):
+                with replayed(state):  # the same noise in both
+                    self._express_duals(fn, args, kwargs, out)
             return out
         return self._apart(index, fn, args, kwargs, tensors)
 
@@ -419,6 +422,9 @@ class Pass(Interceptor):
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
         results = tensors_in((out,)) if out is not None else tensors[:1]
+        for where, k, value in self.graph.watch.get(index, ()) if len(results) > 1 else ():
+            if where == "out":  # a guess for one output may need the others (an LSTM cell's two states)
+                self._keep(value, results[k])
         for site in sites:
             s = results[site.output]
             if tuple(s.shape) != site.shape or s.dtype != site.dtype:
@@ -451,7 +457,7 @@ class Pass(Interceptor):
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
-        state = RandomState.capture(cuda_devices(tensors)) if draws(fn) else None
+        state = RandomState.before(args, kwargs, fn) if draws(fn) else None
         return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
 
     def leave(self, visit: Visit) -> None:

@@ -17,7 +17,7 @@ def estimated_cotangents(
     graph: SiteGraph, record: ForwardRecord, formed: Mapping[int, Tensor] | None = None
 ) -> dict[int, Tensor]:
     """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index.
-    Of a float16 guess in float32, since the product may leave float16's range.
+    Of a float16 guess in float32, since the product may leave float16's range. Each guess is taken out of the record.
 
     ``formed``: cotangents that estimators have formed themselves.
     """
@@ -25,8 +25,8 @@ def estimated_cotangents(
     for site in reversed(graph.sites):
         if formed is not None and site.index in formed:
             found[site.index] = formed[site.index]
-        elif (y := record.guesses.get(site.index)) is not None:
-            found[site.index] = scaled(y, site, record.d)  # y has served
+        elif (y := record.guesses.pop(site.index, None)) is not None:
+            found[site.index] = scaled(y, site, record.d)
         elif site.shares is not None and site.shares in found:
             found[site.index] = found[site.shares]
         elif site.cut is not None:
@@ -35,9 +35,12 @@ def estimated_cotangents(
 
 
 def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
-    """``D_n y[n]``, in ``y``'s memory; of float16 in float32, since the product may leave its range."""
+    """``D_n y[n]``; of float16 in float32, since the product may leave its range.
+
+    In memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be an expanded tensor.
+    """
     d = site.layout.spread(d, site.shape)
-    return y.float().mul_(d) if y.dtype is torch.float16 else y.mul_(d.to(y.dtype))
+    return y.float() * d.float() if y.dtype is torch.float16 else y * d.to(y.dtype)
 
 
 def parameter_gradients(

@@ -413,10 +413,15 @@ def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _unpack(t: Tensor) -> tuple[Tensor, Tensor | None]:
     """``fw.unpack_dual`` without its checks: a level is known to be open, and levels do not nest."""
-    if t.is_floating_point() or t.is_complex():
-        pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0)
-        return pair
-    return t, None
+    if not _may_move(t):
+        return t, None
+    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0)
+    return pair
+
+
+def _may_move(t: Tensor) -> bool:
+    """Whether a tensor can carry a tangent: differentiable, and not sparse."""
+    return (t.is_floating_point() or t.is_complex()) and t.layout is torch.strided
 
 
 def _unpack_any(node: Any) -> tuple[Any, Any]:

@@ -411,11 +411,12 @@ def check_finite(loss: Tensor, d: Tensor | None = None) -> None:
 
 
 def check_examples(sites: Sequence[Site], analysis: Analysis) -> None:
-    for site in sites:
-        if 0 in site.shape:
-            raise ClosureError(
-                f"the batch is empty: {site.op} gave an output of shape {list(site.shape)}; skip such a batch"
-            )
+    """Raise ``ClosureError`` if the batch is empty: if all that the loss reads is. A single empty output is no empty
+    batch: an expert to which no token goes, an image in which nothing was found."""
+    shapes = [analysis.tape.shapes[v] for v in analysis.cut_values]
+    if shapes and all(0 in shape for shape in shapes):
+        empty = next((f"{site.op} gave an output" for site in sites if 0 in site.shape), "the loss reads a tensor")
+        raise ClosureError(f"the batch is empty: {empty} of shape {list(shapes[0])}; skip such a batch")
 
 
 def independent(names: Sequence[str], graph: SiteGraph) -> str:
@@ -459,7 +460,7 @@ def check_repeats(first: Tensor, second: Tensor, tolerance: float) -> None:
 def warn_of_coupling(plan: Plan, warn: Callable[[str], None]) -> None:
     """One warning if examples interact, or cannot be told apart. Of one example alone there is nothing to say."""
     graph = plan.graph
-    several = [s for s in graph.sites if s.shape and s.shape[0] > 1 and 1 not in s.shape[:2]]
+    several = [s for s in graph.sites if 0 not in s.shape and s.shape and s.shape[0] > 1 and 1 not in s.shape[:2]]
     coupled = [s for s in several if s.layout is Layout.COUPLED and s.shares is None and s.cut is None]
     if graph.batch > 1 and coupled:
         which = f"{len(coupled)} of {len(graph.sites)} sites ({', '.join(sorted({site.op for site in coupled}))})"

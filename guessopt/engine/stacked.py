@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 
 from guessopt.engine.levels import FastLevel, Level, _pack, _unpack
-from guessopt.rng import RandomState, cuda_devices, draws
+from guessopt.rng import RandomState, draws
 from guessopt.rules.attention import stacked_attention
 from guessopt.rules.base import is_in_place, tangent_for
 from guessopt.rules.elementwise import ADDITION, RELU, UNARY, relu_pull_back
@@ -238,7 +238,7 @@ class StackedLevel(FastLevel):
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving, writes: bool
     ) -> Found:
         """The operation K times over, each time from the same random state; it writes into what is not ours once."""
-        state = RandomState.capture(cuda_devices(tensors_in(args))) if draws(fn) else None
+        state = RandomState.before(args, kwargs) if draws(fn) else None
         first: Any = None
         primals: list[Tensor] = []
         stacks: list[list[Tensor | None]] = []
@@ -284,7 +284,7 @@ class _Before:
     """Random states, and what an operation might write, as they are before it."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving) -> None:
-        self.random = RandomState.capture(cuda_devices(tensors_in(args)))
+        self.random = RandomState.before(args, kwargs)
         self.values = [(t, t.detach().clone()) for t in tensors_in(args, kwargs) if id(t) not in moving]
 
     def restore(self) -> None:

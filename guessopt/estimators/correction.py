@@ -30,14 +30,14 @@ class Correction:
         self.learned: dict[int, State] = {}
 
     def of(self, index: int, c: Tensor | None, y: Tensor, rest: Tensor) -> Tensor:
-        """The prediction ``c`` (None: there is none), corrected; into ``y``'s memory. ``rest``: ``(e . d)_n``."""
+        """The prediction ``c`` (None: there is none), corrected. ``rest``: ``(e . d)_n``."""
         state, layout = self.states[index], self.graph.sites[index].layout
         gamma: Any = 1.0 if index in self.closed else self.gamma
         if gamma == "auto":
             gamma = 1.0 if state is None or "gamma" not in state else state["gamma"]
         elif gamma == 0:
             return torch.zeros_like(y) if c is None else c
-        correction = y.mul_(layout.spread(rest / amplitude(state) ** 2, tuple(y.shape)).to(y.dtype))
+        correction = y * layout.spread(rest / amplitude(state) ** 2, tuple(y.shape)).to(y.dtype)
         if self.gamma == "auto" and index not in self.closed and index not in self.learned:
             looks = 1 if state is None else state.get("looks", 0) + 1
             new = shrunken(state, by_example(correction, layout, self.graph.batch), looks)

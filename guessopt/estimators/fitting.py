@@ -41,7 +41,8 @@ class Errors(NamedTuple):
         squares = e.mT @ e
         errors = squares / len(e)
         if old is not None and "errors" in old:
-            errors = old["errors"] + gain * (errors - old["errors"])
+            errors = old["errors"].to(e.dtype)
+            errors = errors + gain * (squares / len(e) - errors)
         mean = errors.diagonal().mean().clamp_min(TINY)
         firm = errors + RIDGE * mean * torch.eye(len(errors), dtype=e.dtype, device=e.device)
         return Errors(e, unit, squares, errors, torch.linalg.inv_ex(firm).inverse)
@@ -71,9 +72,9 @@ class Fitting:
             read = place.read(e).flatten(0, 1)
             self.known[reader] = Errors.of(self.before[keeper], read, self._pace(keeper)[1])
         known, agreed = self.known[reader], None
-        missed = wanted.flatten(0, 1).mT @ known.e
+        missed = wanted.to(known.e.dtype).flatten(0, 1).mT @ known.e
         if old is not None:
-            b = old["B"] * known.unit
+            b = old["B"].to(known.e.dtype) * known.unit
             own = b @ known.squares
             agreed = (b * missed).sum(), (b * own).sum()
             missed = missed - own

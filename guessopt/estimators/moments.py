@@ -78,6 +78,20 @@ def stepped(old: State | None, steps: int, gradient: Tensor, gain: Any, *, leak:
     return {"B": b, "usual": recent(usual, torch.where(sound, bounded, usual), steps)}
 
 
+def sound(new: State, old: State | None, finite: Tensor) -> State | None:
+    """The new state if all that the step has found is finite, else the old one: chosen on the device, so that the host
+    does not wait. A site's first state is worth the wait; without one (None), the site begins another time.
+
+    Args:
+        finite: whether the loss and the derivatives of the batch are; a single number on the device.
+    """
+    tensors = {name: t for name, t in new.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    finite = torch.stack([finite, *(torch.isfinite(t.sum()) for t in tensors.values())]).all()
+    if old is None or any(not isinstance(old.get(name), Tensor) for name in tensors):
+        return new if bool(finite) else old
+    return new | {name: torch.where(finite, t, old[name].to(t.dtype)) for name, t in tensors.items()}
+
+
 def agreement(missed: Tensor, own: Tensor) -> Products:
     """``<missed, own>`` and ``|own|^2``."""
     return (missed * own).sum(), own.expand_as(missed).square().sum()

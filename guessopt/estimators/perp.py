@@ -15,7 +15,7 @@ from guessopt.estimators.base import Estimator, check_debias, check_noise, check
 from guessopt.estimators.transpose import moment_through, pull_back_noise
 from guessopt.linalg import masked_right_basis, refined_right_basis, right_singular_basis
 from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.local import Local, alike
 
 #: Basis vectors kept beyond k: subspace iteration converges with the ratio of singular values that far apart.
 OVERSAMPLING = 10
@@ -141,7 +141,7 @@ class WPerp(Estimator):
         if few is None:
             return y
         z = local.noise((few.shape[0], few.shape[1]), self.noise)
-        return y + (z[:, None] @ few)[:, 0].reshape(y.shape)  # n k, n k i -> n i
+        return y + (alike(z, few)[:, None] @ few)[:, 0].reshape(y.shape)  # n k, n k i -> n i
 
     def _top(self, rows: Tensor, local: Local) -> Tensor:
         """``V_k`` of ``W M_n``, rows; ``[n, k, i]``, n every leading index of ``s``."""
@@ -180,7 +180,7 @@ def is_masked_linear(site: Site) -> bool:
 
 def project(rows: Tensor, g: Tensor) -> Tensor:
     """``V V^T g`` for each index before the last; rows ``[n, k, i]``, orthonormal."""
-    flat = g.reshape(-1, g.shape[-1], 1)
+    flat = alike(g, rows).reshape(-1, g.shape[-1], 1)
     return (rows.mT @ (rows @ flat))[..., 0].reshape(g.shape)
 
 
@@ -198,7 +198,7 @@ def masked(v: Tensor, local: Local, noise: str) -> Tensor:
 def masked_moment(v: Tensor, local: Local, g: Tensor) -> Tensor:
     """``E[y y^T] g`` of ``masked``: the projection on the span of ``M V^T``."""
     m = local.derivative()
-    vt_m_g = (g if m is None else g * m) @ v.T
+    vt_m_g = alike(g if m is None else g * m, v) @ v.T
     factor = _factor(v, m, local.s)
     u = torch.cholesky_solve(vt_m_g[..., None].to(factor.dtype), factor)[..., 0].to(v.dtype) @ v
     return u if m is None else u * m

@@ -134,7 +134,7 @@ class Place:
 
     def predict(self, e: Tensor, b: Tensor) -> Tensor:
         """``B e``, in the shape of the place."""
-        return self.view.fold(self.spread(self.read(e) @ b.T))  # n g c, f c -> n g f
+        return self.view.fold(self.spread(self.read(e.to(b.dtype)) @ b.T))  # n g c, f c -> n g f
 
     def read(self, e: Tensor) -> Tensor:
         """The output's error as ``B`` reads it, ``[n, g, c]``."""
@@ -174,14 +174,14 @@ class Place:
 
     def foreseen(self, r: Tensor, b: Tensor) -> Tensor:
         """``B^T r``: the output tangent expected of it; broadcasts over the output's positions."""
-        out = r @ b  # n g f, f c -> n g c
+        out = r.to(b.dtype) @ b  # n g f, f c -> n g c
         return out if self.rank is None else out @ self._mixtures(out).T
 
     def outer(self, r: Tensor, d: Tensor) -> Tensor:
         """``sum_n r d^T``."""
         if not self.matched and d.shape[1] > 1:
             d = d.mean(1, keepdim=True)
-        return r.flatten(0, 1).mT @ self._mixed(d).flatten(0, 1)  # (n g) f, (n g) c -> f c
+        return r.to(d.dtype).flatten(0, 1).mT @ self._mixed(d).flatten(0, 1)  # (n g) f, (n g) c -> f c
 
     def _mixed(self, e: Tensor) -> Tensor:
         return e if self.rank is None else e @ self._mixtures(e)

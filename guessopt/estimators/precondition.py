@@ -106,7 +106,8 @@ class WPreconditioned(Estimator):
     @staticmethod
     def _rows(local: Local) -> Tensor:
         w = local.weights()[0][1][0]
-        return w / w.norm(dim=1).mean()  # of the size of an orthonormal basis, for the ridge in the factor
+        size = w.norm(dim=1).mean().clamp_min(torch.finfo(w.dtype).tiny)  # a weight of zeros has no size
+        return w / size  # of the size of an orthonormal basis, for the ridge in the factor
 
     @staticmethod
     def _polar(state: list[Tensor] | None, local: Local) -> list[tuple[Matrix, Tensor]]:

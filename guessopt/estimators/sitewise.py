@@ -129,6 +129,7 @@ class Sitewise(Lesson):
         self.steps: dict[int, State] = {}
         self.q: Any = 0
         self.guessed = False
+        self.unseen = deque[tuple[Local, Tensor]]()
         self.open()
 
     # --- all at once ---
@@ -172,7 +173,13 @@ class Sitewise(Lesson):
     # --- site by site ---
 
     def see(self, local: Local, y: Tensor) -> None:
-        self._see(local, y, keep=False)
+        """Where the network's own draws lie ahead, at once when these have been made."""
+        self.unseen.append((local.held() if self.unseen or local.awaits_draws else local, y))
+        self._see_drawn()
+
+    def _see_drawn(self) -> None:
+        while self.unseen and not self.unseen[0][0].awaits_draws:
+            self._see(*self.unseen.popleft(), keep=False)
 
     def _see(self, local: Local, y: Tensor, keep: bool) -> None:
         """Add what the site's ``B`` foresees of its guess; look at the guess as its ``B`` does."""
@@ -189,6 +196,9 @@ class Sitewise(Lesson):
             self.moved[index] = r
 
     def close(self, record: ForwardRecord) -> None:
+        for local, y in self.unseen:
+            self._see(local, y, keep=False)
+        self.unseen.clear()
         self.errors, self.rest = record.errors, record.d
         self.e = self.chart.output.join(dict(enumerate(record.errors)))
         tangent = self.chart.output.join(dict(enumerate(record.tangents))) if self.moments else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
 from guessopt.linalg import of_singular_values
 from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.local import Local, alike
 
 
 def pull_back_noise(local: Local, rows: list[tuple[Matrix, Tensor]], noise: str) -> Tensor:
@@ -18,7 +18,7 @@ def pull_back_noise(local: Local, rows: list[tuple[Matrix, Tensor]], noise: str)
     u: Tensor | None = None
     for m, r in rows:
         e = local.noise(m.rule.cotangent_shape(m, r, m.x_shape), noise)
-        v = m.rule.transpose(m, r, e, m.x_shape)
+        v = m.rule.transpose(m, r, alike(e, r), m.x_shape)
         u = v if u is None else u + v
     assert u is not None
     return local.pull_back(u, spent=True)
@@ -29,7 +29,7 @@ def moment_through(local: Local, rows: list[tuple[Matrix, Tensor]], g: Tensor) -
     v = local.push_forward(g)
     u: Tensor | None = None
     for m, r in rows:
-        w = m.rule.transpose(m, r, m.rule.apply(m, r, v), m.x_shape)
+        w = m.rule.transpose(m, r, m.rule.apply(m, r, alike(v, r)), m.x_shape)
         u = w if u is None else u + w
     assert u is not None
     return local.pull_back(u)

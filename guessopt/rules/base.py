@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,11 +97,31 @@ class Rule:
             call_args, call_kwargs = tree_unflatten(filled, spec)
             if in_place:
                 call_args = (call_args[0].clone(), *call_args[1:])
-            out = fn(*call_args, **call_kwargs)
+            out = without_side_effects(fn)(*call_args, **call_kwargs)
             out = pick_output(out if out is not None else call_args[0], output)
             if not out.requires_grad:  # it read the parameters, but does not depend on them
                 return [None] * len(wanted)
             return list(torch.autograd.grad(out, variables, g.to(out.dtype), allow_unused=True))
+
+
+#: Positions of the running statistics, which these operations move.
+_STATISTICS: dict[Callable[..., Any], tuple[int, int]] = {
+    F.batch_norm: (1, 2), F.instance_norm: (1, 2), torch.batch_norm: (3, 4), torch.instance_norm: (3, 4),
+}  # fmt: skip
+
+
+def without_side_effects(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation without its side effect on running statistics."""
+    if fn not in _STATISTICS:
+        return fn
+    places, names = _STATISTICS[fn], ("running_mean", "running_var")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(a.clone() if k in places and isinstance(a, Tensor) else a for k, a in enumerate(args))
+        kwargs = {k: a.clone() if k in names and isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        return fn(*args, **kwargs)
+
+    return run
 
 
 class MatrixRule(Rule):

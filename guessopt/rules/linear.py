@@ -109,7 +109,10 @@ def linear(
     return F.linear(x, weight, bias) if known is None else known.out, F.linear(dx, weight)
 
 
-@register_tangent(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, duals=2)
+@register_tangent(
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm,
+    torch.sparse.mm, torch.spmm, duals=2,
+)  # fmt: skip
 def matmul(xw: tuple[Tensor, Tensor], tangents: tuple[Any, Any], **other: Any) -> Any:
     """``d(x w) = dx w`` or ``x dw``; torch's own where both move."""
     (x, w), (dx, dw) = xw, tangents
@@ -118,7 +121,7 @@ def matmul(xw: tuple[Tensor, Tensor], tangents: tuple[Any, Any], **other: Any) -
     return x @ w, x @ dw if dx is None else dx @ w
 
 
-@register_tangent(torch.addmm, Tensor.addmm, duals=3)
+@register_tangent(torch.addmm, Tensor.addmm, torch.sparse.addmm, duals=3)
 def addmm(
     bxw: tuple[Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -127,9 +130,9 @@ def addmm(
     alpha: float = 1,
     **other: Any,
 ) -> Any:
-    """``d(beta b + alpha x w) = alpha dx w``; torch's own where b or w move."""
+    """``d(beta b + alpha x w) = alpha dx w``, or ``alpha x dw``; torch's own where b moves, or both x and w."""
     (b, x, w), (db, dx, dw) = bxw, tangents
-    if db is not None or dx is None or dw is not None or other:
+    if db is not None or (dx is None) is (dw is None) or other:
         return NotImplemented
-    dout = dx @ w
+    dout = x @ dw if dx is None else dx @ w  # type: ignore[operator]
     return torch.addmm(b, x, w, beta=beta, alpha=alpha), dout if alpha == 1 else dout * alpha

@@ -79,7 +79,7 @@ class NormRule(Rule):
             elif tensors[k] == "bias":
                 gradients.append(g.sum(dims))
             else:
-                return super().gradients(without_side_effects(fn), args, kwargs, output, wanted, g)
+                return super().gradients(fn, args, kwargs, output, wanted, g)
         return gradients
 
 
@@ -102,21 +102,6 @@ def _normalised(fn: Callable[..., Any], x: Tensor, bound: dict[str, Any]) -> Ten
     if fn is F.layer_norm:
         return F.layer_norm(x, bound["normalized_shape"], None, None, bound.get("eps", 1e-5))
     return F.rms_norm(x, bound["normalized_shape"], None, bound.get("eps"))
-
-
-def without_side_effects(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The operation without its side effect on running statistics."""
-    if fn is not F.batch_norm:
-        return fn
-
-    def batch_norm(*args: Any, **kwargs: Any) -> Tensor:
-        bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
-        for name in ("running_mean", "running_var"):
-            if isinstance(bound.get(name), Tensor):
-                bound[name] = bound[name].clone()
-        return F.batch_norm(**bound)
-
-    return batch_norm
 
 
 _layer_norm_jacobian = torch.ops.aten.native_layer_norm_backward.default

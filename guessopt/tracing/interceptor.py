@@ -410,8 +410,16 @@ _AFTER_ANOTHER: set[Callable[..., Any]] = {
 }  # fmt: skip
 
 
+#: These make a sparse matrix of indices, which have no derivative, and values.
+_SPARSE: set[Callable[..., Any]] = {
+    torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_compressed_tensor,
+}  # fmt: skip
+
+
 def read_by(fn: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     """Those of a call's tensors on whose values its result depends."""
+    if fn in _SPARSE:
+        return [t for t in tensors if t.is_floating_point() or t.is_complex()]
     return tensors[:1] if fn in _AFTER_ANOTHER else tensors
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from guessopt.errors import refusal, refused
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
+from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push, without_side_effects
+from guessopt.rules.drawing import draws_now
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
-from guessopt.rules.norm import without_side_effects
-from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Shape, Site, Value
+from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Segment, Shape, Site, Value
 from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, dense, tensors_in
 
 
@@ -29,7 +30,9 @@ class Local:
         s: its output, without tangent, ``[N, *, d_out]`` or as ``site.layout`` says.
 
     ``several``: more than one guess will be made here, so that what they share is worth keeping. ``known``: where to
-    leave, by call, what a pull-back computes of calls that the closure has yet to make; None: nowhere.
+    leave, by call, what a pull-back computes of calls that the closure has yet to make; None: nowhere. ``random``: the
+    random states before the calls of segments that draw (None: the closure has yet to make the call), by call. With
+    them the segment draws what the pass draws; without, dropout passes as its mean, and the rest draws anew.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class Local:
         *,
         several: bool = False,
         known: dict[int, Known] | None = None,
+        random: Random | None = None,
     ) -> None:
         self.site, self.s, self._values, self._source = site, s, values, source
         self._known = known
+        self._random: Random = random or {}
         self._m: tuple[Tensor | None] | None = None
         self._several = several
         self._runs: dict[tuple[int, ...], tuple[Tensor, Any]] = {}
@@ -58,14 +63,34 @@ class Local:
         pull-backs."""
         segment, values = self.site.segment, self._values
         needed = {} if segment is None else {v: values[v] for v in segment.needs if v in values}
-        return Local(self.site, self.s, needed, self._source, several=several)
+        return Local(self.site, self.s, needed, self._source, several=several, random=self._random)
+
+    def replaying(self, random: Random) -> Local:
+        """The same, whose segment draws what the pass draws."""
+        return Local(self.site, self.s, self._values, self._source, several=self._several, random=random)
+
+    @property
+    def awaits_draws(self) -> bool:
+        """Whether the closure has yet to make a call of the segment that draws."""
+        return any(self._random[c] is None for c in self._draws)
+
+    @property
+    def _has_drawn(self) -> bool:
+        """Whether the segment's draws are known."""
+        return any(self._random[c] is not None for c in self._draws)
+
+    @cached_property
+    def _draws(self) -> tuple[int, ...]:
+        """The segment's calls that draw, where ``random`` knows of them."""
+        random, segment = self._random, self.site.segment
+        return tuple(c.index for c in walked(segment) if c.index in random) if random and segment is not None else ()
 
     def weights(self) -> list[tuple[Matrix, Tensor]]:
         """The next matrix site(s), each with its weight (parallel ones stacked) as ``[b, o, i]``."""
         assert self.site.segment is not None
         values = self._values
         if self.site.segment.weight_program:
-            values = evaluate(self.site.segment.weight_program, values)
+            values = evaluate(self.site.segment.weight_program, values, random=self._random)
         return [
             (m, m.rule.matrix(m, dense(values[m.weights[0]])) if len(m.weights) == 1 else self._stack(m, values))
             for m in self.site.segment.matrices
@@ -82,7 +107,9 @@ class Local:
 
     def derivative(self) -> Tensor | None:
         """``M = phi'(s)`` of an elementwise path, shape of ``s``; None for the identity."""
-        if self._m is None:
+        if self._m is None and self._has_drawn:
+            self._m = (self._pulled((), self._segment(), torch.ones_like(self.s)),)
+        elif self._m is None:
             self._m = (derivative(self._path(), self.s),)
         return self._m[0]
 
@@ -98,7 +125,7 @@ class Local:
         """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone; into ``u``'s memory
         if it is ``spent``."""
         segment = self.site.segment
-        if segment is not None and segment.fused is not None:
+        if segment is not None and segment.fused is not None and not self._has_drawn:
             assert segment.elementwise is not None
             lasting = None if self._known is None else lasting_derivative(segment.elementwise, self.s)
             if lasting is None:
@@ -109,7 +136,7 @@ class Local:
             self._known[call.index] = Known.of(args, call.kwargs, None, m)
             return u.mul_(m) if spent else u * m
         if self.is_elementwise:
-            once = self._m is None and not self._several
+            once = self._m is None and not self._several and not self._has_drawn
             return pull_back(self._path(), self.s, u) if once else self._masked(u)
         if self._known is not None:
             self._known.clear()
@@ -159,7 +186,7 @@ class Local:
         assert segment is not None
 
         def run(s: Tensor) -> tuple[Tensor, ...]:
-            values = evaluate(way.program, {**self._values, segment.source: s})
+            values = evaluate(way.program, {**self._values, segment.source: s}, random=self._random)
             return tuple(values[goal] for goal in way.goals)
 
         return run
@@ -177,10 +204,10 @@ class Local:
     def _segment(self) -> Callable[[Tensor], Tensor]:
         segment = self.site.segment
         assert segment is not None
-        x = segment.matrices[0].x
+        x, calls = segment.matrices[0].x, segment.elementwise or segment.program
 
         def run(s: Tensor) -> Tensor:
-            return evaluate(segment.program, {**self._values, segment.source: s}, known=self._known)[x]
+            return evaluate(calls, {**self._values, segment.source: s}, known=self._known, random=self._random)[x]
 
         return run
 
@@ -231,6 +258,13 @@ class JointLocal(Local):
         return (evaluate(self.joint.program, values, known=known)[segment.matrices[0].x],)
 
 
+def alike(t: Tensor, w: Tensor) -> Tensor:
+    """``t`` in the dtype of ``w``, for a product of the two; as it is where autocast brings both to one dtype."""
+    if t.dtype is w.dtype or (w.dtype is not torch.float64 and autocast_of(t)):
+        return t
+    return t.to(w.dtype)
+
+
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means. Of a complex dtype both parts are
     such noise: then ``E[Re(conj(g) y) y] = g`` for torch's gradient ``g``, as for real numbers."""
@@ -262,7 +296,7 @@ def evaluate(
     values: dict[int, Tensor],
     variables: frozenset[int] = frozenset(),
     known: dict[int, Known] | None = None,
-    random: Mapping[int, RandomState] | None = None,
+    random: Random | None = None,
 ) -> dict[int, Tensor]:
     """Run recorded calls on values, functionally: in-place writes go to a copy, global random states are left alone.
 
@@ -272,14 +306,24 @@ def evaluate(
         random: the states from which calls are to draw; of the others dropout passes as its mean.
     """
     values, random = dict(values), random or {}
-    drawing = any(
-        draws(PULLED_BACK.get(call.fn, call.fn))
-        for call in calls
-        if call.fn not in DROPOUT and call.index not in random
+    anew = [c for c in calls if draws(c.fn) and c.fn not in DROPOUT and random.get(c.index) is None and draws_now(c)]
+    state = (
+        RandomState.before([*values.values(), *((c.args, c.kwargs) for c in anew)], {}, *(c.fn for c in anew))
+        if anew
+        else None
     )
-    with replayed(RandomState.capture() if drawing else None):
+    with replayed(state):
         _run(calls, values, variables, known, random)
     return values
+
+
+#: Random states before calls, by the call's index; None: not known yet.
+Random = Mapping[int, "RandomState | None"]
+
+
+def walked(segment: Segment) -> tuple[Call, ...]:
+    """The calls on the way to the next matrix site(s), and those that compute their weights."""
+    return (*(segment.elementwise or segment.program), *segment.weight_program)
 
 
 class Stretch:
@@ -292,9 +336,7 @@ class Stretch:
         self.values, self.ends = values, ends
 
     @staticmethod
-    def again(
-        calls: tuple[Call, ...], values: dict[int, Tensor], ends: list[int], random: Mapping[int, RandomState]
-    ) -> Stretch:
+    def again(calls: tuple[Call, ...], values: dict[int, Tensor], ends: list[int], random: Random) -> Stretch:
         """Recorded calls run once more.
 
         Args:
@@ -337,11 +379,11 @@ def _run(
     values: dict[int, Tensor],
     variables: frozenset[int],
     known: dict[int, Known] | None,
-    random: Mapping[int, RandomState],
+    random: Random,
 ) -> None:
     for call in calls:
-        fn = call.fn
-        if fn in DROPOUT and call.index not in random:
+        fn, state = call.fn, random.get(call.index)
+        if fn in DROPOUT and state is None:
             values[call.outputs[0]] = values[call.inputs[0]]
             continue
         if call.held:
@@ -350,7 +392,6 @@ def _run(
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        state = random.get(call.index)
         with _autocasting(call, values), AS_IT_IS if state is None else replayed(state):
             run = PULLED_BACK.get(fn) if state is None else None
             try:

@@ -12,11 +12,9 @@ import math
 from dataclasses import dataclass, replace
 from functools import reduce
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rng import draws
-from guessopt.rules.attention import drops_out
+from guessopt.rules.drawing import draws_now
 from guessopt.rules.elementwise import ADDITION
 from guessopt.sites import Block, Call, Site, Stream
 from guessopt.tracing.tape import Tape
@@ -59,7 +57,7 @@ class Chain:
                 for block, values in zip(blocks, inside, strict=True)
             ),
             {block.goals[0]: tape.shapes[block.goals[0]] for block in blocks[:-1]},
-            drawing=frozenset(call.index for block in blocks for call in block.program if _draws(call)),
+            drawing=frozenset(call.index for block in blocks for call in block.program if draws_now(call)),
         )
 
     def _is_free(self, skip: tuple[Call, ...] | None) -> bool:
@@ -169,8 +167,3 @@ def _is_identity(call: Call, passed: list[int | None]) -> bool:
     """Whether it adds to what has passed so far, once, something else."""
     addition = (call.fn in ADDITION or call.fn in _IN_PLACE) and not call.kwargs
     return addition and len(call.inputs) == 2 and len([v for v in call.inputs if v in passed]) == 1
-
-
-def _draws(call: Call) -> bool:
-    attends = call.fn is F.scaled_dot_product_attention
-    return draws(call.fn) and not (attends and not drops_out(call.args, call.kwargs))

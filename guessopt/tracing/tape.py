@@ -73,7 +73,9 @@ class Tape(Interceptor):
         self.compiled = self.compiled or (bool(mine) and _within_compiled_code())
         reads = tuple(self._read(t, index, position, fn) for position, t in enumerate(tensors))
         inputs = tuple(v if v >= 0 else ~v for v in reads)
-        recorded_args, recorded_kwargs = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
+        recorded_args, recorded_kwargs = tree_map_only(
+            Tensor, lambda t: Value(self.value(t)), (args, kwargs), is_leaf=lambda node: isinstance(node, torch.Size)
+        )  # a size stays a size: ``t.new(size)`` takes a tuple for data
         self.mutations_of(index, fn, args, kwargs, tensors, inputs)
         if kwargs.get("out") is not None and (mine or any(v in self.active for v in inputs)):
             raise ClosureError(
