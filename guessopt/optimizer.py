@@ -200,6 +200,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         transaction = Transaction(self._devices)
         now, transaction.random = transaction.random, journal.random
         self._refresh()
+        transaction.watch(closure, self._plans)
         if not self._plans:
             self._plans.append(
                 trace(closure, self._by_position, self._ids, self._names, self._level, transaction, finite=False)

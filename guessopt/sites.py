@@ -100,7 +100,8 @@ class Value:
 @dataclass(frozen=True)
 class Call:
     """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors. ``autocast``: device
-    type and dtype, where one was in force."""
+    type and dtype, where one was in force. ``writes``: positions of the tensors that it writes and the closure has not
+    made."""
 
     index: int
     fn: Callable[..., Any]
@@ -111,6 +112,7 @@ class Call:
     in_place: bool = False
     aliases: bool = False
     autocast: tuple[str, torch.dtype] | None = None
+    writes: tuple[int, ...] = ()
 
     @property
     def op(self) -> str:

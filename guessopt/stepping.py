@@ -145,6 +145,7 @@ class Stepping:
         grads, plans = [p.grad for p in self._params], list(self._plans)
         self._noise.follow()
         transaction = transaction or Transaction(self._devices)
+        transaction.watch(closure, self._plans)
         try:
             yield transaction
         except PartialUpdateError:
@@ -238,7 +239,7 @@ class Stepping:
                 guesses.append(partial(self._guess, plan, round))
         frozen = self.batch_norm == "frozen_statistics"
         run = Replay(
-            self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
+            self._ids, self._by_position, plan.graph, guesses, records, transaction,
             frozen_statistics=frozen, deliver=deliver, done=done,
         )  # fmt: skip
         run.known = known
@@ -260,7 +261,7 @@ class Stepping:
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         source, directions = self._again(noise)
         guess = self._shown(plan, lessons, how, Round(1, source, None))
-        Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=False).run(closure)
+        Pass(self._ids, plan.graph, level, guess, directions, transaction, keeps=False).run(closure)
 
     def _again(self, noise: Any, count: int = 1, lane: int = 0) -> tuple[NoiseSource, dict[int, Tensor]]:
         """The guesses' stream as it stood before a pass, past the guesses for parameters; and these."""
@@ -460,7 +461,7 @@ class Stepping:
         directions = self._directions(count, self._noise)
         left = partial(_let_go, plan.graph, round.locals) if lessons and keeps else None
         run = Pass(
-            self._ids, plan.graph, level, guess, directions, transaction.saved,
+            self._ids, plan.graph, level, guess, directions, transaction,
             keeps=keeps, left=left, direct=self._direct(plan, lessons),
         )  # fmt: skip
         run.known = {} if round.known is None else round.known

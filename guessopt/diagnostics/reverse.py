@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from guessopt.engine.forward import Pass
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import Level
-from guessopt.engine.planning import Transaction
+from guessopt.engine.transaction import Transaction
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import ForwardRecord, Joint, Layout, Site, SiteGraph
 from guessopt.stepping import lasting
@@ -35,6 +35,7 @@ def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
     learned, and prepared states are no older."""
     steps, learned = opt._steps, opt._cache.learned()
     transaction = Transaction(opt._devices)
+    transaction.watch(None, opt._plans)
     try:
         yield transaction
     finally:
@@ -259,7 +260,7 @@ class ReversePass(Pass):
 
     def __init__(self, opt: GuessGradOptimizer, transaction: Transaction) -> None:
         self.reverse = _Reverse()
-        super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction.saved)
+        super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction)
         self.no_grad, self.keeps_graph = nullcontext(), True
         self.source = opt._noise
         self.outputs: dict[int, GradientEdge] = {}  # what a tensor is now, whatever is written into it later

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
+from guessopt.engine.transaction import Memory, Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
+from guessopt.tracing.writes import BINDING, copied, generators_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
-Saved = dict[int, tuple[Tensor, Tensor]]
 
 
 class Departure(BaseException):
@@ -36,7 +37,7 @@ class Pass(Interceptor):
             list for one direction ``[N, *shape]`` per parameter that the site reads; a pair for a tangent and what
             takes its place in the estimate.
         directions: tangents for parameters, by position.
-        saved: tensors of the user's that the closure writes, with their values before; added to.
+        transaction: is told what the closure will write that it has not made.
         keeps: whether what parameter gradients will need (the sites' inputs, the guesses) is kept.
         left: called with every visit that is kept, once it is over.
         direct: calls whose visits are kept apart and without arguments, since their gradients come from a block's own
@@ -53,14 +54,15 @@ class Pass(Interceptor):
         level: Level,
         guess: Guess,
         directions: Mapping[int, Tensor],
-        saved: Saved,
+        transaction: Transaction,
         *,
         keeps: bool = True,
         left: Callable[[Visit], None] | None = None,
         direct: Collection[int] = (),
     ) -> None:
         super().__init__(params)
-        self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
+        self.graph, self.level, self.guess, self.directions = graph, level, guess, directions
+        self.transaction = transaction
         self.keeps = self.keeps_guesses = keeps
         self.left, self.direct = left, direct
         self.keeps_graph = False
@@ -104,7 +106,7 @@ class Pass(Interceptor):
         if mine or graph.reads[index]:
             self._check_parameters(index, mine)
         if index in graph.mutations:
-            self._save([tensors[k] for k in graph.mutations[index]])
+            self._save(graph.mutations[index], tensors, args, kwargs)
         watch = graph.watch.get(index, ())
         for where, k, value in watch:
             if where == "in":
@@ -189,7 +191,13 @@ class Pass(Interceptor):
                 self._express_duals(fn, args, kwargs, out)
             return out
         if kind is Kind.STOPPED:
-            args, kwargs = _map(args, self.level.primal), _map(kwargs, self.level.primal)
+            # What the closure has not made is written itself, not through another name: it may be bound to new memory.
+            own = [tensors[k] for k in self.graph.mutations.get(index, ())]
+            own += tensors[:1] if fn in BINDING else []
+            primal: Callable[[Tensor], Tensor] = self.level.primal
+            args, kwargs = _map(args, primal, tensors, own), _map(kwargs, primal, tensors, own)
+            if own:
+                return self.level.write(fn, args, kwargs)
         return fn(*args, **kwargs)
 
     def _mode(self, index: int) -> AbstractContextManager[Any]:
@@ -201,11 +209,21 @@ class Pass(Interceptor):
             out = self.level.resume(fn, args, kwargs, known)
             if out is not NotImplemented:
                 return out
+        targets = self.graph.mutations.get(index, ())
+        before = Memory() if targets and not is_in_place(fn) else None
+        if before is not None:
+            own = tensors_in(args, kwargs)
+            with self.level.outside():
+                for k in targets:
+                    before.save(own[k])
         try:
             if fn in WITHOUT_FORWARD or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")
-            return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
+            return self.level.call(fn, args, kwargs, writes=bool(targets))
         except NotImplementedError as error:
+            if before is not None:
+                with self.level.outside():
+                    before.restore()
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
             if not is_in_place(fn) and not kwargs.get("inplace"):
@@ -267,6 +285,8 @@ class Pass(Interceptor):
             return None
         primal: Callable[[Tensor], Tensor] = self.level.primal
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
+        if site.call.writes:  # whoever forms the gradients may make the call once more
+            args, kwargs = copied(args, kwargs, [k for k in site.call.writes if k not in wanted])
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
         state = RandomState.capture(cuda_devices(tensors)) if draws(fn) else None
@@ -326,10 +346,14 @@ class Pass(Interceptor):
         for plain, dual in zip(tensors_in((out,)), duals, strict=True):
             self.duals[id(plain)] = dual
 
-    def _save(self, tensors: list[Tensor]) -> None:
-        for t in tensors:
-            if id(t) not in self.saved:
-                self.saved[id(t)] = (t, t.detach().clone())
+    def _save(
+        self, targets: tuple[int, ...], tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        with self.level.outside():
+            for k in targets:
+                self.transaction.save(tensors[k])
+            for generator in generators_in(args, kwargs):
+                self.transaction.save(generator)
 
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
         """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the
@@ -340,6 +364,7 @@ class Pass(Interceptor):
             loss = self.run(closure)
             if self.result is None or loss is not self.result:
                 raise Departure
+            self.transaction.settle(self.level)
             return self.level.plain(self.result)
 
         plain = self.level.run(body)

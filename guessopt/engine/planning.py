@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.engine.forward import Departure, Pass, Saved
+from guessopt.engine.forward import Departure, Pass
 from guessopt.engine.levels import Level
 from guessopt.engine.probe import Found, find_layouts
+from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
-from guessopt.rng import RandomState
 from guessopt.sites import Joint, Layout, Site, SiteGraph
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.tape import Tape
@@ -44,21 +44,9 @@ class Plan:
     stream: bool = False
     keeps_graphs: bool = True
     joints: dict[int, Joint] = field(default_factory=dict)
-
-
-class Transaction:
-    """Puts back what runs of the closure change: tensors written in place, and global random states."""
-
-    def __init__(self, devices: tuple[int, ...]) -> None:
-        self.random = RandomState.capture(devices)
-        self.saved: Saved = {}
-
-    def rewind(self) -> None:
-        """As before the first run."""
-        with torch.no_grad():
-            for tensor, value in self.saved.values():
-                tensor.copy_(value)
-        self.random.restore()
+    #: What a ``Transaction`` has to watch beside what it finds by itself.
+    modules: tuple[torch.nn.Module, ...] = ()
+    elsewhere: tuple[Tensor, ...] = ()
 
 
 def trace(
@@ -81,12 +69,13 @@ def trace(
         ClosureError: what it returns is no loss, or no parameter has a part in it.
     """
     as_expression: frozenset[int] = frozenset()
+    transaction.watch(closure)
+    changing: dict[int, torch.nn.Module] = {}
     while True:
-        tape = Tape(ids, as_expression)
-        try:
+        tape = Tape(ids, as_expression, transaction.save)
+        with transaction.finding() as modules:
             loss = tape.run(closure)
-        finally:
-            transaction.saved.update({k: v for k, v in tape.saved.items() if k not in transaction.saved})
+        changing |= {id(module): module for module in modules}
         check_loss(loss)
         analysis = Analysis(tape, tape.value(loss))
         if not (weights := analysis.weight_calls()) <= as_expression:
@@ -112,6 +101,7 @@ def trace(
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
     plan.tolerance = precision(analysis)
+    plan.modules, plan.elsewhere = tuple(changing.values()), tuple(tape.writes.elsewhere)
     plan.alive, plan.stream = found.alive, stream
     plan.compiled = tape.compiled
     plan.routes = analysis.routes_by_data()
@@ -141,7 +131,7 @@ def layouts_of(
         def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
             return tangents[site.index](s) if site.index in tangents else None
 
-        run = Pass(ids, graph, make_level(), guess, {}, transaction.saved, keeps=False)
+        run = Pass(ids, graph, make_level(), guess, {}, transaction, keeps=False)
         try:
             return run.execute(closure, params).tangents
         finally:
@@ -230,7 +220,6 @@ def is_due_for_probe(plan: Plan) -> bool:
 def _forget_tensors(tape: Tape) -> None:
     """The analysis stays for later probes; the batch that it was made from need not."""
     tape.expressions.clear()
-    tape.saved = {}
     tape.outside = {v: t for v, t in tape.outside.items() if isinstance(t, torch.nn.Parameter)}
 
 

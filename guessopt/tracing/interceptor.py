@@ -265,6 +265,7 @@ _STOPPING: set[Callable[..., Any]] = {
     torch.detach,
     Tensor.detach_,
     Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.data.__set__,  # type: ignore[attr-defined]
 }
 
 

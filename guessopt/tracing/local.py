@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
-from guessopt.rules.norm import without_side_effects
 from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Shape, Site, Value
 from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, tensors_in
+from guessopt.tracing.writes import copied
 
 
 class Local:
@@ -349,13 +349,15 @@ def _run(
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
+        elif call.writes:
+            args, kwargs = copied(args, kwargs, call.writes)
         state = random.get(call.index)
         with _autocasting(call, values), AS_IT_IS if state is None else replayed(state):
             run = PULLED_BACK.get(fn) if state is None else None
-            out = (run or without_side_effects(fn))(*args, **kwargs)
+            out = (run or fn)(*args, **kwargs)
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
-            if known is not None and fn in RESUMED and not call.in_place:
+            if known is not None and fn in RESUMED and not call.in_place and not call.writes:
                 known[call.index] = Known.of(args, kwargs, out, RESUMED[fn](out))
         else:
             values.update(zip(call.outputs, tensors_in((out,)) if out is not None else [args[0]], strict=True))

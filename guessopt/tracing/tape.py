@@ -17,6 +17,7 @@ from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value
 from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient, tensors_in
+from guessopt.tracing.writes import Writes
 
 
 class Tape(Interceptor):
@@ -26,9 +27,15 @@ class Tape(Interceptor):
         params: as for ``Interceptor``.
         expressions: indices of calls to take as parameter expressions although another tensor takes part
             (``F.embedding(arange(T), W)``: no examples in it).
+        save: called with what the closure has not made, before it is written or drawn from.
     """
 
-    def __init__(self, params: Mapping[int, int], as_expression: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        params: Mapping[int, int],
+        as_expression: frozenset[int] = frozenset(),
+        save: Callable[[Any], None] = lambda t: None,
+    ) -> None:
         super().__init__(params)
         self.as_expression = as_expression
         self.calls: list[Call] = []
@@ -42,8 +49,7 @@ class Tape(Interceptor):
         self.first_use: dict[int, tuple[int, int]] = {}
         self.outside: dict[int, Tensor] = {}
         self.weights: set[int] = set()
-        self.mutations: dict[int, tuple[int, ...]] = {}
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.writes = Writes(save)
         self.stopped: set[int] = set()
         self.answers: list[bool] = []
         self.compiled = False
@@ -74,8 +80,6 @@ class Tape(Interceptor):
             if isinstance(t, torch.nn.Parameter) or id(t) in self.expressions:
                 self.weights.add(v)
         recorded_args, recorded_kwargs = tree_map_only(Tensor, lambda t: Value(self.value(t)), (args, kwargs))
-        self.mutations_of(index, fn, args, kwargs, tensors, inputs)
-
         versions = [_version(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
@@ -85,11 +89,13 @@ class Tape(Interceptor):
             kind = Kind.EXPRESSION
         else:
             kind = Kind.SITE if mine else Kind.PLAIN
+        self.writes.begin(index, fn, args, kwargs, tensors)
         if kind in (Kind.EXPRESSION, Kind.STOPPED):
             out = fn(*args, **kwargs)
         else:
             with self.no_grad:
                 out = fn(*args, **kwargs)
+        self.writes.end()
         if kind is Kind.EXPRESSION:
             self.express(out, mine)
 
@@ -111,7 +117,18 @@ class Tape(Interceptor):
             self.consumers.setdefault(v, []).append(index)
         autocast = autocast_of(tensors[0]) if tensors else None
         self.calls.append(
-            Call(index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place, bool(extra), autocast)
+            Call(
+                index,
+                fn,
+                recorded_args,
+                recorded_kwargs,
+                inputs,
+                outputs,
+                in_place,
+                bool(extra),
+                autocast,
+                self.writes.found.get(index, ()),
+            )
         )
         self.kinds.append(kind)
         self.mine.append(tuple(k for k, t in enumerate(tensors) if any(t is m for m in mine)))
@@ -119,7 +136,8 @@ class Tape(Interceptor):
         return out
 
     def run(self, closure: Callable[[], Any]) -> Any:
-        loss = super().run(closure)
+        with self.writes:
+            loss = super().run(closure)
         if isinstance(loss, Tensor) and loss not in self._values:
             self._check_seen(loss, None)
         return loss
@@ -209,24 +227,6 @@ class Tape(Interceptor):
             else:
                 self._memory[place] = {v}
 
-    def mutations_of(
-        self,
-        index: int,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        inputs: tuple[int, ...],
-    ) -> None:
-        """Save what the call is about to write and the closure did not make: buffers, running statistics."""
-        targets = [k for k in written(fn, args, kwargs, tensors) if inputs[k] not in self.producer]
-        for k in targets:
-            t = tensors[k]
-            if id(t) not in self.saved:
-                self.saved[id(t)] = (t, t.detach().clone())
-        if targets:
-            self.mutations[index] = tuple(targets)
-
 
 def _within_compiled_code() -> bool:
     """Whether a ``torch.compile``d function is being run (eagerly, as the interceptor sees to)."""
@@ -252,26 +252,3 @@ def _memory(t: Tensor) -> int:
 def _version(t: Tensor) -> int:
     """How often ``t``'s memory has been written."""
     return 0 if t.is_inference() else t._version
-
-
-def written(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[int]:
-    """Positions, among a call's tensors, of those that it writes."""
-    if fn in _BATCH_NORM:
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-        bound = dict(zip(names, args, strict=False)) | kwargs
-        training = bound.get("training", bound.get("use_input_stats", False))
-        if not training and fn is not torch.nn.functional.instance_norm:
-            return []
-        stats = (bound.get("running_mean"), bound.get("running_var"))
-        return [k for k, t in enumerate(tensors) if any(t is s for s in stats)]
-    found = []
-    if (is_in_place(fn) or kwargs.get("inplace")) and tensors:
-        found.append(0)
-    out = kwargs.get("out")
-    if out is not None:
-        outs = tensors_in((out,))
-        found += [k for k, t in enumerate(tensors) if any(t is o for o in outs)]
-    return found
-
-
-_BATCH_NORM = {torch.nn.functional.batch_norm, torch.batch_norm, torch.nn.functional.instance_norm}

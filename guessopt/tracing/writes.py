@@ -1,0 +1,193 @@
+"""Which memory a closure writes that it did not allocate itself, found while it runs once.
+
+A function mode sees the call that the closure makes, but not what it writes: ``row = buffer[0]; row += 1`` writes a
+buffer, ``F.instance_norm`` its running statistics. The operations below say so in their schemas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only
+
+from guessopt.tracing.interceptor import tensors_in
+
+
+class Writes(TorchDispatchMode):
+    """Sees every operation below the closure's calls.
+
+    Args:
+        save: called with each tensor whose memory the closure has not allocated, before it is written.
+
+    Attributes:
+        found: by call, the positions of those among its tensors that it writes.
+        elsewhere: tensors that are written by no call that has them for an argument.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, save: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.save = save
+        self.found: dict[int, tuple[int, ...]] = {}
+        self.elsewhere: list[Tensor] = []
+        # By memory, whether the closure has allocated it. A weak reference keeps the address from being used again.
+        self._made: dict[int, tuple[bool, object]] = {}
+        self._call: tuple[int, Sequence[Tensor]] | None = None
+        self._allocates = False
+
+    def begin(
+        self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> None:
+        """A call of the closure's begins."""
+        self._call = index, tensors
+        for generator in generators_in(args, kwargs):
+            self.save(generator)
+            self.found[index] = ()
+        self._allocates = fn in _ALLOCATING
+        if fn in _LENDING or fn in BINDING:
+            for t in tensors[:1]:
+                self._note(t)
+
+    def end(self) -> None:
+        """It is over."""
+        self._call, self._allocates = None, False
+
+    def __torch_dispatch__(
+        self, fn: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            if not isinstance(fn, OpOverload):
+                return fn(*args, **kwargs)
+            made = self._allocates and fn in _LIFTING
+            for t in tensors_in(args, kwargs):
+                self._know(t, made)
+            for t in written_by(fn, args, kwargs):
+                self._note(t)
+            out = fn(*args, **kwargs)
+            for t in tensors_in((out,)):
+                self._know(t, fn.overloadpacket is not torch.ops.aten.set_)
+            return out
+
+    def _know(self, t: Tensor, made: bool) -> None:
+        for key, memory in _memories(t):
+            if key not in self._made:
+                self._made[key] = made, memory if isinstance(memory, Tensor) else StorageWeakRef(memory)
+
+    def _note(self, t: Tensor) -> None:
+        """``t`` is about to be written."""
+        self._know(t, False)
+        keys = {key for key, _ in _memories(t) if not self._made[key][0]}
+        if not keys:
+            return
+        self.save(t)
+        index, tensors = self._call or (0, ())
+        where = {k for k, other in enumerate(tensors) if any(key in keys for key, _ in _memories(other))}
+        if where:
+            self.found[index] = tuple(sorted(where.union(self.found.get(index, ()))))
+        elif not any(t is other for other in self.elsewhere):
+            self.elsewhere.append(t)
+
+
+def generators_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
+    """Those that a call is handed."""
+    return [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+
+
+def copied(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Collection[int]) -> Any:
+    """A call's arguments with copies of some of its tensors, for whoever makes the call once more."""
+    tensors = tensors_in(args, kwargs)
+    own = {id(tensors[k]) for k in positions}
+    return tree_map_only(Tensor, lambda t: t.clone() if id(t) in own else t, (args, kwargs))
+
+
+def plain(t: Tensor) -> Tensor:
+    """``t`` outside any transform."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t
+
+
+def parts(t: Tensor) -> list[Tensor]:
+    """The tensors with memory of their own that ``t`` is made of: itself, unless it wraps others."""
+    t = plain(t)
+    if is_traceable_wrapper_subclass(t):
+        return [part for name in t.__tensor_flatten__()[0] for part in parts(getattr(t, name))]
+    return [t]
+
+
+def has_storage(t: Tensor) -> bool:
+    return t.layout is torch.strided and t.device.type != "meta" and torch._C._has_storage(t)
+
+
+def _memories(t: Tensor) -> list[tuple[int, Any]]:
+    """A key for each piece of memory that ``t`` lies in, with what keeps the key from being used again."""
+    found: list[tuple[int, Any]] = []
+    for part in parts(t):
+        if has_storage(part):
+            storage = part.untyped_storage()
+            found.append((storage._cdata, storage))
+        else:
+            found.append((-id(part), part))
+    return found
+
+
+def written_by(fn: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes, by its schema."""
+    positions, names = _targets(fn)
+    if not positions:
+        return []
+    targets = [args[k] if k < len(args) else kwargs.get(name) for k, name in zip(positions, names, strict=True)]
+    if fn in _STATISTICS and not _trains(fn, args, kwargs):
+        return []
+    return tensors_in(targets)
+
+
+@cache
+def _targets(fn: OpOverload) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    arguments = list(enumerate(fn._schema.arguments))
+    named = fn in _STATISTICS
+    found = [
+        (k, a.name)
+        for k, a in arguments
+        if (a.alias_info is not None and a.alias_info.is_write) or (named and a.name.startswith("running_"))
+    ]
+    return tuple(k for k, _ in found), tuple(name for _, name in found)
+
+
+def _trains(fn: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    names = [a.name for a in fn._schema.arguments]
+    if "training" not in names:
+        return True
+    position = names.index("training")
+    return bool(args[position] if position < len(args) else kwargs.get("training", True))
+
+
+#: These write the running statistics without saying so in their schemas.
+_STATISTICS: set[OpOverload] = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_gather_stats",
+        "batch_norm_gather_stats_with_counts", "batch_norm_update_stats",
+    )
+    if hasattr(torch.ops.aten, name)
+}  # fmt: skip
+
+_LIFTING = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default}
+#: What these lift is their own; what is lifted elsewhere may be an array of numpy's.
+_ALLOCATING: set[Callable[..., Any]] = {torch.tensor, Tensor.new, Tensor.new_tensor}
+#: These hand a tensor's memory to code that no mode sees.
+_LENDING: set[Callable[..., Any]] = {
+    Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage,
+    Tensor.__cuda_array_interface__.__get__, torch.Tensor._typed_storage,
+}  # fmt: skip
+#: These make a tensor's name mean other memory.
+BINDING: set[Callable[..., Any]] = {Tensor.data.__set__, Tensor.set_, Tensor.resize_, Tensor.resize_as_}  # type: ignore[attr-defined]
