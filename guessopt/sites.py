@@ -101,7 +101,7 @@ class Value:
 class Call:
     """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors. ``autocast``: device
     type and dtype, where one was in force. ``writes``: positions of the tensors that it writes and the closure has not
-    made."""
+    made; ``hidden``: those that are not even among its arguments."""
 
     index: int
     fn: Callable[..., Any]
@@ -113,6 +113,7 @@ class Call:
     aliases: bool = False
     autocast: tuple[str, torch.dtype] | None = None
     writes: tuple[int, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
 
     @property
     def op(self) -> str:
@@ -378,7 +379,9 @@ class SiteGraph:
     ``loss_params`` are read by the loss itself; ``blocked`` says, by site, why no segment was built; ``answers``, in
     order, whether the activations that the closure asked require grad. ``shared_writes``: operations of the network
     that write into memory which other tensors share. ``stream``: the residual stream, where it was asked
-    for and found. ``joints``: sites that may be guessed as one."""
+    for and found. ``joints``: sites that may be guessed as one. ``mutations``: by call, positions of the
+    tensors that it writes and the closure has not made. ``rewritten``: trainable parameters that the closure writes
+    itself. ``hidden``: by call, what it writes and has not for an argument."""
 
     functions: tuple[Callable[..., Any], ...]
     kinds: tuple[Kind, ...]
@@ -387,6 +390,8 @@ class SiteGraph:
     cuts: tuple[Cut, ...]
     batch: int
     mutations: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    rewritten: frozenset[int] = frozenset()
+    hidden: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     watch: dict[int, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     release: dict[int, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)

@@ -129,6 +129,12 @@ class Stepping:
         """Why a memory mode does not serve, as far as is known without a graph; None if it does."""
         if memory not in ("replay", "stream"):
             return None
+        if memory == "stream" and graph is not None and graph.rewritten:
+            names = ", ".join(self._names[p] for p in sorted(graph.rewritten)[:3])
+            return (
+                f"the closure writes parameters itself ({names}), which memory='stream' updates while it runs; "
+                "use memory='replay', or write them after the step"
+            )
         for e in dict.fromkeys(e for e in self._estimators if e.learns):
             several = f"guesses={self.guesses}: what one teaches serves the next, so that each needs passes of its own"
             if why := several if self.guesses > 1 else e.refuses(memory, graph):
@@ -335,6 +341,7 @@ class Stepping:
         def deliver(gradients: dict[int, Tensor]) -> None:
             for position, g in gradients.items():
                 self._update_one(position, _laid_out(g, self._params[position]))
+                transaction.forget(self._params[position])
                 journal.done.add(position)
 
         self._fire(self.base._optimizer_step_pre_hooks)
@@ -428,6 +435,7 @@ class Stepping:
                 f"engine={self.engine!r} carries one tangent": self.engine != "fast",
                 "an estimator learns from one guess at a time": any(e.learns for e in self._estimators),
                 f"the network writes into memory that other tensors share ({shared})": bool(shared),
+                "an operation writes tensors that are not among its arguments": bool(plan.graph.hidden),
             }
             why = next((reason for reason, holds in reasons.items() if holds), None)
             if why is not None and self.stack_guesses:

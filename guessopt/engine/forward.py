@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, is_foreign
-from guessopt.engine.transaction import Memory, Transaction
+from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, cuda_devices, draws
 from guessopt.rules.base import Known, is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient, tensors_in
-from guessopt.tracing.writes import BINDING, copied, generators_in
+from guessopt.tracing.writes import BINDING, Memory, copied, generators_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 
@@ -210,12 +211,14 @@ class Pass(Interceptor):
             if out is not NotImplemented:
                 return out
         targets = self.graph.mutations.get(index, ())
-        before = Memory() if targets and not is_in_place(fn) else None
+        hidden = self.graph.hidden.get(index, ())
+        retried = hidden or (targets and fn is not F.batch_norm and not is_in_place(fn))
+        before = Memory() if retried else None
         if before is not None:
             own = tensors_in(args, kwargs)
             with self.level.outside():
-                for k in targets:
-                    before.save(own[k])
+                for t in (*hidden, *(own[k] for k in targets)):
+                    before.save(t)
         try:
             if fn in WITHOUT_FORWARD or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")

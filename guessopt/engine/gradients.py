@@ -10,6 +10,7 @@ from torch import Tensor
 
 from guessopt.rng import replayed
 from guessopt.sites import ForwardRecord, Site, SiteGraph, Visit
+from guessopt.tracing.writes import kept
 
 
 def estimated_cotangents(
@@ -116,7 +117,7 @@ class Gradients:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
                 g = (g / unit).half()  # the largest entry one: the rule's products stay within range
             autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
-            with replayed(visit.random), autocast:
+            with replayed(visit.random), autocast, kept(visit.call.hidden):
                 gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.engine.forward import Departure, Pass
@@ -75,6 +76,8 @@ def trace(
         tape = Tape(ids, as_expression, transaction.save)
         with transaction.finding() as modules:
             loss = tape.run(closure)
+        # F.embedding scales rows to its max_norm where it reads them, and once more changes nothing.
+        tape.rewritten = frozenset(p for p, t in params.items() if tape.writes.written(t) - {F.embedding})
         changing |= {id(module): module for module in modules}
         check_loss(loss)
         analysis = Analysis(tape, tape.value(loss))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import random
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,71 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import _disable_current_modes
 
-from guessopt.errors import ClosureError
 from guessopt.rng import RandomState
-from guessopt.tracing.writes import has_storage, parts
+from guessopt.tracing.writes import Memory, quietly
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Seen by no mode, with no part in any derivative."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+def _silent_compiled_modules() -> Iterator[None]:
+    """Without the warning that they give of global hooks."""
+    if "torch._dynamo" not in sys.modules:
         yield
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-class Memory:
-    """The memory of tensors, as it was when each was saved."""
-
-    def __init__(self) -> None:
-        self._memory: dict[int, tuple[torch.UntypedStorage, int, Tensor]] = {}
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._names: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def save(self, t: Tensor) -> None:
-        """Keep a copy of all the memory that ``t`` lies in, and where in it it lies."""
-        for part in parts(t):
-            if not has_storage(part):
-                self._copy(part)
-                continue
-            if id(part) not in self._names:
-                with _quietly():
-                    self._names[id(part)] = part, part.detach()
-            storage = part.untyped_storage()
-            if storage._cdata not in self._memory:
-                with _quietly():
-                    self._memory[storage._cdata] = storage, storage.nbytes(), _bytes(storage).clone()
-
-    def _copy(self, t: Tensor) -> None:
-        if id(t) in self._copies or t.device.type == "meta":
-            return
-        try:
-            with _quietly():
-                self._copies[id(t)] = t, t.detach().clone()
-        except RuntimeError as error:
-            raise ClosureError(
-                f"the closure writes into a {type(t).__name__} of shape {list(t.shape)} ({t.layout}), which cannot be "
-                "copied, so that a failed step could not put it back; write it outside the closure"
-            ) from error
-
-    def restore(self) -> None:
-        """What was saved last comes first, since two tensors may share memory of numpy's."""
-        with _quietly():
-            for storage, size, value in reversed(self._memory.values()):
-                if storage.nbytes() != size:
-                    storage.resize_(size)
-                if size:
-                    _bytes(storage).copy_(value)
-            for t, value in reversed(self._copies.values()):
-                t.copy_(value)
-            for t, name in reversed(self._names.values()):
-                if not t.is_set_to(name):
-                    t.data = name
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+        yield
 
 
 #: An object with state, and how it gets back the state that it had.
@@ -114,6 +64,10 @@ class Transaction:
         else:
             self._memory.save(t)
 
+    def forget(self, t: Tensor) -> None:
+        """``t`` has been updated for good."""
+        self._memory.forget(t)
+
     def watch(self, closure: Callable[[], Any] | None, plans: Iterable[Any] = ()) -> None:
         """Keep what the closure can reach: what it binds, its modules' attributes, containers and generators; and what
         plans have found that it changes by other ways (``modules`` and ``elsewhere``)."""
@@ -132,22 +86,22 @@ class Transaction:
         """Look at every module that runs within, before it first runs. Those in the list, once it is over, have changed
         though they are not watched otherwise: the closure reaches them by ways that cannot be followed."""
         found: list[nn.Module] = []
-        ran: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        known = [(node, dict(node.__dict__)) for node in self._seen.values() if isinstance(node, nn.Module)]
 
         def before(module: nn.Module, args: Any) -> None:
-            if id(module) not in ran:
-                ran[id(module)] = module, dict(module.__dict__)
-                if id(module) not in self._seen:
-                    found.append(module)
-                    with _quietly():
-                        self._walk(module, 0)
+            if id(module) not in self._seen:
+                found.append(module)
+                known.append((module, dict(module.__dict__)))
+                with quietly():
+                    self._walk(module, 0)
 
         handle = register_module_forward_pre_hook(before)
         try:
-            yield found
+            with _silent_compiled_modules():
+                yield found
         finally:
             handle.remove()
-            for module, state in ran.values():
+            for module, state in known:
                 if id(module.__dict__) not in self._seen and _differs(module.__dict__, state):
                     found.append(module)
                     self._seen[id(module.__dict__)] = module.__dict__
@@ -218,6 +172,8 @@ class Transaction:
                 self._walk(node, depth)
 
     def _walk_module(self, module: nn.Module) -> None:
+        if isinstance(module, torch.jit.ScriptModule):  # has its attributes elsewhere
+            return
         state = module.__dict__
         hooked = state["_forward_pre_hooks"] or state["_forward_hooks"]
         if not hooked and type(module).__module__.startswith("torch.nn.modules."):  # these bind nothing as they run
@@ -225,7 +181,7 @@ class Transaction:
             return
         self._homes.add(_root(module))
         self._walk_attributes(module)
-        forward = type(module).forward
+        forward = getattr(type(module), "forward", None)
         if isinstance(forward, FunctionType):
             self._walk(forward, _DEPTH)
 
@@ -242,7 +198,7 @@ class Transaction:
         self._keep(state, dict(state), _put_dict)
         for name, value in state.items():
             if name == "_modules":
-                self._walk_children(dict(value.items()))
+                self._walk_children(value)
             elif name in _REGISTERED:
                 if isinstance(value, dict):
                     self._keep(value, dict(value), _put_dict)

@@ -396,7 +396,8 @@ class Analysis:
         return SiteGraph(
             functions=tuple(call.fn for call in tape.calls), kinds=tuple(kinds),
             reads=tuple(tape.origins), sites=final, cuts=cuts, batch=batch,
-            mutations=dict(tape.writes.found), watch=watch, release=release, constants=constants,
+            mutations=dict(tape.writes.found), rewritten=tape.rewritten, hidden=tape.writes.hidden,
+            watch=watch, release=release, constants=constants,
             returned=(tape.producer[self.returned],
             tape.calls[tape.producer[self.returned]].outputs.index(self.returned))
             if self.returned in tape.producer else None,

@@ -18,7 +18,7 @@ from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
 from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Shape, Site, Value
 from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, tensors_in
-from guessopt.tracing.writes import copied
+from guessopt.tracing.writes import copied, generators_in, kept
 
 
 class Local:
@@ -279,8 +279,11 @@ def evaluate(
         for call in calls
         if call.fn not in DROPOUT and call.index not in random
     )
+    own = {g: g.get_state() for call in calls for g in generators_in(call.args, call.kwargs)} if drawing else {}
     with replayed(RandomState.capture() if drawing else None):
         _run(calls, values, variables, known, random)
+    for generator, state in own.items():
+        generator.set_state(state)
     return values
 
 
@@ -352,12 +355,12 @@ def _run(
         elif call.writes:
             args, kwargs = copied(args, kwargs, call.writes)
         state = random.get(call.index)
-        with _autocasting(call, values), AS_IT_IS if state is None else replayed(state):
+        with _autocasting(call, values), AS_IT_IS if state is None else replayed(state), kept(call.hidden):
             run = PULLED_BACK.get(fn) if state is None else None
             out = (run or fn)(*args, **kwargs)
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
-            if known is not None and fn in RESUMED and not call.in_place and not call.writes:
+            if known is not None and fn in RESUMED and not (call.in_place or call.writes or call.hidden):
                 known[call.index] = Known.of(args, kwargs, out, RESUMED[fn](out))
         else:
             values.update(zip(call.outputs, tensors_in((out,)) if out is not None else [args[0]], strict=True))

@@ -50,6 +50,7 @@ class Tape(Interceptor):
         self.outside: dict[int, Tensor] = {}
         self.weights: set[int] = set()
         self.writes = Writes(save)
+        self.rewritten: frozenset[int] = frozenset()
         self.stopped: set[int] = set()
         self.answers: list[bool] = []
         self.compiled = False
@@ -127,7 +128,7 @@ class Tape(Interceptor):
                 in_place,
                 bool(extra),
                 autocast,
-                self.writes.found.get(index, ()),
+                *self.writes.of(index),
             )
         )
         self.kinds.append(kind)
@@ -211,11 +212,8 @@ class Tape(Interceptor):
         if not tensors or not tensors[0].numel():
             return []
         place = _memory(tensors[0])
-        return [
-            t
-            for t in list(self._values.keys())
-            if not any(t is r for r in results) and t.numel() and _memory(t) == place
-        ]
+        others = [t for t in list(self._values.keys()) if not isinstance(t, torch.nn.Parameter)]
+        return [t for t in others if not any(t is r for r in results) and t.numel() and _memory(t) == place]
 
     def _remember(self, results: list[Tensor], outputs: tuple[int, ...], tensors: list[Tensor]) -> None:
         """Which values lie in which memory; memory that is in no input has been allocated anew."""

@@ -6,7 +6,8 @@ buffer, ``F.instance_norm`` its running statistics. The operations below say so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
+from guessopt.errors import ClosureError
 from guessopt.tracing.interceptor import tensors_in
 
 
@@ -28,7 +30,8 @@ class Writes(TorchDispatchMode):
 
     Attributes:
         found: by call, the positions of those among its tensors that it writes.
-        elsewhere: tensors that are written by no call that has them for an argument.
+        hidden: by call, what it writes and has not for an argument.
+        elsewhere: all that is written by no call that has it for an argument.
     """
 
     supports_higher_order_operators = True
@@ -37,17 +40,20 @@ class Writes(TorchDispatchMode):
         super().__init__()
         self.save = save
         self.found: dict[int, tuple[int, ...]] = {}
+        self.hidden: dict[int, tuple[Tensor, ...]] = {}
         self.elsewhere: list[Tensor] = []
+        self._written: dict[int, set[Any]] = {}
         # By memory, whether the closure has allocated it. A weak reference keeps the address from being used again.
         self._made: dict[int, tuple[bool, object]] = {}
         self._call: tuple[int, Sequence[Tensor]] | None = None
+        self._fn: Callable[..., Any] | None = None
         self._allocates = False
 
     def begin(
         self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> None:
         """A call of the closure's begins."""
-        self._call = index, tensors
+        self._call, self._fn = (index, tensors), fn
         for generator in generators_in(args, kwargs):
             self.save(generator)
             self.found[index] = ()
@@ -58,7 +64,15 @@ class Writes(TorchDispatchMode):
 
     def end(self) -> None:
         """It is over."""
-        self._call, self._allocates = None, False
+        self._call, self._fn, self._allocates = None, None, False
+
+    def of(self, index: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+        """A call's part in ``found`` and ``hidden``."""
+        return self.found.get(index, ()), self.hidden.get(index, ())
+
+    def written(self, t: Tensor) -> set[Any]:
+        """The functions by which the closure has written a tensor's memory."""
+        return set().union(*(self._written.get(key, ()) for key, _ in _memories(t)))
 
     def __torch_dispatch__(
         self, fn: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,12 +103,16 @@ class Writes(TorchDispatchMode):
         if not keys:
             return
         self.save(t)
-        index, tensors = self._call or (0, ())
+        for key in keys:
+            self._written.setdefault(key, set()).add(self._fn)
+        index, tensors = self._call or (-1, ())
         where = {k for k, other in enumerate(tensors) if any(key in keys for key, _ in _memories(other))}
         if where:
             self.found[index] = tuple(sorted(where.union(self.found.get(index, ()))))
-        elif not any(t is other for other in self.elsewhere):
+        else:
             self.elsewhere.append(t)
+            if self._call is not None:
+                self.hidden[index] = (*self.hidden.get(index, ()), t)
 
 
 def generators_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
@@ -126,6 +144,88 @@ def parts(t: Tensor) -> list[Tensor]:
 
 def has_storage(t: Tensor) -> bool:
     return t.layout is torch.strided and t.device.type != "meta" and torch._C._has_storage(t)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Seen by no mode, with no part in any derivative."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class Memory:
+    """The memory of tensors, as it was when each was saved."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, tuple[torch.UntypedStorage, int, Tensor]] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._names: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def save(self, t: Tensor) -> None:
+        """Keep a copy of all the memory that ``t`` lies in, and where in it it lies."""
+        for part in parts(t):
+            if not has_storage(part):
+                self._copy(part)
+                continue
+            if id(part) not in self._names:
+                with quietly():
+                    self._names[id(part)] = part, part.detach()
+            storage = part.untyped_storage()
+            if storage._cdata not in self._memory:
+                with quietly():
+                    self._memory[storage._cdata] = storage, storage.nbytes(), _bytes(storage).clone()
+
+    def _copy(self, t: Tensor) -> None:
+        if id(t) in self._copies or t.device.type == "meta":
+            return
+        try:
+            with quietly():
+                self._copies[id(t)] = t, t.detach().clone()
+        except RuntimeError as error:
+            raise ClosureError(
+                f"the closure writes into a {type(t).__name__} of shape {list(t.shape)} ({t.layout}), which cannot be "
+                "copied, so that a failed step could not put it back; write it outside the closure"
+            ) from error
+
+    def forget(self, t: Tensor) -> None:
+        for part in parts(t):
+            self._names.pop(id(part), None)
+            self._copies.pop(id(part), None)
+            if has_storage(part):
+                self._memory.pop(part.untyped_storage()._cdata, None)
+
+    def restore(self) -> None:
+        """What was saved last comes first, since two tensors may share memory of numpy's."""
+        with quietly():
+            for storage, size, value in reversed(self._memory.values()):
+                if storage.nbytes() != size:
+                    storage.resize_(size)
+                if size:
+                    _bytes(storage).copy_(value)
+            for t, value in reversed(self._copies.values()):
+                t.copy_(value)
+            for t, name in reversed(self._names.values()):
+                if not t.is_set_to(name):
+                    t.data = name
+
+
+@contextmanager
+def kept(tensors: Collection[Tensor]) -> Iterator[None]:
+    """What is written into these within is undone."""
+    if not tensors:
+        yield
+        return
+    memory = Memory()
+    for t in tensors:
+        memory.save(t)
+    try:
+        yield
+    finally:
+        memory.restore()
 
 
 def _memories(t: Tensor) -> list[tuple[int, Any]]:
