@@ -27,7 +27,7 @@ from guessopt import (
 )
 from guessopt.memory import cpu_peak
 
-from .problems import learned
+from .problems import learned, unfollowed
 
 
 class Residual(nn.Module):
@@ -189,7 +189,7 @@ def test_first_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(32, 16)
     seen: list[weakref.ref[Tensor]] = []
     for layer in net:
-        layer.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
+        layer.register_forward_hook(unfollowed(lambda module, args, out: seen.append(weakref.ref(out))))
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2, memory="replay")
     opt.step(lambda: net(x).square().mean())
     alive: list[int] = []
@@ -273,7 +273,7 @@ def _failing_once_updated(layer: nn.Module, updates: list[int]) -> RemovableHand
         if updates:
             raise RuntimeError("out of memory")
 
-    return layer.register_forward_pre_hook(fail)
+    return layer.register_forward_pre_hook(unfollowed(fail))
 
 
 def test_partial_update_is_finished_from_its_journal() -> None:
@@ -403,7 +403,7 @@ def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monke
         seen.append(StorageWeakRef(out.untyped_storage()))
 
     for layer in net:
-        layer.register_forward_hook(look)
+        layer.register_forward_hook(unfollowed(look))
     estimator = LearnedFeedback(gamma=0, every=every, ahead=ahead)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, estimator, lr=1e-2, memory="replay")
     for _ in range(4):
@@ -443,7 +443,7 @@ def test_learned_feedback_updates_as_the_pass_goes(ahead: int) -> None:
             moved.append(sum(not torch.equal(layer.weight, w) for layer, w in zip(layers, before, strict=True)))
 
     for layer in layers:
-        layer.register_forward_pre_hook(look)
+        layer.register_forward_pre_hook(unfollowed(look))
     opt.step(lambda: net(x).square().mean())
     assert moved[:6] == [0] * 6  # the first pass
     assert moved[6:] == ([0, 0, 1, 2, 3, 5] if ahead else [0, 1, 2, 3, 4, 5])

@@ -288,7 +288,7 @@ class Pass(Interceptor):
             return None
         primal: Callable[[Tensor], Tensor] = self.level.primal
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
-        if site.call.writes:  # whoever forms the gradients may make the call once more
+        if site.call.writes and fn is not F.batch_norm:  # whoever forms the gradients may make the call once more
             args, kwargs = copied(args, kwargs, [k for k in site.call.writes if k not in wanted])
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])

@@ -117,7 +117,8 @@ class Gradients:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
                 g = (g / unit).half()  # the largest entry one: the rule's products stay within range
             autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
-            with replayed(visit.random), autocast, kept(visit.call.hidden):
+            hidden = kept(visit.call.hidden) if visit.call.hidden else nullcontext()
+            with replayed(visit.random), autocast, hidden:
                 gradients = site.rule.gradients(visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g)
             for variable, gradient in zip(visit.variables, gradients, strict=True):
                 if gradient is not None:

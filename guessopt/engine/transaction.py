@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,8 +176,9 @@ class Transaction:
             return
         state = module.__dict__
         hooked = state["_forward_pre_hooks"] or state["_forward_hooks"]
-        if not hooked and type(module).__module__.startswith("torch.nn.modules."):  # these bind nothing as they run
-            self._walk_children(state["_modules"])
+        if not hooked and _is_torchs(cast(Any, type(module))):
+            if state["_modules"]:
+                self._walk_children(state["_modules"])
             return
         self._homes.add(_root(module))
         self._walk_attributes(module)
@@ -188,7 +189,8 @@ class Transaction:
     def _walk_children(self, modules: dict[str, nn.Module | None]) -> None:
         for module in modules.values():
             if module is not None and id(module) not in self._seen:
-                self._walk(module, 0)
+                self._seen[id(module)] = module
+                self._walk_module(module)
 
     def _walk_attributes(self, module: nn.Module) -> None:
         state = module.__dict__
@@ -196,17 +198,16 @@ class Transaction:
             return
         self._seen[id(state)] = state
         self._keep(state, dict(state), _put_dict)
-        for name, value in state.items():
-            if name == "_modules":
-                self._walk_children(value)
-            elif name in _REGISTERED:
-                if isinstance(value, dict):
-                    self._keep(value, dict(value), _put_dict)
-                elif isinstance(value, set):
-                    self._keep(value, set(value), _put_set)
-            elif name in _HOOKS:
-                self._walk_each(value.values(), 0)
-            elif name not in _INTERNAL and type(value) not in _STATELESS:
+        self._keep(state["_parameters"], dict(state["_parameters"]), _put_dict)
+        self._keep(state["_buffers"], dict(state["_buffers"]), _put_dict)
+        self._keep(state["_non_persistent_buffers_set"], set(state["_non_persistent_buffers_set"]), _put_set)
+        self._walk_children(state["_modules"])
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            if state[name]:
+                self._walk_each(state[name].values(), 0)
+        for name in state.keys() - _INTERNAL:
+            value = state[name]
+            if type(value) not in _STATELESS:
                 self._walk(value, 0)
 
     def _walk_function(self, fn: FunctionType, depth: int) -> None:
@@ -280,14 +281,18 @@ _DEPTH = 3
 _MOST = 20_000
 _ABSENT: Any = object()
 _CONTAINERS = {list, dict, set, deque}
-_REGISTERED = {"_parameters", "_buffers", "_non_persistent_buffers_set"}
-_HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
-_INTERNAL = {name for name in nn.Module().__dict__} - {"_modules"} - _REGISTERED - _HOOKS
+_INTERNAL = nn.Module().__dict__.keys()
 _STATELESS: set[Any] = {
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), object, slice, range, type, ModuleType, Tensor,
     nn.Parameter, torch.Size, torch.dtype, torch.device, torch.layout, type(len), type(str.join), property, CodeType,
     type(torch.relu), type(Tensor.add),
 }  # fmt: skip
+
+
+@lru_cache(1024)
+def _is_torchs(kind: Any) -> bool:
+    """Whether a module is torch's own: these bind no attributes as they run."""
+    return bool(kind.__module__.startswith("torch.nn.modules."))
 
 
 def _names_in(slots: str | Iterable[str]) -> list[str]:

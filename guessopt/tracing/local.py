@@ -355,7 +355,8 @@ def _run(
         elif call.writes:
             args, kwargs = copied(args, kwargs, call.writes)
         state = random.get(call.index)
-        with _autocasting(call, values), AS_IT_IS if state is None else replayed(state), kept(call.hidden):
+        own = kept(call.hidden) if call.hidden else AS_IT_IS
+        with _autocasting(call, values), AS_IT_IS if state is None else replayed(state), own:
             run = PULLED_BACK.get(fn) if state is None else None
             out = (run or fn)(*args, **kwargs)
         if isinstance(out, Tensor):

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
 
 from guessopt.errors import ClosureError
 from guessopt.tracing.interceptor import tensors_in
@@ -124,7 +123,16 @@ def copied(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Collection[
     """A call's arguments with copies of some of its tensors, for whoever makes the call once more."""
     tensors = tensors_in(args, kwargs)
     own = {id(tensors[k]) for k in positions}
-    return tree_map_only(Tensor, lambda t: t.clone() if id(t) in own else t, (args, kwargs))
+
+    def copy(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            return node.clone() if id(node) in own else node
+        if isinstance(node, (tuple, list)):
+            items = [copy(item) for item in node]
+            return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+        return {key: copy(value) for key, value in node.items()} if isinstance(node, dict) else node
+
+    return copy(args), copy(kwargs)
 
 
 def plain(t: Tensor) -> Tensor:
@@ -143,7 +151,7 @@ def parts(t: Tensor) -> list[Tensor]:
 
 
 def has_storage(t: Tensor) -> bool:
-    return t.layout is torch.strided and t.device.type != "meta" and torch._C._has_storage(t)
+    return t.layout is torch.strided and not t.is_meta and torch._C._has_storage(t)
 
 
 @contextmanager
@@ -157,6 +165,9 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 class Memory:
     """The memory of tensors, as it was when each was saved."""
 
@@ -167,24 +178,30 @@ class Memory:
 
     def save(self, t: Tensor) -> None:
         """Keep a copy of all the memory that ``t`` lies in, and where in it it lies."""
-        for part in parts(t):
-            if not has_storage(part):
-                self._copy(part)
-                continue
-            if id(part) not in self._names:
-                with quietly():
-                    self._names[id(part)] = part, part.detach()
-            storage = part.untyped_storage()
-            if storage._cdata not in self._memory:
-                with quietly():
-                    self._memory[storage._cdata] = storage, storage.nbytes(), _bytes(storage).clone()
+        if id(t) in self._names:
+            return
+        ordinary = type(t) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        if ordinary and not torch._C._len_torch_dispatch_stack() and has_storage(t):
+            self._save(t)
+            return
+        with quietly():
+            for part in parts(t):
+                (self._save if has_storage(part) else self._copy)(part)
+
+    def _save(self, t: Tensor) -> None:
+        name = t.detach()
+        self._names[id(t)] = t, name
+        storage = t.untyped_storage()
+        if storage._cdata not in self._memory:
+            size = storage.nbytes()
+            whole = size == t.numel() * t.element_size() and t.is_contiguous()
+            self._memory[storage._cdata] = storage, size, name.clone() if whole else _bytes(storage).clone()
 
     def _copy(self, t: Tensor) -> None:
         if id(t) in self._copies or t.device.type == "meta":
             return
         try:
-            with quietly():
-                self._copies[id(t)] = t, t.detach().clone()
+            self._copies[id(t)] = t, t.detach().clone()
         except RuntimeError as error:
             raise ClosureError(
                 f"the closure writes into a {type(t).__name__} of shape {list(t.shape)} ({t.layout}), which cannot be "
@@ -205,7 +222,7 @@ class Memory:
                 if storage.nbytes() != size:
                     storage.resize_(size)
                 if size:
-                    _bytes(storage).copy_(value)
+                    _bytes(storage).copy_(_bytes(value.untyped_storage()))
             for t, value in reversed(self._copies.values()):
                 t.copy_(value)
             for t, name in reversed(self._names.values()):
@@ -216,9 +233,6 @@ class Memory:
 @contextmanager
 def kept(tensors: Collection[Tensor]) -> Iterator[None]:
     """What is written into these within is undone."""
-    if not tensors:
-        yield
-        return
     memory = Memory()
     for t in tensors:
         memory.save(t)
