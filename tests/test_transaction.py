@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError
 
@@ -267,6 +268,61 @@ net_case("row of a queue", by_row_view, queue=zeros(5, 3))
 net_case("numpy array", by_from_numpy, array=lambda: np.zeros(3, np.float32))
 net_case("adam's kernel", by_optimizer_kernel, mean=zeros(3), first=zeros(3), second=zeros(3), steps=zeros())
 net_case("MoCo queue", by_queue, queue=zeros(2 * N, 3), pointer=lambda: torch.zeros(1, dtype=torch.long))
+
+
+def on_outside(name: str, make: Callable[[], Any], change: Callable[[Any], Any], look: Callable[[Any], Any]) -> None:
+    """Something that only the closure knows."""
+
+    def build() -> Case:
+        net, thing = nn.Linear(D, 2), make()
+        x, y = batch()
+
+        def closure() -> Tensor:
+            change(thing)
+            return F.cross_entropy(net(x), y)
+
+        return Case(list(net.parameters()), closure, lambda: look(thing))
+
+    CASES[name] = build
+
+
+class Kind(torch.Tensor):
+    """A tensor class of the user's."""
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("n", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n.add_(1.0)
+        return x
+
+
+on_outside("sparse tensor", lambda: torch.eye(3).to_sparse(), lambda t: t.mul_(2.0), lambda t: t.to_dense())
+on_outside(
+    "quantised tensor", lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    lambda t: t.copy_(t.dequantize() + 1), lambda t: t.dequantize(),
+)  # fmt: skip
+on_outside(
+    "tensor class", lambda: torch.zeros(3).as_subclass(Kind), lambda t: t.add_(1.0), lambda t: t.as_subclass(Tensor)
+)
+on_outside("scripted buffer", lambda: torch.jit.script(Counting()), lambda m: m(torch.ones(2)), lambda m: m.n)
+on_outside("long list", lambda: list(range(5000)), lambda items: items.append(1), len)
+
+
+@case
+def averaged_model() -> Case:
+    net = nn.Linear(D, 2)
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    x, y = batch()
+
+    def closure() -> Tensor:
+        average.update_parameters(net)
+        return F.cross_entropy(net(x), y)
+
+    return Case(list(net.parameters()), closure, lambda: dict(average.state_dict()))
 
 
 # ------------------------------------------------------------------------------------------------- weights by hand
@@ -576,7 +632,7 @@ MODES = ["store", "replay", "stream"]
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("name", CASES)
 def test_state_of_the_closure(name: str, memory: str) -> None:
-    """Six steps that succeed; before three of them, others that fail in their first, second and last run."""
+    """Six steps that succeed; before some of them others that fail in one of their runs."""
     if name in WRITE_PARAMETERS and memory == "stream":
         pytest.skip("refused; see test_stream_and_parameters_written_by_hand")
     expected = list(plain_runs(name, 6))
@@ -591,7 +647,7 @@ def test_state_of_the_closure(name: str, memory: str) -> None:
         return loss
 
     for step, (loss, state) in enumerate(expected):
-        for failing in {0: (1, 2, 5), 1: (1, 3), 4: (1, 2)}.get(step, ()):
+        for failing in {0: (1, 4), 1: (2,), 4: (1, 2)}.get(step, ()):
             torch.manual_seed(step)
             runs, before = count(1), kept(case.state())
             with pytest.raises(KeyError) if failing == 1 else suppress(KeyError, PartialUpdateError):
@@ -608,9 +664,9 @@ def test_state_of_the_closure(name: str, memory: str) -> None:
 @pytest.mark.parametrize(("engine", "guesses"), [("func", 1), ("fast", 3)])
 @pytest.mark.parametrize("name", CASES)
 def test_engines_and_several_guesses(name: str, guesses: int, engine: str) -> None:
-    if (name, engine) == ("set_", "func"):
+    if engine == "func" and name in ("set_", "scripted buffer"):
         pytest.skip("torch refuses it")
-    expected = list(plain_runs(name, 2))
+    expected = list(plain_runs(name, 1))
     case = build(name)
     opt = optimizer(case, "store", engine=engine, guesses=guesses)
     for step, (_, state) in enumerate(expected):
@@ -626,6 +682,35 @@ def test_stream_and_parameters_written_by_hand(name: str) -> None:
     with pytest.raises(ValueError, match="memory='stream' updates while it runs; use memory='replay'"):
         optimizer(case, "stream").step(case.closure)
     assert_same(kept(case.state()), before)
+
+
+def test_what_a_stream_has_updated_stays_updated() -> None:
+    """Though the closure itself writes it: ``max_norm`` scales the rows that are read."""
+    torch.manual_seed(0)
+    table, head = nn.Embedding(5, 3, max_norm=0.5), nn.Linear(6, 2)
+    x, y, before = torch.randint(5, (N, 2)), torch.arange(N) % 2, dict[str, Tensor]()
+
+    def closure() -> Tensor:
+        h = table(x).flatten(1).tanh()
+        with torch._C.DisableTorchFunction():
+            if before and not torch.equal(before["table"], table.weight):
+                raise KeyError("failing")
+        return F.cross_entropy(head(h), y)
+
+    params = [*table.parameters(), *head.parameters()]
+    opt = GuessGradOptimizer(params, torch.optim.SGD, "activation_perturbation", lr=0.1, seed=0, memory="stream")
+    for _ in range(6):
+        opt.step(closure)
+    with torch.no_grad():
+        table.weight.renorm_(2, 0, 0.4)  # from here on reading changes nothing
+    before.update(table=table.weight.detach().clone(), head=head.weight.detach().clone())
+    with pytest.raises(PartialUpdateError) as caught:
+        opt.step(closure)
+    assert not torch.equal(table.weight, before["table"]) and torch.equal(head.weight, before["head"])
+    updated = table.weight.detach().clone()
+    before.clear()
+    opt.finish(caught.value.journal, closure)
+    torch.testing.assert_close(table.weight, updated)
 
 
 def test_a_parameter_frozen_inside_the_closure_is_refused() -> None:

@@ -165,6 +165,11 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
+def _place(t: Tensor) -> tuple[Any, ...]:
+    """Where in which memory ``t`` lies."""
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -226,7 +231,7 @@ class Memory:
             for t, value in reversed(self._copies.values()):
                 t.copy_(value)
             for t, name in reversed(self._names.values()):
-                if not t.is_set_to(name):
+                if _place(t) != _place(name):
                     t.data = name
 
 
