@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError
+from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError, preflight
+from guessopt.diagnostics import variance
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::guessopt.GuessWarning"),
@@ -711,6 +712,19 @@ def test_what_a_stream_has_updated_stays_updated() -> None:
     before.clear()
     opt.finish(caught.value.journal, closure)
     torch.testing.assert_close(table.weight, updated)
+
+
+@pytest.mark.parametrize(
+    "name", ["containers", "rebound attributes", "MoCo queue", "method_of_a_trainer", "generators"]
+)
+def test_measurements_change_nothing(name: str) -> None:
+    case = build(name)
+    opt = optimizer(case, "store")
+    opt.step(case.closure)
+    before = kept(case.state())
+    variance(opt, case.closure, 2)
+    preflight(opt, case.closure)
+    assert_same(kept(case.state()), before)
 
 
 def test_a_parameter_frozen_inside_the_closure_is_refused() -> None:

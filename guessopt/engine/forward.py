@@ -358,6 +358,10 @@ class Pass(Interceptor):
             for generator in generators_in(args, kwargs):
                 self.transaction.save(generator)
 
+    def run(self, closure: Callable[[], Any]) -> Any:
+        self.transaction.watch(closure)
+        return super().run(closure)
+
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
         """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the
         closure raises."""
