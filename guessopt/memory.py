@@ -17,7 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.weak import WeakIdKeyDictionary
 
-from guessopt.engine.planning import Transaction, trace
+from guessopt.engine.planning import trace
+from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
 from guessopt.tracing.interceptor import Interceptor, read_by, tensors_in
 

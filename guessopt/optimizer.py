@@ -282,6 +282,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
             transaction = Transaction(self._devices)
             now, transaction.random = transaction.random, journal.random
             self._refresh()
+            transaction.watch(closure, self._plans)
             try:
                 with lifted(self._params, self._hooks):
                     if not self._plans:

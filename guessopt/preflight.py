@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from guessopt.engine.levels import TREATMENTS, WITHOUT_FORWARD, is_foreign
-from guessopt.engine.planning import Transaction, trace
+from guessopt.engine.planning import trace
+from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
 from guessopt.exclusive import exclusive
 from guessopt.hooks import lifted

@@ -118,8 +118,9 @@ class Call:
     ``aliases``: it wrote where others would read it. ``moves``: the values that tensors other than its results had
     before, and have now. ``held``: of the values that a write has changed, old and new, those whose derivative stays
     what it was (a write under ``no_grad``). ``sources``: the values from which derivatives reach what the call makes
-    or changes. ``autocast``: device type and dtype, where one was in force. ``outline``: see
-    ``tracing.interceptor.split``."""
+    or changes. ``stopped``: it was made without gradients. ``writes``: positions of the tensors that it writes and the
+    closure has not made; ``hidden``: those that are not even among its arguments. ``autocast``: device type and dtype,
+    where one was in force. ``outline``: see ``tracing.interceptor.split``."""
 
     index: int
     fn: Callable[..., Any]
@@ -137,6 +138,9 @@ class Call:
     moves: tuple[tuple[int, int], ...] = ()
     held: tuple[tuple[int, int], ...] = ()
     sources: tuple[int, ...] = ()
+    stopped: bool = False
+    writes: tuple[int, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
 
     def renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
         """Take over other numbers among the arguments."""
@@ -423,7 +427,9 @@ class SiteGraph:
     well; ``blocked`` says, by site, why no segment was built; ``answers``, in order, whether the activations that the
     closure asked require grad. ``shared_writes``: operations of the network that write into memory which other tensors
     share. ``stream``: the residual stream, where it was asked for and found. ``joints``: sites that may be guessed as
-    one."""
+    one. ``mutations``: by call, positions of the tensors that it writes and the closure has not made. ``rewritten``:
+    trainable parameters that the closure writes itself. ``hidden``: by call, what it writes and has not for an
+    argument."""
 
     calls: tuple[Call, ...]
     kinds: tuple[Kind, ...]
@@ -435,6 +441,8 @@ class SiteGraph:
     cuts: tuple[Cut, ...]
     batch: int
     mutations: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    rewritten: frozenset[int] = frozenset()
+    hidden: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     watch: dict[int, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
     release: dict[int, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
-from guessopt.engine.audit import Audit, AuditReport, ahead
+from guessopt.engine.audit import Audit, AuditReport
 from guessopt.engine.forward import Departure, Guess, Pass
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import BlockLevel, ErrorLevel, FastLevel, Level, PlainLevel
@@ -149,6 +149,12 @@ class Stepping:
         """Why a memory mode does not serve, as far as is known without a graph; None if it does."""
         if memory not in ("replay", "stream"):
             return None
+        if memory == "stream" and graph is not None and graph.rewritten:
+            names = ", ".join(self._names[p] for p in sorted(graph.rewritten)[:3])
+            return (
+                f"the closure writes parameters itself ({names}), which memory='stream' updates while it runs; "
+                "use memory='replay', or write them after the step"
+            )
         if memory == "stream" and graph is not None:
             self._together = self._together or (together(self.base),)
             if self._together[0]:
@@ -168,15 +174,16 @@ class Stepping:
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
         with exclusive("step() or estimate()"):
             self._refresh()
-            with lifted(self._params, self._hooks), self._restoring(transaction) as started:
+            with lifted(self._params, self._hooks), self._restoring(closure, transaction) as started:
                 yield started
 
     @contextmanager
-    def _restoring(self, transaction: Transaction | None) -> Iterator[Transaction]:
+    def _restoring(self, closure: Callable[[], Any], transaction: Transaction | None) -> Iterator[Transaction]:
         noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
         grads, plans = [p.grad for p in self._params], list(self._plans)
         self._noise.follow()
         transaction = transaction or Transaction(self._devices)
+        transaction.watch(closure, self._plans)
         try:
             yield transaction
         except BaseException as error:
@@ -268,7 +275,7 @@ class Stepping:
                 guesses.append(partial(self._guess, plan, round))
         frozen = self.batch_norm == "frozen_statistics"
         run = Replay(
-            self._ids, self._by_position, plan.graph, guesses, records, transaction.saved,
+            self._ids, self._by_position, plan.graph, guesses, records, transaction,
             frozen_statistics=frozen, deliver=deliver, done=done,
         )  # fmt: skip
         run.known = known
@@ -291,14 +298,14 @@ class Stepping:
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         source, directions = self._again(noise)
         guess = self._shown(plan, lessons, how, Round(1, source, None, random=random))
-        Pass(self._ids, plan.graph, level, guess, directions, transaction.saved, keeps=False).run(closure)
+        Pass(self._ids, plan.graph, level, guess, directions, transaction, keeps=False).run(closure)
 
     def _draws(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, random: dict[int, RandomState | None]
     ) -> None:
         """A pass that does no more than note the random states before the network's own draws."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
-        run = Pass(self._ids, plan.graph, level, lambda *_: None, {}, transaction.saved, keeps=False)
+        run = Pass(self._ids, plan.graph, level, lambda *_: None, {}, transaction, keeps=False)
         run.random = random
         run.run(closure)
         transaction.rewind()
@@ -382,6 +389,7 @@ class Stepping:
             hold_interrupts()
             for position, g in gradients.items():
                 self._update_one(position, _laid_out(g, self._params[position]))
+                transaction.forget(self._params[position])
                 journal.done.add(position)
 
         self._fire(self.base._optimizer_step_pre_hooks)
@@ -475,7 +483,7 @@ class Stepping:
     def _look(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> None:
         """Run the closure to see what its calls read that guesses read before them."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
-        run = Pass(self._ids, plan.graph, level, lambda *site: None, {}, transaction.saved, keeps=False)
+        run = Pass(self._ids, plan.graph, level, lambda *site: None, {}, transaction, keeps=False)
         run.check_end(run.run(closure))
         plan.observe(run)
         transaction.rewind()
@@ -516,6 +524,7 @@ class Stepping:
                 f"engine={self.engine!r} carries one tangent": self.engine != "fast",
                 "an estimator learns from one guess at a time": any(e.learns for e in self._estimators),
                 f"the network writes into memory that other tensors share ({shared})": bool(shared),
+                "an operation writes tensors that are not among its arguments": bool(plan.graph.hidden),
             }
             why = next((reason for reason, holds in reasons.items() if holds), None)
             if why is not None and self.stack_guesses:
@@ -553,7 +562,7 @@ class Stepping:
         directions = self._directions(count, self._noise)
         left = partial(_let_go, plan.graph, round.locals) if lessons and keeps else None
         run = Pass(
-            self._ids, plan.graph, level, guess, directions, transaction.saved,
+            self._ids, plan.graph, level, guess, directions, transaction,
             keeps=keeps, left=left, direct=self._direct(plan, lessons),
         )  # fmt: skip
         run.known = {} if round.known is None else round.known
@@ -608,7 +617,7 @@ class Stepping:
             audit = Audit(
                 closure, plan.graph, guesses, self._ids, self._by_position, transaction, record, plan.tolerance
             )
-            with ahead(transaction, self._devices):
+            with transaction.ahead():
                 try:
                     report = audit.report(calls=self._asked is not None)
                 except Departure as departure:

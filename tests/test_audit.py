@@ -1,8 +1,8 @@
 """The audit: silent on legitimate code, loud where a tangent is lost; and nothing is left behind."""
 
 import copy
-import weakref
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -329,7 +329,7 @@ def test_a_stale_plan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = optimizer(model, "activation_perturbation")
     opt.step(closure)
     chosen[0] = 1
-    with pytest.raises(ClosureError, match="does not (move as its tangents say|repeat)"):
+    with pytest.raises(ClosureError, match=r"does not (move as its tangents say|repeat)"):
         opt.step(closure)
 
 

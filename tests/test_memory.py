@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from guessopt import (
 from guessopt.memory import cpu_peak
 
 from .machine import refused, skip_if_refused
-from .problems import learned
+from .problems import learned, unfollowed
 
 
 class Residual(nn.Module):
@@ -192,7 +193,7 @@ def test_first_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(32, 16)
     seen: list[weakref.ref[Tensor]] = []
     for layer in net:
-        layer.register_forward_hook(lambda module, args, out: seen.append(weakref.ref(out)))
+        layer.register_forward_hook(unfollowed(lambda module, args, out: seen.append(weakref.ref(out))))
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2, memory="replay")
     opt.step(lambda: net(x).square().mean())
     alive: list[int] = []
@@ -244,12 +245,10 @@ def test_hooks_and_schedulers_fire_once_a_step() -> None:
 def test_failure_before_the_first_update_changes_nothing(memory: str) -> None:
     net, _, _, opt = _train("cnn", memory=memory, estimator=WTranspose())
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    x, runs = torch.randn(5, 6).double(), 0
+    x, runs = torch.randn(5, 6).double(), count(1)  # what the closure itself binds is put back
 
     def closure() -> Tensor:
-        nonlocal runs
-        runs += 1
-        if runs == 2:
+        if next(runs) == 2:
             raise KeyError("second pass")
         return net(x).square().mean()
 
@@ -279,7 +278,7 @@ def _failing_once_updated(layer: nn.Module, updates: list[int]) -> RemovableHand
         if updates:
             raise RuntimeError("out of memory")
 
-    return layer.register_forward_pre_hook(fail)
+    return layer.register_forward_pre_hook(unfollowed(fail))
 
 
 def test_partial_update_is_finished_from_its_journal() -> None:
@@ -312,13 +311,11 @@ def test_partial_update_is_finished_from_its_journal() -> None:
 
 def test_closure_that_does_not_repeat_is_refused() -> None:
     torch.manual_seed(0)
-    net, x, runs = _mlp(), torch.randn(5, 6), 0
+    net, x, runs = _mlp(), torch.randn(5, 6), count(1)
 
     def closure() -> Tensor:
-        nonlocal runs
-        runs += 1
-        out = net(x).square().mean()
-        return out * 2 if runs > 3 and runs % 2 else out
+        run, out = next(runs), net(x).square().mean()
+        return out * 2 if run > 3 and run % 2 else out
 
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2, memory="replay")
     with pytest.raises(RuntimeError, match="does not repeat"):
@@ -380,18 +377,19 @@ def test_learned_feedback_beside_another_estimator(memory: str) -> None:
 def test_passes_of_learned_feedback(gamma: Any, passes: tuple[int, ...], memory: str) -> None:
     """Two; a third on steps whose guesses correct predictions, which must all be known first."""
     torch.manual_seed(0)
-    net, x, runs = _mlp(), torch.randn(5, 6), list[int]()
+    net, x, runs, passed = _mlp(), torch.randn(5, 6), count(), list[int]()
     estimator = LearnedFeedback(gamma=gamma, every=2)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, estimator, lr=1e-2, memory=memory)
 
     def closure() -> Tensor:
-        runs[-1] += 1
+        next(runs)
         return net(x).square().mean()
 
     for _ in range(13):
-        runs.append(0)
+        before = next(runs)
         opt.step(closure)
-    assert tuple(runs[-3:]) == passes  # no probe is due
+        passed.append(next(runs) - before - 1)
+    assert tuple(passed[-3:]) == passes  # no probe is due
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -410,7 +408,7 @@ def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monke
         seen.append(StorageWeakRef(out.untyped_storage()))
 
     for layer in net:
-        layer.register_forward_hook(look)
+        layer.register_forward_hook(unfollowed(look))
     estimator = LearnedFeedback(gamma=0, every=every, ahead=ahead)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, estimator, lr=1e-2, memory="replay")
     for _ in range(4):
@@ -450,7 +448,7 @@ def test_learned_feedback_updates_as_the_pass_goes(ahead: int) -> None:
             moved.append(sum(not torch.equal(layer.weight, w) for layer, w in zip(layers, before, strict=True)))
 
     for layer in layers:
-        layer.register_forward_pre_hook(look)
+        layer.register_forward_pre_hook(unfollowed(look))
     opt.step(lambda: net(x).square().mean())
     assert moved[:6] == [0] * 6  # the first pass
     assert moved[6:] == ([0, 0, 1, 2, 3, 5] if ahead else [0, 1, 2, 3, 4, 5])
@@ -512,12 +510,10 @@ def test_learned_feedback_after_a_failed_step(failing: int, memory: str) -> None
     """Whichever pass fails (before the first update): parameters, ``B`` and random states are as before."""
     net, _, _, opt = _train("convolutions", memory=memory, estimator=LearnedFeedback())
     before, lessons = copy.deepcopy(net.state_dict()), learned(opt)
-    x, runs = torch.randn(5, 6).double(), 0
+    x, runs = torch.randn(5, 6).double(), count(1)  # what the closure itself binds is put back
 
     def closure() -> Tensor:
-        nonlocal runs
-        runs += 1
-        if runs == failing:
+        if next(runs) == failing:
             raise KeyError("failing")
         return net(x).square().mean()
 

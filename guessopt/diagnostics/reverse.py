@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from guessopt.engine.forward import Pass
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import Level
-from guessopt.engine.planning import Transaction
+from guessopt.engine.transaction import Transaction
 from guessopt.exclusive import exclusive
 from guessopt.hooks import lifted
 from guessopt.optimizer import GuessGradOptimizer
@@ -37,6 +37,7 @@ def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
     with exclusive("a measurement"), lifted(opt._params, opt._hooks):
         steps, learned = opt._steps, opt._cache.learned()
         transaction = Transaction(opt._devices)
+        transaction.watch(None, opt._plans)
         try:
             yield transaction
         finally:
@@ -274,7 +275,7 @@ class ReversePass(Pass):
 
     def __init__(self, opt: GuessGradOptimizer, transaction: Transaction) -> None:
         self.reverse = _Reverse()
-        super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction.saved)
+        super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction)
         self.no_grad, self.keeps_graph = nullcontext(), True
         self.source = opt._noise
         self.outputs: dict[int, Tensor] = {}  # by site index, a zero that is added to its output

@@ -3,7 +3,8 @@
 from guessopt.engine.forward import Departure, Pass
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
 from guessopt.engine.levels import make_level
-from guessopt.engine.planning import Plan, Transaction, trace
+from guessopt.engine.planning import Plan, trace
+from guessopt.engine.transaction import Transaction
 
 __all__ = [
     "Departure",

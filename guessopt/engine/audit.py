@@ -30,11 +30,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fw
@@ -42,8 +41,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.engine.forward import Guess, Pass, Saved
+from guessopt.engine.forward import Guess, Pass
 from guessopt.engine.levels import DualLevel, FastLevel, Level, PlainLevel, is_foreign
+from guessopt.engine.transaction import Transaction
 from guessopt.errors import AuditError
 from guessopt.rng import RandomState
 from guessopt.rules.base import is_in_place
@@ -84,14 +84,6 @@ _FIRST = {64: (1e-3, 0.1), 32: (1e-2, 0.25), 16: (1e-1, 0.5)}
 _RELATIVE = {64: 1e-4, 32: 3e-3, 16: 2e-1}
 #: Steps that are tried.
 _MOST = 4
-
-
-class Rewinds(Protocol):
-    """What the audit needs of a transaction: ``saved`` tensors with their values before, and the way back to these."""
-
-    saved: Saved
-
-    def rewind(self) -> None: ...
 
 
 class NotAuditable(BaseException):
@@ -217,12 +209,13 @@ class _Run(Pass):
     the first: it fills the memo."""
 
     def __init__(
-        self, ids: Mapping[int, int], graph: SiteGraph, guess: Guess, directions: Mapping[int, Tensor], saved: Saved,
+        self, ids: Mapping[int, int], graph: SiteGraph, guess: Guess, directions: Mapping[int, Tensor],
+        transaction: Transaction,
         memo: _Memo, relative: float,
     ) -> None:  # fmt: skip
         self.eps = relative * memo.scale if relative else 0.0
         level = _ValueLevel(self.eps, None if relative else memo)
-        super().__init__(ids, graph, level, guess, directions, saved, keeps=False)
+        super().__init__(ids, graph, level, guess, directions, transaction, keeps=False)
         self.memo, self.relative, self.first = memo, relative, not relative
         self.moving: set[int] = set()
         self.fakes: set[int] = set()
@@ -476,17 +469,6 @@ def linearised(
         return level.run(body)
 
 
-@contextmanager
-def ahead(transaction: Rewinds, devices: tuple[int, ...]) -> Iterator[None]:
-    """Afterwards, tensors and random states are as a run has left them, not as before that run."""
-    after, random = [(t, t.detach().clone()) for t, _ in transaction.saved.values()], RandomState.capture(devices)
-    yield
-    with torch.no_grad():
-        for t, value in after:
-            t.copy_(value)
-    random.restore()
-
-
 #: Guesses anew from the start of the pass, and those for parameters.
 Guesses = Callable[[], "tuple[Guess, Mapping[int, Tensor]]"]
 
@@ -506,7 +488,7 @@ class Audit:
     guesses: Guesses
     ids: Mapping[int, int]
     params: Mapping[int, Tensor]
-    transaction: Rewinds
+    transaction: Transaction
     record: ForwardRecord
     rtol: float = 0.0
     memo: _Memo = field(default_factory=_Memo)
@@ -546,7 +528,7 @@ class Audit:
     def _run(self, relative: float) -> _Run:
         self.transaction.rewind()
         guess, directions = self.guesses()
-        return _Run(self.ids, self.graph, guess, directions, self.transaction.saved, self.memo, relative)
+        return _Run(self.ids, self.graph, guess, directions, self.transaction, self.memo, relative)
 
     def _measure(self, report: AuditReport) -> None:
         base, loss = self._at(0.0), float(self.record.loss)
@@ -611,7 +593,7 @@ class Audit:
         self.transaction.rewind()
         guess, directions = self.guesses()
         level: Level = FastLevel()
-        tangents = _Tangents(self.ids, self.graph, level, guess, directions, self.transaction.saved, keeps=False)
+        tangents = _Tangents(self.ids, self.graph, level, guess, directions, self.transaction, keeps=False)
         tangents.digests, tangents.labels = {}, {}
         tangents.execute(self.closure, self.params)
         plus, minus = (run.digests or {} for run in runs)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.engine.levels import WITHOUT_FORWARD, Level, inner, is_foreign
+from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.rules.base import Known, is_in_place
@@ -27,9 +28,9 @@ from guessopt.tracing.interceptor import (
     stops_gradient,
     tensors_in,
 )
+from guessopt.tracing.writes import BINDING, Memory, copied, generators_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
-Saved = dict[int, tuple[Tensor, Tensor]]
 
 
 class Departure(BaseException):
@@ -59,7 +60,7 @@ class Pass(Interceptor):
             list for one direction ``[N, *shape]`` per parameter that the site reads; a pair for a tangent and what
             takes its place in the estimate.
         directions: tangents for parameters, by position.
-        saved: tensors of the user's that the closure writes, with their values before; added to.
+        transaction: is told what the closure will write that it has not made.
         keeps: whether what parameter gradients will need (the sites' inputs, the guesses) is kept.
         left: called with every visit that is kept, once it is over.
         direct: calls whose visits are kept apart and without arguments, since their gradients come from a block's own
@@ -80,7 +81,7 @@ class Pass(Interceptor):
         level: Level,
         guess: Guess,
         directions: Mapping[int, Tensor],
-        saved: Saved,
+        transaction: Transaction,
         *,
         keeps: bool = True,
         left: Callable[[Visit], None] | None = None,
@@ -88,7 +89,8 @@ class Pass(Interceptor):
         repeats: bool = False,
     ) -> None:
         super().__init__(params)
-        self.graph, self.level, self.guess, self.directions, self.saved = graph, level, guess, directions, saved
+        self.graph, self.level, self.guess, self.directions = graph, level, guess, directions
+        self.transaction = transaction
         self.keeps = self.keeps_guesses = keeps
         self.left, self.direct, self.repeats = left, direct, repeats
         self.keeps_graph = graph.keeps_graph
@@ -141,7 +143,7 @@ class Pass(Interceptor):
         if self.replaced and any(id(t) in self.replaced for t in tensors):
             args, kwargs, tensors = self._newest(args), self._newest(kwargs), self._newest(tensors)
         if index in graph.mutations:
-            self._save([tensors[k] for k in graph.mutations[index]])
+            self._save(graph.mutations[index], tensors, args, kwargs)
         watch = graph.watch.get(index, ())
         for where, k, value in watch:
             if where == "in":
@@ -317,10 +319,11 @@ class Pass(Interceptor):
         """A call without derivatives, on what its tensors hold. What it writes and what it hands back are the closure's
         own tensors, which keep the tangents that they have."""
         moving = [tensors[k] for k in self.graph.moving[index]]
-        if fn in _SETTERS:
+        if fn in BINDING:  # which must reach the tensor itself
             moving = [t for t in moving if t is not tensors[0]]
+        writes = fn in BINDING or index in self.graph.mutations
         if not moving:
-            return fn(*args, **kwargs)
+            return self.level.write(fn, args, kwargs) if writes else fn(*args, **kwargs)
         plain = {id(t): self.level.primal(t) for t in moving}
 
         def swap(t: Tensor) -> Tensor:
@@ -385,11 +388,23 @@ class Pass(Interceptor):
             out = self.level.resume(fn, args, kwargs, known)
             if out is not NotImplemented:
                 return out
+        targets = self.graph.mutations.get(index, ())
+        hidden = self.graph.hidden.get(index, ())
+        retried = hidden or (targets and fn is not F.batch_norm and not is_in_place(fn))
+        before = Memory() if retried else None
+        if before is not None:
+            own = tensors_in(args, kwargs)
+            with self.level.outside():
+                for t in (*hidden, *(own[k] for k in targets)):
+                    before.save(t)
         try:
             if fn in WITHOUT_FORWARD or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")
-            return self.level.call(fn, args, kwargs, writes=index in self.graph.mutations)
+            return self.level.call(fn, args, kwargs, writes=bool(targets))
         except NotImplementedError as error:
+            if before is not None:
+                with self.level.outside():
+                    before.restore()
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
             if not is_in_place(fn) and not kwargs.get("inplace"):
@@ -455,6 +470,8 @@ class Pass(Interceptor):
             return None
         primal: Callable[[Tensor], Tensor] = self.level.primal
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
+        if site.call.writes and fn is not F.batch_norm:  # whoever forms the gradients may make the call once more
+            args, kwargs = copied(args, kwargs, [k for k in site.call.writes if k not in wanted])
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
         state = RandomState.before(args, kwargs, fn) if draws(fn) else None
@@ -515,10 +532,18 @@ class Pass(Interceptor):
         for plain, dual in zip(tensors_in((out,)), duals, strict=True):
             self.duals[id(plain)] = dual
 
-    def _save(self, tensors: list[Tensor]) -> None:
-        for t in tensors:
-            if id(t) not in self.saved:
-                self.saved[id(t)] = (t, t.detach().clone())
+    def _save(
+        self, targets: tuple[int, ...], tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        with self.level.outside():
+            for k in targets:
+                self.transaction.save(tensors[k])
+            for generator in generators_in(args, kwargs):
+                self.transaction.save(generator)
+
+    def run(self, closure: Callable[[], Any]) -> Any:
+        self.transaction.watch(closure)
+        return super().run(closure)
 
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
         """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the
@@ -528,6 +553,7 @@ class Pass(Interceptor):
             self.duals = {id(params[p]): self.level.substitute(params[p], v) for p, v in self.directions.items()}
             loss = self.run(closure)
             self.check_end(loss)
+            self.transaction.settle(self.level)
             if self.graph.returned in self.graph.cut_of:
                 loss = self._leaf(self.graph.cut_of[self.graph.returned], loss)
             return self.level.plain(self.standins.get(self.graph.returned, loss))
@@ -580,9 +606,6 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
 
 #: Calls whose numbers say which tensors meet, so that others make another graph.
 _STRUCTURAL = {torch.cat, torch.concat, torch.concatenate, F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.dropout}
-
-#: Assignments to a tensor's attributes, which must reach the tensor itself.
-_SETTERS = {Tensor.data.__set__}  # type: ignore[attr-defined]
 
 
 def _name(fn: Any) -> str:

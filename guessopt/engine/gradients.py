@@ -11,6 +11,7 @@ from torch import Tensor
 from guessopt.errors import refusal, refused
 from guessopt.rng import replayed
 from guessopt.sites import ForwardRecord, Site, SiteGraph, Visit
+from guessopt.tracing.writes import kept
 
 
 def estimated_cotangents(
@@ -120,8 +121,9 @@ class Gradients:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
                 g = (g / unit).half()  # the largest entry one: the rule's products stay within range
             autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
+            hidden = kept(visit.call.hidden) if visit.call.hidden else nullcontext()
             try:
-                with replayed(visit.random), autocast:
+                with replayed(visit.random), autocast, hidden:
                     gradients = site.rule.gradients(
                         visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g
                     )

@@ -38,6 +38,9 @@ class Level(ABC):
     #: Whether a call that returns its argument untouched returns the same object.
     same_objects: ClassVar[bool] = True
 
+    #: Whether the closure is handed tensors that are of no use once ``run`` has returned.
+    wraps: ClassVar[bool] = False
+
     def __init__(self, *, frozen_statistics: bool = False) -> None:
         #: Take batch normalisation's statistics for constants (biased, but examples stay apart).
         self.frozen_statistics = frozen_statistics
@@ -106,6 +109,10 @@ class Level(ABC):
                 return fn(*args, **kwargs)
         if self.frozen_statistics and fn is F.batch_norm:
             return F.batch_norm(*self.with_frozen_statistics(*args, **kwargs))
+        return fn(*args, **kwargs)
+
+    def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation in which no derivative is wanted, and which writes what the closure has not made."""
         return fn(*args, **kwargs)
 
     def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
@@ -460,6 +467,7 @@ class FuncLevel(Level):
 
     name = "func"
     same_objects = False
+    wraps = True
 
     def run(self, body: Callable[[], T]) -> T:
         results: list[T] = []
@@ -521,16 +529,17 @@ class FuncLevel(Level):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         if not writes or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
-        if fn is F.batch_norm:
-            self._write(fn, args, kwargs)
-            names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        if fn in (F.batch_norm, F.instance_norm):
+            self.write(fn, args, kwargs)
+            flag = "training" if fn is F.batch_norm else "use_input_stats"
+            names = ("input", "running_mean", "running_var", "weight", "bias", flag, "momentum", "eps")
             bound = dict(zip(names, args, strict=False)) | kwargs
-            return F.batch_norm(**(bound | {"running_mean": None, "running_var": None}))
-        return self._write(fn, args, kwargs)
+            return fn(**(bound | {"running_mean": None, "running_var": None}))
+        return self.write(fn, args, kwargs)
 
-    def _write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A transform refuses to write what it captured: write outside of it, from values without tangents.
-        args, kwargs = tree_map_only(Tensor, self.primal, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, self.plain, (args, kwargs))
         with self.outside():
             return fn(*args, **kwargs)
 

@@ -8,15 +8,16 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.forward import Departure, Pass, Saved
+from guessopt.engine.forward import Departure, Pass
 from guessopt.engine.levels import FastLevel, Level
 from guessopt.engine.probe import Found, Tangents, find_layouts
 from guessopt.engine.stacked import StackedLevel
+from guessopt.engine.transaction import Transaction
 from guessopt.engine.witness import Mixing, WatchedPass, Witness, before
 from guessopt.errors import ClosureError
-from guessopt.rng import RandomState
 from guessopt.sites import Joint, Layout, Site, SiteGraph, is_differentiable
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.tape import Tape
@@ -58,6 +59,9 @@ class Plan:
     stream: bool = False
     keeps_graphs: bool = True
     joints: dict[int, Joint] = field(default_factory=dict)
+    #: What a ``Transaction`` has to watch beside what it finds by itself.
+    modules: tuple[torch.nn.Module, ...] = ()
+    elsewhere: tuple[Tensor, ...] = ()
 
     @property
     def alive(self) -> bool:
@@ -78,21 +82,6 @@ class Plan:
         for leaf in changed:
             count = self.changes[leaf] = self.changes.get(leaf, 0) + 1
             self.due = self.due or count & (count - 1) == 0
-
-
-class Transaction:
-    """Puts back what runs of the closure change: tensors written in place, and global random states."""
-
-    def __init__(self, devices: tuple[int, ...]) -> None:
-        self.random = RandomState.capture(devices)
-        self.saved: Saved = {}
-
-    def rewind(self) -> None:
-        """As before the first run."""
-        with torch.no_grad():
-            for tensor, value in self.saved.values():
-                tensor.copy_(value)
-        self.random.restore()
 
 
 def trace(
@@ -117,12 +106,15 @@ def trace(
     as_expression: frozenset[int] = frozenset()
     found: Found | None = None
     departed = False
+    transaction.watch(closure)
+    changing: dict[int, torch.nn.Module] = {}
     while True:
-        tape = Tape(ids, as_expression)
-        try:
+        tape = Tape(ids, as_expression, transaction.save)
+        with transaction.finding() as modules:
             loss = tape.run(closure)
-        finally:
-            transaction.saved.update({k: v for k, v in tape.saved.items() if k not in transaction.saved})
+        # F.embedding scales rows to its max_norm where it reads them, and once more changes nothing.
+        tape.rewritten = frozenset(p for p, t in params.items() if tape.writes.written(t) - {F.embedding})
+        changing |= {id(module): module for module in modules}
         check_loss(loss)
         analysis = Analysis(tape, tape.value(loss))
         if not (weights := analysis.weight_calls()) <= as_expression:
@@ -155,6 +147,7 @@ def trace(
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
     plan.tolerance = precision(analysis)
+    plan.modules, plan.elsewhere = tuple(changing.values()), tuple(tape.writes.elsewhere)
     plan.found, plan.stream = found, stream
     plan.mixing = mixing_of(closure, analysis, graph, found, params, ids, make_level, transaction)
     plan.compiled = tape.compiled
@@ -190,7 +183,7 @@ def layouts_of(
             made = tangents[site.index](s, lanes)
             return made if isinstance(level, StackedLevel) else made[0]
 
-        watched = WatchedPass(ids, graph, level, guess, {}, transaction.saved, keeps=False)
+        watched = WatchedPass(ids, graph, level, guess, {}, transaction, keeps=False)
         watched.watch = witness.watch
         return watched
 
@@ -277,7 +270,7 @@ def mixing_of(
         return noise.mul_(layout.spread(moving.to(s), tuple(s.shape)))
 
     level = FastLevel(frozen_statistics=make_level().frozen_statistics)
-    watched = WatchedPass(ids, graph, level, guess, {}, transaction.saved, keeps=False)
+    watched = WatchedPass(ids, graph, level, guess, {}, transaction, keeps=False)
     watched.watch = mixing.watch
     try:
         watched.execute(closure, params)
@@ -366,7 +359,6 @@ def is_due_for_probe(plan: Plan) -> bool:
 def _forget_tensors(tape: Tape) -> None:
     """The analysis stays for later probes; the batch that it was made from need not."""
     tape.expressions.clear()
-    tape.saved = {}
     tape.outside = {v: t for v, t in tape.outside.items() if isinstance(t, torch.nn.Parameter)}
 
 

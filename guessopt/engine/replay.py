@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.engine.forward import Guess, Pass, Saved
+from guessopt.engine.forward import Guess, Pass
 from guessopt.engine.gradients import Gradients, scaled
 from guessopt.engine.levels import PlainLevel
+from guessopt.engine.transaction import Transaction
 from guessopt.rng import RandomState
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
 
@@ -53,14 +54,14 @@ class Replay(Pass):
         graph: SiteGraph,
         guesses: Sequence[Guess],
         records: Sequence[ForwardRecord],
-        saved: Saved,
+        transaction: Transaction,
         *,
         frozen_statistics: bool,
         deliver: Deliver | None = None,
         done: Collection[int] = (),
     ) -> None:
         level = PlainLevel(frozen_statistics=frozen_statistics)
-        super().__init__(ids, graph, level, guesses[0], records[0].params, saved, keeps=False, repeats=True)
+        super().__init__(ids, graph, level, guesses[0], records[0].params, transaction, keeps=False, repeats=True)
         self.share = 1 / sum(record.count for record in records)
         rates = [record.d if self.share == 1 else record.d * self.share for record in records]
         self.sources = list(zip(guesses, (rate if rate.dim() == 2 else rate[None] for rate in rates), strict=True))

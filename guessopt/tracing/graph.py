@@ -436,7 +436,8 @@ class Analysis:
         return SiteGraph(
             calls=tuple(tape.calls), kinds=tuple(kinds), reads=tuple(tape.origins), mine=tuple(tape.mine),
             outside=self._outside(), active=frozenset(self.active), sites=final, cuts=cuts, batch=batch,
-            mutations=dict(tape.mutations), watch=watch, release=release, constants=constants,
+            mutations=dict(tape.writes.found), rewritten=tape.rewritten, hidden=tape.writes.hidden,
+            watch=watch, release=release, constants=constants,
             ahead=self._ahead(final) if segments else frozenset(),
             returned=self.returned,
             loss_params=frozenset().union(*(tape.origins[c] for c in by_loss)),

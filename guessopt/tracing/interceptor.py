@@ -190,6 +190,11 @@ class Interceptor(TorchFunctionMode):
         if fn in _CONTROL:
             if fn is torch._C._set_grad_enabled:
                 self.enabled = args[0]
+            elif fn in _FREEZING and id(args[0]) in self.params and not (*args[1:], *kwargs.values(), True)[0]:
+                raise ClosureError(
+                    f"the closure sets requires_grad = False for a parameter of shape {list(args[0].shape)} that the "
+                    "optimizer trains; freeze it before the step"
+                )
             return _CONTROL[fn](fn, args, kwargs)
         if fn is F.multi_head_attention_forward:
             with self:  # its projections are ordinary calls
@@ -427,6 +432,8 @@ def dense(w: Tensor) -> Tensor:
     """A weight as numbers: what is kept quantised, in a tensor class of its own, is unpacked."""
     return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
 
+
+_FREEZING: set[Callable[..., Any]] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 

@@ -20,6 +20,7 @@ from guessopt.rules.drawing import draws_now
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
 from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Segment, Shape, Site, Value
 from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, dense, tensors_in
+from guessopt.tracing.writes import copied, kept
 
 
 class Local:
@@ -392,7 +393,11 @@ def _run(
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        with _autocasting(call, values), AS_IT_IS if state is None else replayed(state):
+        elif call.writes:
+            args, kwargs = copied(args, kwargs, call.writes)
+        own = kept(call.hidden) if call.hidden else AS_IT_IS
+        without = torch.no_grad() if call.stopped else AS_IT_IS
+        with without, _autocasting(call, values), AS_IT_IS if state is None else replayed(state), own:
             run = PULLED_BACK.get(fn) if state is None else None
             try:
                 out = (run or without_side_effects(fn))(*args, **kwargs)
@@ -402,7 +407,7 @@ def _run(
                 raise refused(fn, why) from error
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
-            if known is not None and fn in RESUMED and not call.in_place:
+            if known is not None and fn in RESUMED and not (call.in_place or call.writes or call.hidden):
                 known[call.index] = Known.of(args, kwargs, out, RESUMED[fn](out))
         else:
             results = tensors_in((out,)) if out is not None else [args[0]]

@@ -17,6 +17,7 @@ from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
 from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, recordable, stops_gradient, tensors_in
+from guessopt.tracing.writes import Writes
 
 
 class Tape(Interceptor):
@@ -29,9 +30,15 @@ class Tape(Interceptor):
         params: as for ``Interceptor``.
         as_expression: indices of calls to take as parameter expressions although another tensor takes part
             (``F.embedding(arange(T), W)``: no examples in it).
+        save: called with what the closure has not made, before it is written or drawn from.
     """
 
-    def __init__(self, params: Mapping[int, int], as_expression: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        params: Mapping[int, int],
+        as_expression: frozenset[int] = frozenset(),
+        save: Callable[[Any], None] = lambda t: None,
+    ) -> None:
         super().__init__(params)
         self.as_expression = as_expression
         self.calls: list[Call] = []
@@ -46,8 +53,8 @@ class Tape(Interceptor):
         self.outside: dict[int, Tensor] = {}
         self.weights: set[int] = set()
         self.parameters: dict[int, int] = {}
-        self.mutations: dict[int, tuple[int, ...]] = {}
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.writes = Writes(save)
+        self.rewritten: frozenset[int] = frozenset()
         self.stopped: set[int] = set()
         self.answers: list[bool] = []
         self.compiled = False
@@ -76,7 +83,6 @@ class Tape(Interceptor):
         recorded_args, recorded_kwargs = tree_map_only(
             Tensor, lambda t: Value(self.value(t)), (args, kwargs), is_leaf=lambda node: isinstance(node, torch.Size)
         )  # a size stays a size: ``t.new(size)`` takes a tuple for data
-        self.mutations_of(index, fn, args, kwargs, tensors, inputs)
         if kwargs.get("out") is not None and (mine or any(v in self.active for v in inputs)):
             raise ClosureError(
                 f"{getattr(fn, '__name__', fn)}(out=...) has no derivative; leave out= away and use what it returns"
@@ -97,11 +103,13 @@ class Tape(Interceptor):
                 f"{getattr(fn, '__name__', fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} "
                 "with gradients enabled, which autograd refuses as well; write under torch.no_grad()"
             )
+        self.writes.begin(index, fn, args, kwargs, tensors)
         if kind in (Kind.EXPRESSION, Kind.STOPPED):
             out = fn(*args, **kwargs)
         else:
             with self.no_grad:
                 out = fn(*args, **kwargs)
+        self.writes.end()
         in_place = is_in_place(fn)
         written = [k for k, t in enumerate(tensors) if _version(t) != versions[k] or (not k and in_place)]
         results = tensors_in((out,)) if out is not None else list(tensors[:1])
@@ -122,7 +130,8 @@ class Tape(Interceptor):
                 autocast=autocast_of(tensors[0]) if tensors else None,
                 reads=reads, outline=recordable(outline), direct=len(results),
                 target=next((k for k in written if results and tensors[k] is results[0]), None), moves=moves, held=held,
-                sources=(*inputs, *(old for old, new in (*moves, *held) if new in self.active)),
+                sources=(*inputs, *(old for old, new in (*moves, *held) if new in self.active)), stopped=stopped,
+                writes=self.writes.of(index)[0], hidden=self.writes.of(index)[1],
             )
         )  # fmt: skip
         for v in self.calls[-1].sources:
@@ -180,7 +189,8 @@ class Tape(Interceptor):
         places = {_memory(t) for t in targets}
         views = {self._views[self.value(t)] for t in targets}
         touched = [t for t in list(self._values.keys()) if any(t is s for s in targets) or self._lies_in(t, places)]
-        extra = [t for t in touched if not any(t is r for r in results)]
+        # A parameter is read anew in every run, whatever has been written into it.
+        extra = [t for t in touched if not any(t is r for r in results) and not isinstance(t, torch.nn.Parameter)]
         outputs: list[int] = []
         moves: list[tuple[int, int]] = []
         held: list[tuple[int, int]] = []
@@ -194,6 +204,9 @@ class Tape(Interceptor):
                     self._activate(t, v)
                 continue
             old = self.value(t)
+            if isinstance(t, torch.nn.Parameter):
+                outputs.append(old)
+                continue
             outputs.append(v := self._new(t, index))
             self._views[v] = self._views[old]
             self._memory.setdefault(_memory(t), set()).add(v)
@@ -214,7 +227,8 @@ class Tape(Interceptor):
         return t.numel() > 0 and _memory(t) in places
 
     def run(self, closure: Callable[[], Any]) -> Any:
-        loss = super().run(closure)
+        with self.writes:
+            loss = super().run(closure)
         if isinstance(loss, Tensor) and loss not in self._values:
             self._check_seen(loss, None)
         return loss
@@ -282,24 +296,6 @@ class Tape(Interceptor):
             self.producer[v] = producer
         return v
 
-    def mutations_of(
-        self,
-        index: int,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        tensors: list[Tensor],
-        inputs: tuple[int, ...],
-    ) -> None:
-        """Save what the call is about to write and the closure did not make: buffers, running statistics."""
-        targets = [k for k in written(fn, args, kwargs, tensors) if inputs[k] not in self.producer]
-        for k in targets:
-            t = tensors[k]
-            if id(t) not in self.saved:
-                self.saved[id(t)] = (t, t.detach().clone())
-        if targets:
-            self.mutations[index] = tuple(targets)
-
 
 def _within_compiled_code() -> bool:
     """Whether a ``torch.compile``d function is being run (eagerly, as the interceptor sees to)."""
@@ -329,26 +325,3 @@ def _memory(t: Tensor) -> int:
 def _version(t: Tensor) -> int:
     """How often ``t``'s memory has been written."""
     return 0 if t.is_inference() else t._version
-
-
-def written(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[int]:
-    """Positions, among a call's tensors, of those that it writes."""
-    if fn in _BATCH_NORM:
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-        bound = dict(zip(names, args, strict=False)) | kwargs
-        training = bound.get("training", bound.get("use_input_stats", False))
-        if not training and fn is not torch.nn.functional.instance_norm:
-            return []
-        stats = (bound.get("running_mean"), bound.get("running_var"))
-        return [k for k, t in enumerate(tensors) if any(t is s for s in stats)]
-    found = []
-    if (is_in_place(fn) or kwargs.get("inplace")) and tensors:
-        found.append(0)
-    out = kwargs.get("out")
-    if out is not None:
-        outs = tensors_in((out,))
-        found += [k for k, t in enumerate(tensors) if any(t is o for o in outs)]
-    return found
-
-
-_BATCH_NORM = {torch.nn.functional.batch_norm, torch.batch_norm, torch.nn.functional.instance_norm}
