@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,8 +33,11 @@ class Op(NamedTuple):
     variant: str
     size: int = 3
 
+    def __repr__(self) -> str:
+        return f"Op{tuple(self)!r}"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Network:
     """``inputs``: what the first operation gets; ``batch``, ``tokens``, ``width``: N, T (also the height), d;
     ``losses``: names in ``LOSSES``, added up; ``reduction``: of each of them; ``seed``: of parameters and data."""
@@ -47,6 +50,11 @@ class Network:
     width: int = 3
     reduction: str = "mean"
     seed: int = 0
+
+    def __repr__(self) -> str:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        said = [f"{f.name}={own[f.name]!r}" for f in fields(self) if own[f.name] != f.default]
+        return f"Network({', '.join(said)})"
 
     def __str__(self) -> str:
         steps = " > ".join(f"{op.family}.{op.variant}" for op in self.ops)
