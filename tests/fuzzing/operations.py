@@ -346,6 +346,25 @@ def in_place(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
     return lambda h: function(h * scale)
 
 
+@family("add mul div power added_in_place")
+def scalar(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
+    """A parameter without dimensions."""
+    w = m.parameter()
+
+    def added(h: Tensor) -> Tensor:
+        z = h * 1.0
+        z += w
+        return z
+
+    return {
+        "add": lambda h: h + w,
+        "mul": lambda h: w * h,
+        "div": lambda h: h / (1 + w * w),
+        "power": lambda h: (h.abs() + 0.2) ** w,
+        "added_in_place": added,
+    }[variant]
+
+
 @family("glu maxout swiglu", FEATURES)
 def gated_unit(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
     layer = m.linear(h.shape[-1], 2 * size)
@@ -643,7 +662,8 @@ def expression(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
 
 
 @family(
-    "activation old_name_to old_name_float old_name_contiguous old_name_dropout two_readers expression weights max_"
+    "activation raw old_name_to old_name_float old_name_contiguous old_name_dropout two_readers expression weights "
+    "max_ base_of_view"
 )
 def penalty(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
     """A term of the loss that reads the network's inside, under a name that is older than the last call."""
@@ -654,7 +674,14 @@ def penalty(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
     w = m.parameter(h.shape[-1]) if variant == "expression" else None
 
     def run(h: Tensor) -> Tensor:
-        t = torch.tanh(layer(h))
+        s = layer(h)
+        if variant == "raw":
+            m.extra(s.square())
+        if variant == "base_of_view":
+            s.view(-1).tanh_()
+            m.extra(s.square())
+            return s
+        t = torch.tanh(s)
         match variant:
             case "old_name_to":
                 z = t.to(t.device)
@@ -670,6 +697,8 @@ def penalty(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
                 return t * q
             case "weights":
                 m.extra(layer.weight.square())
+                return t
+            case "raw":
                 return t
             case "max_":
                 m.extra(t.amax(-1))

@@ -141,6 +141,12 @@ def tensors(built: Built) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in [*built.model.named_parameters(), *built.model.named_buffers()]}
 
 
+def restore(built: Built, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, t in [*built.model.named_parameters(), *built.model.named_buffers()]:
+            t.copy_(values[name])
+
+
 def true_gradients(built: Built) -> dict[str, Tensor]:
     """Autograd's, from the same random states; buffers stay."""
     buffers = [b.clone() for b in built.model.buffers()]
@@ -283,8 +289,8 @@ def stacked(network: Network) -> None:
     built = build(network)
     true_gradients(built)
     estimator = estimator_for(network, 2)
-    count = (network.batch, network.width, network.tokens, 2)[network.seed % 4]
-    count = max(count, 2)
+    dimensions = {n for n in (network.batch, network.width, network.tokens, network.tokens + 2, 2, 3) if n > 1}
+    count = sorted(dimensions)[network.seed % len(dimensions)]
     one = estimated(built, estimator, guesses=count)
     other = estimated(built, estimator, guesses=count, stack_guesses=False)
     compare(one, other, 1e-7, f"{estimator}: {count} stacked guesses against guesses in turn")
@@ -379,11 +385,45 @@ def change(network: Network, name: str) -> None:
     compare(expectation(opt, built), expected, tolerance, f"changed {name}: sum over one-hot guesses")
 
 
-@oracle
-def changes(network: Network) -> None:
-    """One change that the network's seed picks; switches that the network has come first."""
+def pick_change(network: Network, salt: int = 0) -> str:
+    """One that the network's seed picks; switches that the network has come first."""
     built = build(network)
     fitting = [name for name, (applies, _) in CHANGES.items() if applies(built)]
     rare = [name for name in fitting if name in ("evaluation mode", "flag", "operand", "mixing")]
-    names = rare if rare and network.seed % 3 else fitting
-    change(network, names[network.seed // 3 % len(names)])
+    names = rare if rare and (network.seed + salt) % 3 else fitting
+    return names[(network.seed // 3 + salt) % len(names)]
+
+
+@oracle
+def changes(network: Network) -> None:
+    """Exact after a change between steps."""
+    change(network, pick_change(network))
+
+
+@oracle
+def past(network: Network) -> None:
+    """After a change, an optimizer with a past gives the estimate of a new one that has loaded its state: guesses too
+    are made from the network as it is now."""
+    name = pick_change(network, 1)
+    if name in ("frozen parameter", "dtype"):
+        name = "data"
+    estimator = estimator_for(network, 5)
+    built = build(network)
+    true_gradients(built)
+    opt = optimizer(built, estimator, lr=0.0)
+    for step in range(2 + network.seed % 4):
+        seeded(step)
+        opt.step(built.closure)
+    CHANGES[name][1](built)
+    true_gradients(built)
+    other = optimizer(built, estimator, lr=0.0)
+    other.load_state_dict(opt.state_dict())
+    found = []
+    for each in (opt, other):
+        each.zero_grad()
+        before = tensors(built)
+        seeded()
+        each.estimate(built.closure)
+        found.append({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in built.named})
+        restore(built, before)
+    compare(found[0], found[1], 1e-7, f"{estimator}, changed {name}: an optimizer with a past against a new one")

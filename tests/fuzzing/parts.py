@@ -151,7 +151,7 @@ class Maker:
         return made
 
     def parameter(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> nn.Parameter:
-        p = nn.Parameter(mean + std * torch.randn(*shape, dtype=torch.float64))
+        p = nn.Parameter(mean + std * torch.randn(shape, dtype=torch.float64))
         self.built.model.register_parameter(self._name(), p)
         return p
 

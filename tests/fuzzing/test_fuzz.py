@@ -37,7 +37,7 @@ def wrong(network: Network, *names: str) -> list[Finding]:
 @pytest.mark.xfail(strict=False, reason="kinds of wrong answers that are known and not yet put right")
 @pytest.mark.parametrize("block", range(NETWORKS // BLOCK))
 def test_networks(block: int) -> None:
-    """Exactness and a change between steps for each network, two of the other oracles in turn."""
+    """Exactness and a change between steps for each network; two of the other oracles in turn."""
 
     @hypothesis.seed(block)
     @TRIES
@@ -106,6 +106,7 @@ def off_by_a_little(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
         ("modes", lambda opt: opt.memory == "replay"),
         ("stacked", lambda opt: opt.stack_guesses is False),
         ("changes", lambda opt: opt._steps > 1),
+        ("past", lambda opt: len(opt._plans) > 0),
     ],
 )
 def test_an_oracle_notices_a_wrong_estimate(monkeypatch: pytest.MonkeyPatch, name: str, when: Any) -> None:
