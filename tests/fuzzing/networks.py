@@ -24,7 +24,7 @@ Pick = Callable[[Sequence[Any]], Any]
 
 INPUTS = (*ANY, "tokens", "tokens_padded")
 FIRST = ("linear", "activation")
-FAMILY_NAMES = (*FIRST, *sorted(set(OPERATIONS) - {*FIRST}), *FIRST)
+FAMILY_NAMES = (*FIRST, *sorted(set(OPERATIONS) - {*FIRST}), *FIRST, "switch", "switch", "switch")
 LOSS_NAMES = ("square", "cross_entropy", "mse", *sorted(set(LOSSES) - {"square", "cross_entropy", "mse"}))
 
 

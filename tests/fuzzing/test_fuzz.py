@@ -92,8 +92,9 @@ def off_by_a_little(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
     right = GuessGradOptimizer._estimate
 
     def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        wrong = when(self)
         loss, gradients = right(self, *args, **kwargs)
-        return loss, {k: g * 1.01 for k, g in gradients.items()} if when(self) else gradients
+        return loss, {k: g * 1.01 for k, g in gradients.items()} if wrong else gradients
 
     monkeypatch.setattr(GuessGradOptimizer, "_estimate", estimate)
 
