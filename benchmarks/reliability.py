@@ -13,6 +13,7 @@ import signal
 import time
 import tracemalloc
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -180,35 +181,39 @@ def soak(steps: int) -> Figures:
     """What grows over many steps of a small network, from a tenth of them on."""
     model, x, y = tiny()
     opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, "w_perp", lr=1e-3, seed=0)
-    times: list[float] = []
-
-    def train(count: int) -> None:
-        for _ in range(count):
-            start = time.perf_counter()
-            opt.step(lambda: F.cross_entropy(model(x), y))
-            times.append(time.perf_counter() - start)
-
+    times = array("d", bytes(8 * steps))  # made at once: it must not grow itself
     warm = steps // 10
-    train(warm)
+
+    def train(first: int, last: int) -> None:
+        for place in range(first, last):
+            start = time.perf_counter()
+            opt.step(partial(_loss, model, x, y))
+            times[place] = time.perf_counter() - start
+
+    train(0, warm)
     alive, held = tensors_alive(), resident()
-    train(steps - 2 * warm)
+    train(warm, steps - warm)
     grown, more = resident() - held, tensors_alive() - alive
-    first, last = median(times[warm // 2 : warm]), median(times[-warm:])
-    tracemalloc.start()
-    train(warm // 4)
-    before = _traced()
-    train(warm // 2)
-    traced = _traced() - before
-    tracemalloc.stop()
+    traced = _traced_growth(lambda: train(steps - warm, steps - warm // 2), lambda: train(steps - warm // 2, steps))
     return {
         "steps": steps, "resident_bytes": grown, "python_bytes": traced, "python_steps": warm // 2, "tensors": more,
-        "first_seconds": first, "last_seconds": last,
+        "first_seconds": median(times[warm // 2 : warm]),
+        "last_seconds": median(times[steps - 2 * warm : steps - warm]),
     }  # fmt: skip
 
 
-def _traced() -> int:
-    gc.collect()
-    return tracemalloc.get_traced_memory()[0]
+def _traced_growth(warm: Callable[[], None], work: Callable[[], None]) -> int:
+    """Bytes of Python objects that ``work`` leaves behind."""
+    tracemalloc.start()
+    try:
+        warm()
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        work()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
 
 
 def shapes(count: int) -> Figures:
@@ -498,7 +503,7 @@ METHODS = """\
 
 **Random networks.** Each network has one to five operations of about 45 families, one or two losses, and a random
 layout: examples in the first or the second dimension, examples and positions merged, one example, sizes that are equal
-by chance. Each one is checked in seven ways:
+by chance. Each one is checked in eight ways:
 
 | check | what must hold |
 |---|---|
@@ -510,6 +515,7 @@ by chance. Each one is checked in seven ways:
 | plain | after a step, loss, buffers and random states are those of one plain forward pass |
 | changes | after some steps, something changes (batch size, data, dtype, a flag, the layer in use, a frozen \
 parameter, a mixing weight, `eval()`), and the same optimizer is exact from the next step on |
+| past | after such a change, the optimizer gives the same estimate as a new one that has loaded its state |
 
 An error counts as a refusal if the package raises it and its message names a remedy. Other errors count as errors
 without a remedy.
