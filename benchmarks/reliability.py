@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import importlib.util
 import inspect
 import json
 import os
 import random
+import resource
 import signal
 import time
 import tracemalloc
@@ -167,9 +169,11 @@ def tiny() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process holds; where the system does not say, the most that it has held."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def tensors_alive() -> int:
@@ -398,6 +402,8 @@ def snippet(kind: Figures) -> str:
 def run(args: argparse.Namespace) -> None:
     settings, parts = QUICK if args.quick else FULL, args.parts or PARTS
     out = args.out or (SCRATCH if args.quick else COMMITTED)
+    if importlib.util.find_spec("hypothesis") is None or importlib.util.find_spec("tests") is None:
+        raise SystemExit("reliability: needs hypothesis and the folder tests; run it from the project's root")
     _quiet()
     warnings.simplefilter("ignore", GuessWarning)
     tasks = tasks_of(args, settings, parts)
