@@ -41,7 +41,7 @@ SECONDS = 120
 """A network that takes longer is given up and counted as a fault."""
 EXAMPLES = 3
 """Of each kind of finding and each task, how many are kept."""
-PARTS = ("networks", "faults", "interrupts", "soak", "shapes", "audit", "resume")
+PARTS = ("networks", "operations", "faults", "interrupts", "soak", "shapes", "audit", "resume")
 
 Figures = dict[str, Any]
 
@@ -83,18 +83,28 @@ def _quiet() -> None:
 
 def networks(first: int, count: int) -> Figures:
     """Every oracle on each network of a range of seeds."""
-    oracles = importlib.import_module("tests.fuzzing.oracles")
     made = importlib.import_module("tests.fuzzing.networks")
+    return _checked({seed: made.from_seed(seed) for seed in range(first, first + count)})
+
+
+def operations(family: str) -> Figures:
+    """Every oracle on a network for each variant of one operation."""
+    made = importlib.import_module("tests.fuzzing.networks")
+    variants = made.OPERATIONS[family].variants
+    return _checked({place: made.alone(family, variant) for place, variant in enumerate(variants)})
+
+
+def _checked(chosen: Mapping[int, Any]) -> Figures:
+    oracles = importlib.import_module("tests.fuzzing.oracles")
     counts: Counter[str] = Counter()
     kinds: dict[str, Figures] = {}
-    for seed in range(first, first + count):
-        network = made.from_seed(seed)
+    for seed, network in chosen.items():
         for name in oracles.ORACLES:
             for found in _in_time(oracles, name, network) or [oracles.Finding(name, "right", "")]:
                 counts[found.kind] += 1
                 if found.kind != "right":
                     _keep(kinds, found, seed, network)
-    return {"cases": count, "counts": dict(counts), "kinds": kinds}
+    return {"cases": len(chosen), "counts": dict(counts), "kinds": kinds}
 
 
 def _keep(kinds: dict[str, Figures], found: Any, seed: int, network: Any) -> None:
@@ -282,6 +292,9 @@ def tasks_of(args: argparse.Namespace, settings: Settings, parts: Iterable[str])
         for first in range(args.first_seed, args.first_seed + wanted, CHUNK):
             count = min(CHUNK, args.first_seed + wanted - first)
             found[f"networks {first} {count}"] = partial(networks, first, count)
+    if "operations" in parts and not args.quick:
+        families = importlib.import_module("tests.fuzzing.networks").OPERATIONS
+        found |= {f"operations {family}": partial(operations, family) for family in families}
     if "faults" in parts:
         for world in WORLDS:
             for kind in ("function", "operation"):
@@ -342,7 +355,7 @@ def figures_of(results: Mapping[str, Figures]) -> Figures:
         if "error" not in result:
             by_part.setdefault(part, {})[rest] = result
     for part, own in by_part.items():
-        if part == "networks":
+        if part in ("networks", "operations"):
             found[part] = _networks(own.values())
         elif part in ("faults", "interrupts"):
             found[part] = {
@@ -409,8 +422,8 @@ def run(args: argparse.Namespace) -> None:
     tasks = tasks_of(args, settings, parts)
     results = results_of(tasks, (args.out or SCRATCH) / "reliability_progress.json", args.workers, args.fresh)
     figures = figures_of(results)
-    if figures["networks"] != NOT_RUN:
-        kinds = figures["networks"]["kinds"]
+    for part in ("networks", "operations"):
+        kinds = figures[part]["kinds"] if figures[part] != NOT_RUN else []
         bad = [kind for kind in kinds if kind["kind"] in ("wrong", "obscure")]
         for kind in tqdm(bad, desc="making shorter", leave=False, disable=None):
             kind |= shorten(kind)
@@ -430,18 +443,19 @@ def run(args: argparse.Namespace) -> None:
 def summary(figures: Figures) -> list[tuple[str, str]]:
     """One line for each question."""
     rows: list[tuple[str, str]] = []
-    networks = figures["networks"]
-    if networks != NOT_RUN:
-        counts = networks["counts"]
+    for part, label in (("networks", "random networks"), ("operations", "operations, each in a network of its own")):
+        own = figures[part]
+        if own == NOT_RUN:
+            rows.append((label, NOT_RUN))
+            continue
+        counts = own["counts"]
         rows += [
-            ("random networks", f"{networks['cases']:,}"),
-            ("checks on them", f"{networks['checks']:,}"),
+            (label, f"{own['cases']:,}"),
+            ("checks on them", f"{own['checks']:,}"),
             ("wrong answers", f"{counts.get('wrong', 0):,}"),
             ("errors without a remedy", f"{counts.get('obscure', 0):,}"),
             ("refusals that name a remedy", f"{counts.get('refused', 0):,}"),
         ]
-    else:
-        rows.append(("random networks", NOT_RUN))
     for part, label in (("faults", "errors put in"), ("interrupts", "interrupts at random times")):
         own = figures[part]
         rows.append((label, NOT_RUN if own == NOT_RUN else f"{own['tried']:,}"))
@@ -476,10 +490,14 @@ def _bytes(count: int) -> str:
     return f"{count:+,} bytes"
 
 
+def kinds_of(figures: Figures) -> list[Figures]:
+    """Of findings on networks."""
+    return [kind for part in ("networks", "operations") if figures[part] != NOT_RUN for kind in figures[part]["kinds"]]
+
+
 def show(figures: Figures) -> None:
     print_table("Reliability", ("", ""), summary(figures))
-    networks = figures["networks"]
-    for kind in networks["kinds"] if networks != NOT_RUN else ():
+    for kind in kinds_of(figures):
         print(f"\n{kind['count']} x {kind['oracle']}: {kind['kind']}: {kind['message'][:300]}")
         if kind["where"]:
             print(f"  at {kind['where']}")
@@ -523,6 +541,8 @@ by chance. Each one is checked in eight ways:
 parameter, a mixing weight, `eval()`), and the same optimizer is exact from the next step on |
 | past | after such a change, the optimizer gives the same estimate as a new one that has loaded its state |
 
+Every variant of every operation also gets a network of its own, with a layer before and a layer after it.
+
 An error counts as a refusal if the package raises it and its message names a remedy. Other errors count as errors
 without a remedy.
 
@@ -544,8 +564,7 @@ def page(content: Mapping[str, Any]) -> str:
     figures, found = content["figures"], content["environment"]
     lines = [INTRODUCTION, "| | |", "|---|--:|"]
     lines += [f"| {label} | {value} |" for label, value in summary(figures)]
-    networks = figures["networks"]
-    kinds = networks["kinds"] if networks != NOT_RUN else []
+    kinds = kinds_of(figures)
     bad = [kind for kind in kinds if kind["kind"] in ("wrong", "obscure")]
     refused = [kind for kind in kinds if kind["kind"] == "refused"]
     if bad:

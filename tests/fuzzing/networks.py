@@ -157,6 +157,23 @@ def networks(draw: st.DrawFn) -> Network:
     return compose(lambda options: draw(st.sampled_from(options)))
 
 
+def alone(family: str, variant: str) -> Network:
+    """A network with that operation, between two layers where it fits there.
+
+    Raises:
+        Unfit: there is none.
+    """
+    op, layer = Op(family, variant), Op("linear", "module")
+    for inputs in INPUTS:
+        for ops in ((layer, op, layer), (op, layer), (op,)):
+            for width in (4, 3):
+                try:
+                    return build(Network(ops, ("mse",), inputs, 3, 3, width)).network
+                except Unfit:
+                    continue
+    raise Unfit(f"{op} fits no network")
+
+
 def simpler(network: Network) -> Sequence[Network]:
     """One step simpler each, the greatest steps first."""
     found = [replace(network, ops=network.ops[:i] + network.ops[i + 1 :]) for i in range(len(network.ops))]
