@@ -9,7 +9,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -34,11 +34,20 @@ from tests.fuzzing.faults import (
     ready,
     reference,
     seeded,
+    tidy,
     torch_states,
     walk,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+
+
+@pytest.fixture(autouse=True)
+def _tidy() -> Iterator[None]:
+    """What one test loses must not make the next ones fail."""
+    yield
+    tidy()
+
 
 MODES = ("store", "replay", "stream")
 STEPS = 6

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,22 @@ def torch_states() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "attention backends": torch.backends.cuda.flash_sdp_enabled(),
     }
+
+
+def tidy() -> None:
+    """Put back what ``torch_states`` tells of, so that one lost state does not make everything after it fail."""
+    level = torch.autograd.forward_ad
+    with suppress(RuntimeError):  # none was left
+        torch._C._exit_dual_level(level=0)
+    level._current_level = -1
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+    torch.set_grad_enabled(True)
+    torch._C._set_mkldnn_enabled(True)
+    if torch.autograd.Function.__dict__["apply"] is not APPLY:
+        torch.autograd.Function.apply = APPLY  # type: ignore[method-assign]
 
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -269,6 +285,7 @@ def attempt(world: World, step: int, fault: Fault, after: dict[str, Any], error:
         return Attempt(_finished(world, before, after, partial), moved=True)
     except BaseException as raised:
         lost = differences(before, world.state())
+        tidy()
         if isinstance(raised, KeyboardInterrupt) and not differences(after, world.state()):
             return Attempt([], moved=True)  # it came when all was done
         if not _stems_from(raised, error):
