@@ -284,9 +284,11 @@ def attempt(world: World, step: int, fault: Fault, after: dict[str, Any], error:
     except PartialUpdateError as partial:
         return Attempt(_finished(world, before, after, partial), moved=True)
     except BaseException as raised:
-        lost = differences(before, world.state())
-        tidy()
-        if isinstance(raised, KeyboardInterrupt) and not differences(after, world.state()):
+        left = {f"torch {k}": v for k, v in torch_states().items()}
+        tidy()  # under a mode that is left behind, the state could not even be read
+        now = world.state() | left
+        lost = differences(before, now)
+        if isinstance(raised, KeyboardInterrupt) and not differences(after, now):
             return Attempt([], moved=True)  # it came when all was done
         if not _stems_from(raised, error):
             lost.append(f"raised {type(raised).__name__}: {raised}")
