@@ -278,24 +278,28 @@ def attempt(world: World, step: int, fault: Fault, after: dict[str, Any], error:
     turn) must end in the state ``after``, but for rounding."""
     seeded(step)
     before = world.state()
+    raised: BaseException | None = None
     try:
         with fault(world):
             world.step(step)
-    except PartialUpdateError as partial:
-        return Attempt(_finished(world, before, after, partial), moved=True)
-    except BaseException as raised:
-        left = {f"torch {k}": v for k, v in torch_states().items()}
-        tidy()  # under a mode that is left behind, the state could not even be read
-        now = world.state() | left
-        lost = differences(before, now)
-        if isinstance(raised, KeyboardInterrupt) and not differences(after, now):
-            return Attempt([], moved=True)  # it came when all was done
-        if not _stems_from(raised, error):
-            lost.append(f"raised {type(raised).__name__}: {raised}")
-        return Attempt(lost, moved=bool(lost))
-    return Attempt(
-        [f"survived, and differs: {name}" for name in differences(after, world.state(), near=1e-6)], moved=True
-    )
+    except BaseException as error_:
+        raised = error_
+    left = {f"torch {k}": v for k, v in torch_states().items()}
+    tidy()  # under a mode that is left behind, the state could not even be read
+    modes = differences({k: v for k, v in before.items() if k in left}, left)
+    if isinstance(raised, PartialUpdateError):
+        return Attempt(modes + _finished(world, before, after, raised), moved=True)
+    now = world.state()
+    if raised is None:
+        return Attempt(
+            [f"survived, and differs: {k}" for k in [*modes, *differences(after, now, near=1e-6)]], moved=True
+        )
+    if isinstance(raised, KeyboardInterrupt) and not differences(after, now):
+        return Attempt(modes, moved=True)  # it came when all was done
+    lost = modes + differences(before, now)
+    if not _stems_from(raised, error):
+        lost.append(f"raised {type(raised).__name__}: {raised}")
+    return Attempt(lost, moved=bool(lost))
 
 
 def _stems_from(raised: BaseException | None, error: Errors) -> bool:
