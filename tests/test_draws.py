@@ -108,7 +108,7 @@ def test_a_call_that_moves_the_generator_is_known(name: str) -> None:
     [torch.relu, F.gelu, F.linear, F.layer_norm, F.cross_entropy, F.conv2d, torch.softmax, Tensor.__rand__,
      Tensor.view, F.max_pool2d, Tensor.requires_grad.__get__, F.normalize, F.poisson_nll_loss,
      torch.ops.aten.addmm.default],
-    ids=str,
+    ids=lambda fn: getattr(fn, "__qualname__", None) or str(fn),
 )  # fmt: skip
 def test_what_draws_nothing_is_known_as_well(fn: Any) -> None:
     assert not draws(fn)
