@@ -198,6 +198,13 @@ def unscaled() -> Iterator[None]:
         torch.amp.GradScaler.scale = scale  # type: ignore[method-assign]
 
 
+def leave_modes() -> None:
+    """Leave every mode that the step has entered, which an interrupt may have kept from being left: what puts things
+    back must not run within one."""
+    if _turn.modes is not None:
+        _turn.modes.restore()
+
+
 def hold_interrupts() -> None:
     """From here on Ctrl-C waits for the end of the step."""
     if _turn.interrupts is not None:

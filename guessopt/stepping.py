@@ -35,7 +35,7 @@ from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projec
 from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators.base import Estimator, Lesson, describe
 from guessopt.estimators.moments import sound
-from guessopt.exclusive import exclusive, hold_interrupts, unscaled
+from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, unscaled
 from guessopt.hooks import Hooks, apart, fire, hooked, lifted
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource, RandomState
@@ -187,6 +187,8 @@ class Stepping:
         try:
             yield transaction
         except BaseException as error:
+            hold_interrupts()
+            leave_modes()
             transaction.rewind()
             if not isinstance(error, PartialUpdateError) or error.journal is None:
                 self._noise.restore(noise)

@@ -367,7 +367,7 @@ SPARSE: dict[Any, Callable[..., Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
-@pytest.mark.parametrize("fn", SPARSE, ids=str)
+@pytest.mark.parametrize("fn", SPARSE, ids=["sparse.mm", "spmm", "sparse.addmm", "matmul"])
 def test_tangent_of_a_product_with_a_sparse_matrix(fn: Callable[..., Any], layout: torch.layout) -> None:
     a = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, -3.0]], dtype=torch.float64)
     h, dh, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (3, 4), (2, 1)))
