@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from guessopt.estimators.base import estimators_for, plain
 from guessopt.groups import names_of
@@ -129,12 +130,8 @@ def _check_params(saved: Sequence[Any], groups: Groups) -> None:
             raise ValueError(
                 f"state_dict: {name} had shape {list(old['shape'])} and has {list(p.shape)}: another model's state"
             )
-        if old["dtype"] != _name(p.dtype):
-            raise ValueError(
-                f"state_dict: {name} was {old['dtype']} and is {_name(p.dtype)}, so that training would not go on as "
-                f"it was; convert the model first, by model.to(torch.{old['dtype']}), or load the base's state alone "
-                "by opt.base.load_state_dict(state)"
-            )
+        if ("complex" in old["dtype"]) != p.is_complex():
+            raise ValueError(f"state_dict: {name} was {old['dtype']} and is {_name(p.dtype)}: another model's state")
 
 
 def _check_device(name: str | None, where: str) -> None:
@@ -220,6 +217,8 @@ def load_base(base: Optimizer, state: Mapping[str, Any]) -> None:
             f"state_dict: {type(base).__name__} cannot load it ({type(error).__name__}: {error}): it is damaged, or "
             "another optimizer's"
         ) from error
+    positions = [position for group in state["param_groups"] for position in group["params"]]
+    dtypes = {k: entry["dtype"] for k, entry in zip(positions, state["guessopt"]["params"], strict=True)}
     for k, (group, old) in enumerate(zip(base.param_groups, before, strict=True)):
         for key, value in group.items():
             if isinstance(value, Tensor) and isinstance(old.get(key), Tensor):
@@ -233,7 +232,10 @@ def load_base(base: Optimizer, state: Mapping[str, Any]) -> None:
             )
         for position, p in zip(state["param_groups"][k]["params"], group["params"], strict=True):
             if position in state["state"] and p in base.state:
-                base.state[p] = _as_saved(base.state[p], state["state"][position], p)
+                saved = state["state"][position]
+                if dtypes.get(position, _name(p.dtype)) != _name(p.dtype):  # torch has cast it, as the model was
+                    saved = tree_map_only(Tensor, torch.clone, base.state[p])
+                base.state[p] = _as_saved(base.state[p], saved, p)
 
 
 def _as_saved(loaded: Any, saved: Any, p: Tensor) -> Any:

@@ -1,6 +1,7 @@
 """What changes between steps under the same calls is noticed: every step is as right as a first one."""
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -263,12 +264,11 @@ def test_a_cache_filled_by_the_first_forward() -> None:
 
 
 def test_a_closure_that_never_repeats_is_refused_by_the_call_that_differs() -> None:
-    net, x, y, calls = Net(), torch.randn(N, 3), labels(N, 2), [0]
+    net, x, y, runs = Net(), torch.randn(N, 3), labels(N, 2), itertools.count(1)
 
     def closure() -> Tensor:
-        calls[0] += 1
         h = net.a(x)
-        for _ in range(calls[0]):
+        for _ in range(next(runs)):
             h = torch.tanh(h)
         return F.cross_entropy(net.head(h), y)
 
@@ -283,10 +283,10 @@ def test_a_second_pass_that_differs_is_refused(memory: str, source: str) -> None
     import numpy
 
     torch.manual_seed(0)
-    net, x, y, generator, amount = Net(), torch.randn(N, 3), labels(N, 2), numpy.random.default_rng(0), [0.0]
+    net, x, y, runs, amount = Net(), torch.randn(N, 3), labels(N, 2), itertools.count(), [0.0]
 
     def closure() -> Tensor:
-        noise = amount[0] * generator.standard_normal((N, 4)).astype("float32")
+        noise = amount[0] * numpy.full((N, 4), next(runs), "float32")  # of which no transaction knows
         h = torch.tanh(net.a(x))
         h = h + torch.from_numpy(noise) if source.startswith("a tensor") else h * (1 + float(noise[0, 0]))
         return F.cross_entropy(net.head(h), y)
@@ -305,17 +305,17 @@ def test_a_second_pass_that_differs_is_refused(memory: str, source: str) -> None
 
 def test_how_often_a_closure_runs() -> None:
     """Once a step, but for steps in which the batch is probed: those after 1, 2, 4, 8, ... passes."""
-    net, y, calls = Net(), labels(N, 2), [0]
+    net, y, calls = Net(), labels(N, 2), itertools.count()
 
     def runs(x: Tensor) -> int:
-        before = calls[0]
+        before = next(calls)
 
         def closure() -> Tensor:
-            calls[0] += 1
+            next(calls)
             return F.cross_entropy(net.head(torch.tanh(net.a(x))), y)
 
         opt.step(closure)
-        return calls[0] - before
+        return next(calls) - before - 1
 
     params = [*net.a.parameters(), *net.head.parameters()]
     opt = GuessGradOptimizer(params, torch.optim.SGD, "w_perp", lr=0.1, audit=False)

@@ -3,9 +3,10 @@
 A layout is right if ``D_n`` is the sum, over the sites where examples are apart, of what autograd says of example n.
 """
 
+import itertools
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -398,11 +399,11 @@ def test_layouts_of_random_networks_are_right(start: int) -> None:
 # ------------------------------------------------------------------------------------------------ runs of the closure
 
 
-def counted(problem: Problem) -> tuple[Problem, list[int]]:
-    runs = [0]
+def counted(problem: Problem) -> tuple[Problem, Iterator[int]]:
+    runs = itertools.count()
 
     def closure() -> Tensor:
-        runs[0] += 1
+        next(runs)
         return problem.closure()
 
     return Problem(problem.named, closure), runs
@@ -428,9 +429,9 @@ def test_runs_of_the_closure(make: Callable[[], Problem], first: int) -> None:
     opt.audit = False
     found = []
     for _ in range(2):
-        before = runs[0]
+        before = next(runs)
         opt.estimate(problem.closure)
-        found.append(runs[0] - before)
+        found.append(next(runs) - before - 1)
     assert found == [first, 2]  # the second: one half of a new split, and the pass
 
 

@@ -166,7 +166,7 @@ def stacked(case: Op, tensors: list[Tensor], tangents: list[Tensor | None]) -> l
                 level.inject(t, v.clone(), False)
         args = arguments(case, given)
         out = level.call(case.fn, args, dict(case.kwargs), writes=False)
-        return [(t, level._tangent(t)) for t in outputs(out, args)]
+        return [(t, level.tangent(t)) for t in outputs(out, args)]
 
     return level.run(body)
 

@@ -261,7 +261,7 @@ class _Run(Pass):
 
     def _move(self, index: int, out: Any, tensors: list[Tensor]) -> Any:
         """A call that the plan takes to have no part in the loss moves by noise of the size of its output."""
-        leaves, spec = tree_flatten(out)
+        leaves, spec = _flat(out)
         for k, t in enumerate(leaves):
             if isinstance(t, Tensor) and _is_smooth(t) and t.numel():
                 self.memo.moved = True
@@ -289,7 +289,7 @@ class _Run(Pass):
         out = self._plain(fn, args, kwargs)
         written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
         self._check_writes(fn, written, kwargs)
-        results, entry.spec = tree_flatten(out)
+        results, entry.spec = _flat(out)
         entry.targets = _identities(results, tensors)
         held = [not _is_smooth(t) if isinstance(t, Tensor) else _is_number(t, name) for t in results]
         entry.values = [_kept(t) if hold else None for t, hold in zip(results, held, strict=True)]
@@ -323,7 +323,7 @@ class _Run(Pass):
                     out = self._plain(fn, args, kwargs)
             else:
                 out = self._plain(fn, args, kwargs)
-            values, _ = tree_flatten(out)
+            values, _ = _flat(out)
             values = [v if kept is None else kept for v, kept in zip(values, entry.values, strict=True)]
         return self._results(entry, values, tensors)
 
@@ -371,7 +371,7 @@ class _Run(Pass):
                     raise NotAuditable(f"{_label(fn)} writes into its arguments without gradient")
                 moves = _memory(tensors[k]) in self.moving and _is_smooth(tensors[k])
                 entry.change[k] = moves, tensors[k] - before[k] if moves else tensors[k].clone()
-            results, entry.spec = tree_flatten(out)
+            results, entry.spec = _flat(out)
             entry.targets = {k: p for k, p in _identities(results, tensors).items() if p in entry.change}
             read = {_memory(t) for t in tensors}
             for k, t in enumerate(results):
@@ -458,7 +458,7 @@ def linearised(
                 return NotImplemented
         if out is NotImplemented:
             return out
-        leaves, outs = tree_flatten(out)
+        leaves, outs = _flat(out)
         for k, t in enumerate(leaves):
             if isinstance(t, Tensor) and _is_smooth(t):
                 primal, tangent = fw.unpack_dual(t)
@@ -697,6 +697,11 @@ def _version(t: Tensor) -> int:
 
 def _results(out: Any, tensors: list[Tensor]) -> list[Tensor]:
     return tensors[:1] if out is None else tensors_in((out,))
+
+
+def _flat(out: Any) -> Any:
+    """``tree_flatten`` that leaves a size a size: ``t.new(size)`` takes a tuple for data."""
+    return tree_flatten(out, is_leaf=lambda node: isinstance(node, torch.Size))
 
 
 def _identities(results: list[Any], tensors: list[Tensor]) -> dict[int, int]:

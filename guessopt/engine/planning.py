@@ -194,6 +194,12 @@ def layouts_of(
             transaction.rewind()
 
     def push(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
+        try:
+            return pushed(tangents, count)
+        except StopIteration as error:  # of the closure: it would end the search's generators
+            raise _Carried(error) from None
+
+    def pushed(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
         """All lanes in one run; where they do not go together, each in a run of its own."""
         nonlocal together
         if together and count > 1:
@@ -210,18 +216,21 @@ def layouts_of(
         runs = [run(prepared(tangents, FastLevel(frozen_statistics=frozen), [lane])) for lane in range(count)]
         return [_stacked(lanes) for lanes in zip(*runs, strict=True)]
 
-    found = find_layouts(
-        sites,
-        graph.cuts,
-        push,
-        given=given,
-        others=[analysis.tape.shapes[v] for v in analysis.active],
-        coupled=frozenset() if frozen else frozenset(analysis.coupled_by_batch_norm()),
-        doubtful=frozenset(site.value for site in sites if may_hold_no_examples(analysis, site)),
-        seed=seed,
-        known=known,
-        thorough=thorough,
-    )
+    try:
+        found = find_layouts(
+            sites,
+            graph.cuts,
+            push,
+            given=given,
+            others=[analysis.tape.shapes[v] for v in analysis.active],
+            coupled=frozenset() if frozen else frozenset(analysis.coupled_by_batch_norm()),
+            doubtful=frozenset(site.value for site in sites if may_hold_no_examples(analysis, site)),
+            seed=seed,
+            known=known,
+            thorough=thorough,
+        )
+    except _Carried as carried:
+        raise carried.error from None
     asleep = witness.asleep if known is None else witness.asleep & known.asleep
     unproven = before(analysis, asleep)
     coupled = frozenset(found.coupled)
@@ -230,6 +239,12 @@ def layouts_of(
         asleep=asleep,
         unproven=tuple(site.index for site in sites if site.value in unproven and site.index not in coupled),
     )
+
+
+class _Carried(Exception):
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def _stacked(lanes: Sequence[Tensor | None]) -> Tensor | None:
@@ -359,6 +374,7 @@ def is_due_for_probe(plan: Plan) -> bool:
 def _forget_tensors(tape: Tape) -> None:
     """The analysis stays for later probes; the batch that it was made from need not."""
     tape.expressions.clear()
+    tape.writes.let_go()
     tape.outside = {v: t for v, t in tape.outside.items() if isinstance(t, torch.nn.Parameter)}
 
 

@@ -55,7 +55,16 @@ class WatchedPass(Pass):
                 see(tensors_in((out,)) if out is not None else read[:1])
             return out
 
-        level.call = call  # type: ignore[method-assign]
+        ends = level.cut
+
+        def cut(number: int, v: Tensor) -> tuple[Tensor, Tensor]:
+            try:
+                return ends(number, v)
+            except Exception as error:
+                self.failure = error
+                raise
+
+        level.call, level.cut = call, cut  # type: ignore[method-assign]
 
 
 class Witness:
@@ -80,9 +89,7 @@ class Witness:
         if not any(moving):
             return None
         factors = read[: _FACTORS.get(name_of(fn), 0)]
-        stopped = any(
-            any(moving[:k] + moving[k + 1 :]) and not bool(level.primal(t).any()) for k, t in enumerate(factors)
-        )
+        stopped = any(any(moving[:k] + moving[k + 1 :]) and _is_zero(level.primal(t)) for k, t in enumerate(factors))
 
         def see(made: list[Tensor]) -> None:
             passes = not stopped and any(_moves(level.tangent(t)) for t in made)
@@ -149,6 +156,10 @@ def described(call: Call, shape: tuple[int, ...]) -> str:
 def name_of(fn: Callable[..., Any]) -> str:
     """``mul`` of ``Tensor.__mul__``."""
     return str(getattr(fn, "__name__", fn)).strip("_")
+
+
+def _is_zero(t: Tensor) -> bool:
+    return t.layout is torch.strided and not bool(t.any())
 
 
 def _moves(tangent: Tensor | None) -> bool:

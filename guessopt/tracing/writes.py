@@ -65,6 +65,11 @@ class Writes(TorchDispatchMode):
         """It is over."""
         self._call, self._fn, self._allocates = None, None, False
 
+    def let_go(self) -> None:
+        """The run is over: keep what was found, and nothing that it was found with."""
+        self.save = _nothing
+        self._made.clear()
+
     def of(self, index: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
         """A call's part in ``found`` and ``hidden``."""
         return self.found.get(index, ()), self.hidden.get(index, ())
@@ -112,6 +117,10 @@ class Writes(TorchDispatchMode):
             self.elsewhere.append(t)
             if self._call is not None:
                 self.hidden[index] = (*self.hidden.get(index, ()), t)
+
+
+def _nothing(t: Any) -> None:
+    pass
 
 
 def generators_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
