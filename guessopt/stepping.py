@@ -474,6 +474,7 @@ class Stepping:
             self._noise.restore(noise)
             self._cache.restore(dict(cached))
             plan.volatile += plan.stale
+            plan.uses -= 1
             if due:
                 self._reprobe(plan, closure, transaction)
                 probes = True
@@ -574,7 +575,9 @@ class Stepping:
         record = run.execute(closure, self._by_position)
         if lessons:
             _check_real(record.errors)
-        if audited:
+        plan.observe(run)
+        plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
+        if audited and not plan.stale:
             self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
         if keeps:
@@ -586,8 +589,6 @@ class Stepping:
             record.tangents, record.params = [], {}
             if not lessons and not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
                 record.errors = []
-        plan.observe(run)
-        plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
         plan.graph.met.clear()
         if not keeps:
             plan.graph.met.update(run.met)
