@@ -851,7 +851,7 @@ class Stepping:
         p, name = self._params[position], self._names[position]
         p.grad = hooked(gradient, p, self._hooks, name)
         try:
-            with only(self.base, p), self._updates.single(self.base, p, name):
+            with only(self.base, p, unfused=gradient.is_sparse), self._updates.single(self.base, p, name):
                 fire(p)
                 base_step(self.base)
         finally:
