@@ -483,13 +483,15 @@ class Stepping:
     def _reprobe(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> None:
         reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
 
-    def _look(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> None:
-        """Run the closure to see what its calls read that guesses read before them."""
+    def _look(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> Tensor:
+        """Run the closure to see what its calls read that guesses read before them; returns the loss."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         run = Pass(self._ids, plan.graph, level, lambda *site: None, {}, transaction, keeps=False)
-        run.check_end(run.run(closure))
+        loss = run.run(closure)
+        run.check_end(loss)
         plan.observe(run)
         transaction.rewind()
+        return loss.detach().mean()
 
     def _shared_pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int, keeps: bool
@@ -593,7 +595,13 @@ class Stepping:
         if not keeps:
             plan.graph.met.update(run.met)
         if plan.loss is not None:
-            check_repeats(plan.loss, record.loss, plan.tolerance)
+
+            def again() -> Tensor:
+                with transaction.ahead():
+                    transaction.rewind()
+                    return self._look(plan, closure, transaction)
+
+            check_repeats(plan.loss, record.loss, plan.tolerance, again)
             plan.loss = None
         plan.uses += 1
         if plan is not self._plans[0]:

@@ -4,6 +4,7 @@ A line marked "our reading" tests what the specification leaves open.
 """
 
 import copy
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, WPerp
+from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, WPerp, stepping
 
 pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")  # BatchNorm couples the examples
 
@@ -417,3 +418,26 @@ def test_lazy_parameters_are_refused_before_their_first_forward() -> None:
     with torch.no_grad():
         model(torch.randn(5, 4))
     GuessGradOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_a_loss_that_another_kernel_finds_elsewhere(repeats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three runs two must agree: then the closure repeats, and rounding has moved the loss of the third."""
+    torch.manual_seed(0)
+    model, x, runs, trace = nn.Linear(4, 2), torch.randn(6, 4), itertools.count(), stepping.trace
+
+    def closure() -> Tensor:
+        return model(x).square().mean() + (0.0 if repeats else 0.1 * torch.full((), float(next(runs))))
+
+    def elsewhere(*args: Any, **kwargs: Any) -> Any:
+        plan = trace(*args, **kwargs)
+        plan.loss = plan.loss * 1.5
+        return plan
+
+    monkeypatch.setattr(stepping, "trace", elsewhere)
+    opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, audit=False)
+    if repeats:
+        opt.step(closure)
+    else:
+        with pytest.raises(ClosureError, match="does not repeat"):
+            opt.step(closure)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.engine.forward import Pass
 from guessopt.engine.levels import Level
@@ -159,7 +160,8 @@ def name_of(fn: Callable[..., Any]) -> str:
 
 
 def _is_zero(t: Tensor) -> bool:
-    return t.layout is torch.strided and not bool(t.any())
+    ordinary = t.layout is torch.strided and not is_traceable_wrapper_subclass(t)
+    return ordinary and not bool(t.any())
 
 
 def _moves(tangent: Tensor | None) -> bool:
