@@ -121,7 +121,7 @@ class Call:
         target: position of the tensor that it wrote and returned; None if there is none.
         aliases: whether it wrote into memory that other tensors share.
         moves: (old value, new value) of tensors that it changed and did not return.
-        held: the pairs (old, new) among the changed values whose derivative stays as it was (a write under ``no_grad``).
+        held: the pairs (old, new) of changed values whose derivative stays as it was (a write under ``no_grad``).
         sources: the values from which derivatives reach its results or the tensors that it changed.
         stopped: whether it was called without gradients.
         writes: positions of the tensors that it writes and that the closure did not make.

@@ -81,3 +81,32 @@ def test_runs_of_the_closure_are_as_in_the_table(row: str, audit: bool) -> None:
         opt.step(closure)
         counts.append(next(runs) - before - 1)
     assert counts == table_of_runs()[f'"{row}"' + ("" if audit else "`, `audit=False")]
+
+
+def test_the_table_of_layers_is_the_contract() -> None:
+    contract = re.search(r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    assert contract is not None
+    layers = [set(re.findall(r"\w+", line)) for line in re.findall(r'"(.*)"', contract[1])]
+    table = (ROOT / "docs" / "architecture.md").read_text().split("| layer | modules |")[1].split("\n\n")[0]
+    rows = [line.split("|")[2] for line in table.splitlines()[2:]]
+    assert [set(re.findall(r"`(\w+)`", row)) for row in rows] == layers
+
+
+def links_of(page: Path) -> list[str]:
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links_of(page):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link

@@ -322,7 +322,7 @@ class ErrorLevel(PlainLevel):
 
 
 class BlockLevel(ErrorLevel):
-    """The same, and of every block of a residual stream a reverse graph of its own, which ends at the block's source.
+    """``ErrorLevel`` that also keeps a reverse graph of every block of a residual stream, from the block's source on.
 
     Args:
         marked: values to which the graphs will be pulled back, beside their sources and parameters.
@@ -375,8 +375,8 @@ WITHOUT_FORWARD: set[Callable[..., Any]] = set()
 
 
 def is_foreign(fn: Callable[..., Any]) -> bool:
-    """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with a backward of its own: these
-    drop tangents without a word."""
+    """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with its own backward. Forward AD
+    drops the tangents of such operations and raises no error."""
     if not isinstance(fn, OpOverload) or fn.namespace in ("aten", "prims", "prim"):
         return False
     return not torch._C._dispatch_has_kernel_for_dispatch_key(fn.name(), "CompositeImplicitAutograd")

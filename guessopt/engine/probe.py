@@ -1,4 +1,4 @@
-"""Which dimension holds the examples, and where examples interact: found by trying, not by shape.
+"""Finds which dimension holds the examples, and where examples interact, by trials.
 
 Some examples get a tangent; the others must not move. A layout that passes is right for every later step in which the
 same derivatives flow; one that fails is replaced by another, or the site is *coupled* and takes the scalar derivative,
@@ -51,10 +51,16 @@ Layouts = dict[int, Layout]
 
 @dataclass(frozen=True)
 class Found:
-    """N, and where the examples lie: ``layouts`` of the sites, ``ends`` of the cuts, both by value.
+    """N, and where the examples lie.
 
-    ``asleep``: calls through which no tangent has come yet (a gate at zero). ``unproven``: sites with such a call on
-    their way to the loss; what lies behind it has not been checked."""
+    Attributes:
+        batch: N.
+        layouts: the layouts of the sites, by value.
+        ends: the layouts of the cuts, by value.
+        coupled: indices of the sites after which examples interact, or whose examples lie in no known order.
+        asleep: calls through which no tangent has come yet (a gate at zero).
+        unproven: indices of sites with such a call on their way to the loss: the part behind it is not checked yet.
+    """
 
     batch: int
     layouts: Layouts

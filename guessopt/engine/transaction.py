@@ -83,8 +83,8 @@ class Transaction:
 
     @contextmanager
     def finding(self) -> Iterator[list[nn.Module]]:
-        """Within, look at every module before it first runs. Afterwards the list holds the modules that have changed and
-        that ``watch`` did not find."""
+        """Within, look at every module before it first runs. Afterwards the list holds the modules that have changed
+        and that ``watch`` did not find."""
         found: list[nn.Module] = []
         known = [(node, dict(node.__dict__)) for node in self._seen.values() if isinstance(node, nn.Module)]
 
