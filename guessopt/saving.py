@@ -1,7 +1,7 @@
 """``save`` and ``load``: an optimizer and its model in one safetensors file, to continue training bit for bit.
 
-The file's tensors are the state's tensors. The rest is JSON in the file's metadata. A value that JSON does not know is an
-object with one entry, ``{kind: content}``; a tensor is ``{"tensor": {"name": ...}}``.
+The file's tensors are the state's tensors. The rest is JSON in the file's metadata. A value that JSON does not know is
+an object with one entry, ``{kind: content}``; a tensor is ``{"tensor": {"name": ...}}``.
 """
 
 from __future__ import annotations

@@ -393,6 +393,7 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.backward: _refuse,
     torch.autograd.backward: _refuse,
     torch.autograd.grad: _refuse,
+    torch.ops.profiler._record_function_exit._RecordFunction: _plainly,
 }
 
 
