@@ -483,7 +483,7 @@ def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, 
     opt, params = cls.__new__(cls), [p for group in base.param_groups for p in group["params"]]
     thawed = [] if any(p.requires_grad for p in params) else [p for p in params if p.is_floating_point()][:1]
     try:
-        for p in thawed:  # a copy of what is frozen at the moment is no mistake
+        for p in thawed:  # the constructor refuses parameters that are all frozen; a copy may have them
             p.requires_grad_(True)
         GuessGradOptimizer.__init__(opt, [dict(group) for group in base.param_groups], base, **options)
     finally:

@@ -367,7 +367,8 @@ class Stepping:
         }
 
     def _learn(self, plan: Plan, record: ForwardRecord) -> None:
-        """What was learned in this step serves from the next pass on; from a batch that is not finite nothing is."""
+        """Keep what the estimators have learned in this step, for the next pass. From a batch with numbers that are not
+        finite they learn nothing."""
         guesses = self._guesses_of(plan)
         finite = None if self.check_finite or not record.lessons else _finite(record)
         for lesson in record.lessons.values():
@@ -554,7 +555,7 @@ class Stepping:
         before = None if keeps and not audited else self._noise.snapshot()
         random = dict[int, RandomState | None].fromkeys(_redrawn(plan.graph)) if lessons else {}
         while not keeps and any(lesson.begins for lesson in lessons.values()):
-            if None in random.values():  # what the network draws, before anything is begun
+            if None in random.values():  # first find the random states before the network's draws
                 self._draws(plan, closure, transaction, random)
             self._show(plan, lessons, "begin", before, closure, transaction, random)
             transaction.rewind()

@@ -242,8 +242,8 @@ def only(base: Optimizer, p: Tensor) -> Iterator[None]:
 def together(base: Optimizer) -> str | None:
     """Why the base must update all parameters in one call; None where it can be called once for each.
 
-    Both ways are compared on copies of the base with small stand-ins for the parameters: what they become, and all
-    numbers that the base keeps. The real parameters and state are not touched.
+    Both ways are tried on copies of the base with small stand-ins for the parameters. Compared are the parameters and
+    all numbers that the base keeps. The real parameters and state are not touched.
     """
     if type(base).__module__.startswith("torch.optim."):
         return None  # known
@@ -268,8 +268,8 @@ def together(base: Optimizer) -> str | None:
             "memory='replay'"
         )
     return (
-        f"base {name} could not be tried on copies ({type(error).__name__}: {error}), so that it is not known whether "
-        "it may be called once for each parameter; use memory='replay'"
+        f"base {name} could not be tried on copies ({type(error).__name__}: {error}), so it is not known whether it "
+        "may be called once for each parameter; use memory='replay'"
     )
 
 

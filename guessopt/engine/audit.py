@@ -6,8 +6,8 @@ tangents. Plain runs of the closure with the guesses as *values*, ``s_i + eps y_
 
     (L(eps) - L(-eps)) / (2 eps) = D.
 
-``L`` is what the closure returns, so that the plan's cuts are tested as well. A call that reads a trainable parameter
-but has no site in the plan is moved too: the plan says that the loss does not depend on it.
+``L`` is the loss that the closure returns, so the plan's cuts are tested as well. A call that reads a trainable
+parameter but has no site in the plan is moved too: the plan says that the loss does not depend on it.
 
 Tangents of legitimate code differ from difference quotients in some places. A first run, with ``eps = 0``, remembers
 these calls where their inputs move, and the runs with ``eps`` treat them so:
@@ -172,9 +172,17 @@ class AuditReport:
 
 @dataclass
 class _Entry:
-    """A call that the first run remembers. ``values``: of its results, None where they are to be computed; ``targets``:
-    by result, the argument that it is. ``change``: of the tensors written in place by a stopped call, by argument.
-    ``inputs``: of a call that is linearised. ``mask``: of a rectifier. ``random``: the random states after it."""
+    """A call that the first run remembers.
+
+    Attributes:
+        values: its results; None for a result that later runs compute.
+        spec: the nesting of its results.
+        targets: number of a result -> position of the argument that it is.
+        change: by argument, the change that a call without gradients has written into it.
+        inputs: the arguments of a call that is linearised.
+        mask: of a rectifier, where it lets its input through.
+        random: the random states after the call.
+    """
 
     values: list[Any] = field(default_factory=list)
     spec: Any = None
@@ -746,7 +754,7 @@ def _signs(count: int, seed: int) -> Tensor:
 
 
 def _digest(t: Tensor) -> Tensor:
-    """Three random projections of a tensor, and the number of its entries' squares: enough to tell two apart."""
+    """Three random projections of a tensor. Two tensors that differ have different projections, almost surely."""
     t = t.detach()
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     flat = t.double().reshape(-1).cpu()

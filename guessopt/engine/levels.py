@@ -73,8 +73,8 @@ class Level(ABC):
 
     @abstractmethod
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
-        """End the network at ``v``: note its tangent; return what the loss reads in its place, and the leaf whose
-        gradient is the exact error."""
+        """End the network at ``v``: note its tangent. Returns the tensor that the loss reads in its place, and the leaf
+        whose gradient is the exact error."""
 
     #: Calls that run with a reverse graph.
     reverses: frozenset[int] = frozenset()
@@ -112,7 +112,7 @@ class Level(ABC):
         return fn(*args, **kwargs)
 
     def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation in which no derivative is wanted, and which writes what the closure has not made."""
+        """Run an operation without derivatives that writes into tensors which the closure has not made."""
         return fn(*args, **kwargs)
 
     def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:

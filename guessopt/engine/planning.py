@@ -205,7 +205,7 @@ def layouts_of(
             raise _Carried(error) from None
 
     def pushed(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
-        """All lanes in one run; where they do not go together, each in a run of its own."""
+        """All lanes in one run; each in its own run if they cannot share one."""
         nonlocal together
         if together and count > 1:
             watched = prepared(tangents, StackedLevel(count, {}, frozen_statistics=frozen), range(count))

@@ -5,7 +5,7 @@ same derivatives flow; one that fails is replaced by another, or the site is *co
 which is always valid, only noisier.
 
 A layout is a partition of a site's entries. It is right if each part moves the matching part of every cut and no other.
-So no layout has to be what a user calls the batch: it only has to pass.
+It need not be the batch as the user thinks of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Push = Callable[[Mapping[int, Tangents], int], list["Tensor | None"]]
 #: Tangents that one run carries at most.
 LANES = 8
 
-#: Trials of parts of a group that the search for one N may make before it calls what is left coupled.
+#: Trials of parts of a group in the search for one N. The sites left after these are called coupled.
 BUDGET = 128
 
 #: Candidates for N that are tried; those that are searched site by site.
@@ -223,7 +223,7 @@ class _Search:
         return self._completed(trial.batch, [trial.ends], trial.layouts, rest)
 
     def choose(self, n: int) -> _Trial:
-        """Layouts of all sites, for that choice of the cuts' layouts which serves most of them."""
+        """Layouts of all sites. The cuts get those layouts that keep the examples of most sites apart."""
         ends: list[Layouts] = []
         for hypothesis in self.hypotheses(n):
             if hypothesis.ends not in ends:
@@ -355,7 +355,8 @@ class _Search:
 
 
 def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
-    """Whether the examples that do not move are without tangent, up to rounding. What is not finite tells nothing."""
+    """Whether the examples that must not move have no tangent, up to rounding. Entries that are not finite count as
+    zero."""
     if layout is Layout.COUPLED or not tangent.numel():
         return True
     size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)

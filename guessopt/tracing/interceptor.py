@@ -161,7 +161,7 @@ class _NoGrad:
         torch._C._set_grad_enabled(self._before.pop())
 
 
-#: A context that does nothing. One object serves all calls, for speed.
+#: A context that does nothing: one object for all calls, for speed.
 AS_IT_IS = nullcontext[None]()
 
 

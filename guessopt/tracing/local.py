@@ -30,10 +30,12 @@ class Local:
         site: the site.
         s: its output, without tangent, ``[N, *, d_out]`` or as ``site.layout`` says.
 
-    ``several``: more than one guess will be made here, so that what they share is worth keeping. ``known``: where to
-    leave, by call, what a pull-back computes of calls that the closure has yet to make; None: nowhere. ``random``: the
-    random states before the calls of segments that draw (None: the closure has yet to make the call), by call. With
-    them the segment draws what the pass draws; without, dropout passes as its mean, and the rest draws anew.
+    Args:
+        several: whether more than one guess will be made here, so that their common work is kept.
+        known: by call, results of calls that a pull-back makes before the closure does are put here; None: nowhere.
+        random: by call, the random states before the segment's calls that draw (None: not known yet). With them the
+            segment draws the numbers of the pass. Without them, dropout is replaced by its mean, and other calls draw
+            new numbers.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ from guessopt.tracing.writes import Writes
 class Tape(Interceptor):
     """Runs the closure without derivatives and records every call.
 
-    A *value* is what a tensor holds between two writes to its memory. A write gives every live tensor that shares the
-    memory a new value; a call that returns its argument untouched (``.to()`` of the same dtype) makes none.
+    A *value* is the content of a tensor between two writes to its memory. A write gives every live tensor that shares
+    the memory a new value; a call that returns its argument untouched (``.to()`` of the same dtype) makes none.
 
     Args:
         params: as for ``Interceptor``.
