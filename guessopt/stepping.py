@@ -583,7 +583,8 @@ class Stepping:
         record = run.execute(closure, self._by_position)
         if lessons:
             _check_real(record.errors)
-        if audited:
+        plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
+        if audited and not plan.stale:  # a stale pass is made again
             self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
         if keeps:
@@ -596,14 +597,13 @@ class Stepping:
             if not lessons and not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
                 record.errors = []
         plan.observe(run)
-        plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
         plan.graph.met.clear()
         if not keeps:
             plan.graph.met.update(run.met)
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss, plan.tolerance)
             plan.loss = None
-        plan.uses += 1
+        plan.uses += not plan.stale
         if plan is not self._plans[0]:
             self._plans.remove(plan)
             self._plans[0].graph.forget()

@@ -525,6 +525,8 @@ class Audit:
     record: ForwardRecord
     rtol: float = 0.0
     memo: _Memo = field(default_factory=_Memo)
+    #: The guesses of the first run, by site, for the later runs. From values that have moved, other guesses would come.
+    made: dict[int, Any] = field(default_factory=dict)
 
     @cached_property
     def expected(self) -> float:
@@ -561,7 +563,13 @@ class Audit:
     def _run(self, relative: float) -> _Run:
         self.transaction.rewind()
         guess, directions = self.guesses()
-        return _Run(self.ids, self.graph, guess, directions, self.transaction, self.memo, relative)
+
+        def same(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
+            if relative == 0.0 or site.index not in self.made:
+                self.made[site.index] = guess(site, s, values)
+            return self.made[site.index]
+
+        return _Run(self.ids, self.graph, same, directions, self.transaction, self.memo, relative)
 
     def _measure(self, report: AuditReport) -> None:
         base, loss = self._at(0.0), float(self.record.loss)
