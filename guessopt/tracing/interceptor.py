@@ -53,9 +53,17 @@ def _collect(node: Any, found: list[Tensor]) -> None:
             _collect(item, found)
 
 
+#: Types of arguments whose values are compared. Of other arguments only the type is.
+_COMPARED: tuple[type, ...] = (
+    bool, int, float, complex, str, type(None), type(...), slice,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+_KEPT = frozenset(_COMPARED)
+
+
 def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
     """The tensors among arguments, in order; and the arguments' outline: nested lists in which the class ``Tensor``
-    replaces each tensor, and everything else stays.
+    replaces each tensor, numbers and names stay, and the type replaces any other object.
 
     >>> split((torch.zeros(1), (2, torch.ones(1))), {"dim": 0})
     ([tensor([0.]), tensor([1.])], [<class 'torch.Tensor'>, [2, <class 'torch.Tensor'>], ['dim', 0]])
@@ -77,8 +85,8 @@ def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
             found.append(_outline(item, tensors))
         elif isinstance(item, dict):
             found.append(_outline_of_dict(item, tensors))
-        else:
-            found.append(item)
+        else:  # of other objects (an array of numpy, a profiler's record) the type: they may not be compared
+            found.append(item if item is Tensor or type(item) in _KEPT else type(item))
     return found
 
 
@@ -88,13 +96,6 @@ def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any
         found.append(key)
         found += _outline((item,), tensors)
     return found
-
-
-#: Types of arguments whose values are compared. Of other arguments only the type is.
-_COMPARED: tuple[type, ...] = (
-    bool, int, float, complex, str, type(None), type(...), slice,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
 
 
 def recordable(outline: list[Any]) -> list[Any]:
