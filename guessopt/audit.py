@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
     """Compare the derivative of the loss along the guesses, which forward AD finds, with differences of the loss.
 
-    The closure runs as in the next step, and then a few times without derivatives, the guesses added to its values.
-    Everything is as before, afterwards. ``print(report)`` shows both numbers and a table of all calls; ``report.ok``
-    is False where they disagree. The method, and what it cannot see: ``docs/audit.md``.
+    The closure runs as in the next step. Then it runs a few times without derivatives, with the guesses added to its
+    values. Afterwards everything is as before. ``print(report)`` shows both numbers and a table of the network's calls;
+    ``report.ok`` is False if the numbers disagree. ``docs/audit.md`` explains the method and its limits.
 
     Args:
         opt: the optimizer.

@@ -66,11 +66,11 @@ class SiteCache:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], place: Callable[[str], torch.device] = torch.device) -> None:
-        """What ``state_dict`` gave, copied.
+        """Load a copy of a state that ``state_dict`` returned.
 
         Args:
-            state: it.
-            place: from the name of a state's device at the time of saving to the device where it goes.
+            state: returned by ``state_dict``.
+            place: from the name of a device at the time of saving to the device for its tensors now.
         """
         self._states = {
             key: (entry["step"], copied(entry["state"], None if entry["device"] is None else place(entry["device"])))

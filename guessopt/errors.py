@@ -18,10 +18,14 @@ class ClosureError(RuntimeError):
 
 class AuditError(ClosureError):
     """The loss does not move as its tangents say (see ``guessopt.audit``): a gradient from these tangents would be
-    wrong. Everything is left as it was before the call.
+    wrong. Everything is left as it was before the call. The message names the first operation that departs.
 
-    >>> issubclass(AuditError, ClosureError)
-    True
+    >>> import itertools, torch, guessopt
+    >>> net, x, numbers = torch.nn.Linear(3, 1), torch.ones(5, 3), itertools.count()
+    >>> opt = guessopt.GuessGradOptimizer(net.parameters())
+    >>> opt.step(lambda: net(x).mean() + next(numbers))
+    Traceback (most recent call last):
+    guessopt.errors.AuditError: the closure does not repeat: a run from the same random state gave the loss ...
     """
 
 
@@ -33,9 +37,9 @@ class PartialUpdateError(RuntimeError):
     from updated parameters).
 
     Attributes:
-        journal: a ``Journal``: seeds, directional derivatives, and which parameters are done; None where the base
-            failed in the middle of an update, after its first ones: what it had written is not known to be whole, so
-            that parameters and base state are to be loaded from a checkpoint.
+        journal: a ``Journal``: seeds, directional derivatives, and which parameters are done. None if the base failed
+            in the middle of an update without copies: some parameters may be half-written, so load parameters and base
+            state from a checkpoint.
 
     >>> issubclass(PartialUpdateError, RuntimeError)
     True

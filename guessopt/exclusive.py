@@ -1,10 +1,10 @@
-"""One step at a time in a process, which leaves no mode behind however it ends.
+"""One step at a time in a process. However a step ends, it leaves every mode that it entered.
 
-Forward AD has one level for all threads, ``torch.autograd.Function.apply`` is patched for all of them, and dynamo has
-one stance. So a step waits until the step of another thread has ended.
+All threads share forward AD's level, the patched ``torch.autograd.Function.apply`` and dynamo's stance. So a step waits
+until the step of another thread has ended.
 
-Ctrl-C takes effect while the closure runs, and otherwise when the step has ended: never between a change and what
-takes it back.
+Ctrl-C takes effect while the closure runs. Elsewhere in a step it waits until the step has ended: an interrupt must not
+come between a change and its undoing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Handler = Callable[[int, Any], Any]
 
 
 class _Modes:
-    """What a step switches on for its thread or for the process, as it was."""
+    """The modes and switches of torch that a step changes, as they were before it."""
 
     def __init__(self) -> None:
         self.grad, self.forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
@@ -63,7 +63,7 @@ class _Modes:
 
 
 class _Interrupts:
-    """Ctrl-C in the main thread: waits for the step's end, or takes effect at once where ``open``."""
+    """Ctrl-C in the main thread. While ``open`` it takes effect at once, else at the end of the step."""
 
     def __init__(self, before: Handler) -> None:
         self.before = before
@@ -88,7 +88,7 @@ class _Interrupts:
         return found
 
     def removed(self) -> None:
-        """The handler as before; then whatever has waited."""
+        """Put back the handler from before; then call it if Ctrl-C has waited."""
         if signal.getsignal(signal.SIGINT) == self.heard:
             signal.signal(signal.SIGINT, self.before)
         if self.waits:
@@ -97,7 +97,7 @@ class _Interrupts:
 
 
 class _Turn:
-    """Whose turn it is, in this process."""
+    """The lock that a step holds, and how deep the holder has nested it."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -120,10 +120,10 @@ def refuse_in_closure(name: str) -> None:
 
 
 class exclusive:
-    """A step's turn; what runs within may take it again.
+    """Within, no other thread runs a step. The thread that holds it may enter again.
 
     Args:
-        name: of the method, for the message.
+        name: the method's name, for the message.
 
     Raises:
         ClosureError: a closure of this thread is running.
@@ -162,7 +162,7 @@ class exclusive:
 
 
 def running(closure: Callable[[], Any]) -> Any:
-    """The closure's result. No step can begin within, and Ctrl-C takes effect at once."""
+    """Call the closure. Within, no step can begin, and Ctrl-C takes effect at once."""
     interrupts = _turn.interrupts
     _here.running = True
     try:
@@ -180,7 +180,7 @@ def running(closure: Callable[[], Any]) -> Any:
 
 @contextmanager
 def unscaled() -> Iterator[None]:
-    """Refuse ``GradScaler.scale`` in closures: within, nobody divides by the scale before the update."""
+    """Within, a closure may not call ``GradScaler.scale``: nobody would divide by the scale before the update."""
     scale = torch.amp.GradScaler.scale
 
     def refused(self: torch.amp.GradScaler, outputs: Any) -> Any:
@@ -199,20 +199,20 @@ def unscaled() -> Iterator[None]:
 
 
 def leave_modes() -> None:
-    """Leave every mode that the step has entered, which an interrupt may have kept from being left: what puts things
-    back must not run within one."""
+    """Leave every mode that the step has entered. An interrupt may have skipped the leaving, and changes must not be
+    undone inside a mode."""
     if _turn.modes is not None:
         _turn.modes.restore()
 
 
 def hold_interrupts() -> None:
-    """From here on Ctrl-C waits for the end of the step."""
+    """From now on Ctrl-C waits for the end of the step."""
     if _turn.interrupts is not None:
         _turn.interrupts.open = False
 
 
 def _in_child() -> None:
-    """A forked process has only the thread that forked: whatever another one held is free."""
+    """After a fork only the thread that forked lives on. Free the lock, which another thread may have held."""
     global _turn
     modes, _turn = _turn.modes, _Turn()
     _here.running = False

@@ -8,18 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-#: Of a gradient: True where ``estimate`` or ``step`` made it, False where ``backward()`` has added to it.
+#: Attribute of a gradient: True if ``estimate`` or ``step`` made it, False once ``backward()`` has added to it.
 _MADE = "_guessopt_made"
 
 
-#: By the parameter's id, hooks by their numbers.
+#: id of a parameter -> number of a hook -> hook.
 Hooks = dict[int, dict[int, Callable[[Tensor], "Tensor | None"]]]
 
 
 @contextmanager
 def lifted(params: Iterable[Tensor], hooks: Hooks) -> Iterator[None]:
-    """Without the hooks that act on gradients, which are in ``hooks`` meanwhile: within, gradients of parts are
-    computed, to which they do not apply."""
+    """Within, the parameters have no gradient hooks; ``hooks`` holds them. A step computes parts of gradients by
+    autograd, and hooks apply to whole gradients only."""
     taken = [(p, p._backward_hooks) for p in params if p._backward_hooks]
     try:
         for p, own in taken:
@@ -39,7 +39,8 @@ def hooked(g: Tensor, p: Tensor, hooks: Hooks, name: str) -> Tensor:
     """The gradient after the hooks of ``register_hook``, in their order.
 
     Raises:
-        TypeError, RuntimeError: a hook returned what is no gradient for its parameter.
+        TypeError: a hook returned something other than a tensor or None.
+        RuntimeError: a hook returned a tensor of another shape or dtype than the parameter.
     """
     for hook in list(hooks.get(id(p), {}).values()):
         with torch.no_grad():
@@ -58,13 +59,13 @@ def hooked(g: Tensor, p: Tensor, hooks: Hooks, name: str) -> Tensor:
 
 
 def accumulates(p: Tensor) -> bool:
-    """Whether hooks of ``register_post_accumulate_grad_hook`` wait for the parameter's gradient."""
+    """Whether the parameter has hooks of ``register_post_accumulate_grad_hook``."""
     hooks = p._post_accumulate_grad_hooks
     return bool(hooks) and any(hook is not _by_backward for hook in hooks.values())
 
 
 def fire(p: Tensor) -> None:
-    """Call these hooks: the gradient is in ``.grad``."""
+    """Call the hooks of ``register_post_accumulate_grad_hook``; the gradient is in ``.grad``."""
     with torch.no_grad():
         for hook in list((p._post_accumulate_grad_hooks or {}).values()):
             if hook is not _by_backward:
@@ -77,22 +78,24 @@ def _by_backward(p: Tensor) -> None:
 
 
 def watch(p: Tensor) -> None:
-    """From now on notice where ``backward()`` adds to the parameter's ``.grad``."""
+    """Mark the parameter's ``.grad`` whenever ``backward()`` adds to it."""
     hooks = p._post_accumulate_grad_hooks or {}
     if p.is_leaf and p.requires_grad and not any(hook is _by_backward for hook in hooks.values()):
         p.register_post_accumulate_grad_hook(_by_backward)
 
 
 def mark(g: Tensor, made: bool = True) -> None:
-    """Made here; or not."""
+    """Note whether ``estimate`` or ``step`` made the gradient."""
     setattr(g, _MADE, made)
 
 
 def is_made(p: Tensor, estimated: bool) -> bool:
-    """Whether all of ``.grad`` was made here. Zeros are nobody's. One host sync where it looks at values.
+    """Whether ``estimate`` or ``step`` made all of ``.grad``. A gradient of zeros counts as made; the search for other
+    numbers costs one host sync.
 
     Args:
-        estimated: whether ``estimate`` has added to it, so that another tensor in its place may derive from it.
+        estimated: whether ``estimate`` has added to this ``.grad`` since the last update. Another tensor in its place
+            (a clipped copy) then counts as made.
     """
     g = p.grad
     if g is None:
@@ -105,8 +108,8 @@ def is_made(p: Tensor, estimated: bool) -> bool:
 
 
 def apart(gradients: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Each gradient with memory of its own (those of both terms of ``a + b`` are one tensor): what is done to one in
-    place must not be done to another."""
+    """Give each gradient memory of its own, so that an in-place operation on one leaves the others alone. The gradients
+    of both terms of ``a + b`` are one tensor at first."""
     seen = set[int]()
     for k, g in gradients.items():
         if g.layout is torch.strided:

@@ -66,25 +66,24 @@ class GuessGradOptimizer(Stepping, Optimizer):
             (``torch.func.jvp``, the reference).
         seed: of the guesses; None follows ``torch.manual_seed``.
         check_finite: refuse a step on a non-finite loss (one device sync a step).
-        batch_norm: in training mode, ``"exact"`` differentiates through the batch statistics, which couples the
-        examples:
-            sites before it take the scalar derivative. ``"frozen_statistics"`` takes the statistics for constants: one
-            derivative per example, far less noise, and a bias (what examples do to each other is left out).
-        audit: in a plan's first pass, the second, the fourth, the eighth, ..., check by plain runs of the closure that
-            the loss moves as the tangents say (``guessopt.audit``); ``AuditError`` if it does not.
-        foreign_gradients: ``"refuse"``: ``step()`` without a closure raises where ``.grad`` holds what ``estimate`` did
-            not make, so that nobody trains by ``backward()`` unawares. What ``backward()`` adds is always noticed, as
-            is a gradient assigned where nothing was estimated; that a tensor put in place of an estimate derives from
-            it is believed. ``"allow"`` applies whatever is there.
+        batch_norm: of batch normalisation in training mode. ``"exact"`` differentiates through the batch statistics.
+            These couple the examples, so that layers before it take one derivative for the whole batch.
+            ``"frozen_statistics"`` takes the statistics for constants: one derivative per example, far less noise, and
+            a bias (the influence of the examples on each other is left out).
+        audit: check, in steps 1, 2, 4, 8, ..., that the loss moves as the tangents say (``guessopt.audit``). This takes
+            a few more runs of the closure. ``AuditError`` if it does not.
+        foreign_gradients: ``"refuse"``: ``step()`` without a closure raises ``RuntimeError`` where ``.grad`` holds a
+            gradient that ``estimate`` did not make. So nobody trains by ``backward()`` unawares. A tensor that replaces
+            an estimate in ``.grad`` (a clipped copy) is accepted. ``"allow"`` applies any gradient.
 
-    A failed step leaves everything as it was: parameters, base state, buffers, ``.grad``, random states. For that, the
-    first 8 updates are made with copies of gradients, parameters and base state at hand, where these take at most
-    64 MiB (``"stream"``: of one parameter at a time). Where the base itself fails without copies (out of memory in
-    the middle of a later update), all is put back if it has written nothing yet; else ``PartialUpdateError`` names the
-    parameters that it had written. Ctrl-C takes effect in the closure or after the step, never in an update.
+    A failed step leaves everything as it was: parameters, base state, buffers, ``.grad``, random states. For this, the
+    first 8 updates copy gradients, parameters and base state, if the copies take at most 64 MiB (``"stream"``: of one
+    parameter at a time). A later update makes no copies. If the base fails there before it has written anything,
+    everything is put back; if it has written, ``PartialUpdateError`` names the parameters. Ctrl-C takes effect in the
+    closure or after the step, never in an update.
 
     Hooks on parameters (``register_hook``, ``register_post_accumulate_grad_hook``) act on estimated gradients as
-    they would on those of ``backward()``. Steps of several threads take turns.
+    they would on gradients of ``backward()``. Steps of several threads take turns.
 
     Raises:
         ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
@@ -102,6 +101,15 @@ class GuessGradOptimizer(Stepping, Optimizer):
     >>> losses = [opt.step(lambda: F.cross_entropy(model(x), y)).item() for _ in range(50)]
     >>> losses[-1] < losses[0]
     True
+
+    ``step()`` alone applies estimated gradients, and refuses those of ``backward()``:
+
+    >>> F.cross_entropy(model(x), y).backward()
+    >>> opt.step()
+    Traceback (most recent call last):
+    RuntimeError: step() found a gradient of parameter 0 [16, 8] that estimate(closure) did not make (backward(), ...
+    >>> opt.foreign_gradients = "allow"
+    >>> opt.step()
     """
 
     def __init__(
@@ -178,8 +186,9 @@ class GuessGradOptimizer(Stepping, Optimizer):
         update from the gradients that ``estimate`` has added.
 
         Args:
-            closure: computes the loss (a scalar, or per-example losses ``[N]``, of which the mean is taken) and nothing
-                else; may run more than once, with random states replayed and buffers changed once.
+            closure: computes the loss and nothing else: a scalar, or losses ``[N]``, of which the mean is taken. It may
+                run more than once. Between two runs, random states, buffers and attributes are put back
+                (``docs/closures.md``).
 
         Raises:
             ClosureError: no gradient can be estimated; everything is as before.
@@ -224,7 +233,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
                 p = self._params[position]
                 if p.grad is None:
                     p.grad = gradient
-                elif waiting or p.grad.layout is not torch.strided:  # what may yet fail is not to change the old one
+                elif waiting or p.grad.layout is not torch.strided:  # hooks may yet fail: leave the old tensor as it is
                     p.grad = gradient + p.grad if gradient.layout is torch.strided else p.grad + gradient
                 else:
                     p.grad.add_(gradient)
@@ -272,11 +281,11 @@ class GuessGradOptimizer(Stepping, Optimizer):
         """Complete a step of ``memory="stream"`` that failed half-way: update the parameters that it had not reached.
 
         Args:
-            journal: of the ``PartialUpdateError``; completed in place.
-            closure: the same closure.
+            journal: the ``journal`` of the ``PartialUpdateError``; completed in place.
+            closure: the closure of the failed step.
 
         Raises:
-            PartialUpdateError: it failed again, further on or at the same place.
+            PartialUpdateError: it failed again.
         """
         with exclusive("finish()"):
             transaction = Transaction(self._devices)
@@ -342,7 +351,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         return "_noise" in vars(self)
 
     def __getattr__(self, name: str) -> Any:
-        """What else the base offers under a public name, such as ``train()`` and ``eval()`` of schedule-free ones."""
+        """Other public attributes of the base, such as ``train()`` and ``eval()`` of schedule-free optimizers."""
         if name.startswith("_") or "base" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base, name)
@@ -367,8 +376,9 @@ class GuessGradOptimizer(Stepping, Optimizer):
         self._refresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state, and under ``"guessopt"`` the guess stream, the prepared and learned states and their age,
-        and what a state must fit. Plain data: ``torch.load(..., weights_only=True)`` reads it."""
+        """The base's state. The entry ``"guessopt"`` holds the stream of guesses, the prepared and learned states with
+        their age, and a description (base class, shapes, dtypes) that ``load_state_dict`` checks. Plain data:
+        ``torch.load(..., weights_only=True)`` reads it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         packed = dict(self.base.state_dict())
@@ -383,12 +393,12 @@ class GuessGradOptimizer(Stepping, Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What ``state_dict`` gave; training then continues bit for bit. On other devices than before it continues
-        from the same state, with new guesses, and a warning says so.
+        """Load a state that ``state_dict`` returned; training then continues bit for bit. On another device the guesses
+        start again from their seed, and a warning says so.
 
         Raises:
-            ValueError: another model's or another optimizer's state, a damaged one, or one of a newer version. Nothing
-                has changed then.
+            ValueError: the state belongs to another model or optimizer, is damaged, or is of a newer version. The
+                optimizer is unchanged.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -418,8 +428,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
             )
 
     def __reduce__(self) -> Any:
-        """Built anew on a copy of the base, with the same options: for ``copy.deepcopy`` and ``pickle``. As with any
-        optimizer of torch, hooks are left out; plans are made anew by the next step."""
+        """For ``copy.deepcopy`` and ``pickle``: build an optimizer with these options on a copy of the base. Hooks are
+        not copied, as with any optimizer of torch. The next step makes new plans."""
         names = inspect.signature(GuessGradOptimizer).parameters.keys() - {"base"}
         options = {name: value for name, value in vars(self).items() if name in names}
         options |= {"estimator": self._default, "budget": self._budget if self.memory == "auto" else None}
@@ -473,7 +483,7 @@ def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, 
     opt, params = cls.__new__(cls), [p for group in base.param_groups for p in group["params"]]
     thawed = [] if any(p.requires_grad for p in params) else [p for p in params if p.is_floating_point()][:1]
     try:
-        for p in thawed:  # a copy of what is frozen at the moment is no mistake
+        for p in thawed:  # the constructor refuses parameters that are all frozen; a copy may have them
             p.requires_grad_(True)
         GuessGradOptimizer.__init__(opt, [dict(group) for group in base.param_groups], base, **options)
     finally:

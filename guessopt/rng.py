@@ -40,8 +40,13 @@ class RandomState:
     def capture(
         cls, devices: tuple[int, ...] = (), generators: Iterable[torch.Generator] = (), *, torch_alone: bool = False
     ) -> RandomState:
-        """Record; ``devices`` are the CUDA devices in use, ``generators`` others beside the global ones;
-        ``torch_alone``: nothing but torch's generators."""
+        """Record the global generators.
+
+        Args:
+            devices: the CUDA devices in use.
+            generators: further generators.
+            torch_alone: leave out the generators of numpy and ``random``.
+        """
         numpy = None if torch_alone else sys.modules.get("numpy")
         return cls(
             torch.get_rng_state(),
@@ -53,10 +58,10 @@ class RandomState:
 
     @classmethod
     def before(cls, args: Any, kwargs: dict[str, Any], *fns: Callable[..., Any]) -> RandomState:
-        """What calls with these arguments may draw from: the global generators, and one that they are given.
+        """The generators from which a call may draw: the global ones, and those among its arguments.
 
         Args:
-            fns: the functions; where all are torch's own, these draw from torch's generators alone.
+            fns: the functions that are called. If all are torch's own, only torch's generators are recorded.
 
         >>> generator = torch.Generator()
         >>> len(RandomState.before(((2, 3),), {"generator": generator}, torch.rand).generators)
@@ -89,7 +94,7 @@ def cuda_devices(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 @contextmanager
 def replayed(state: RandomState | None) -> Iterator[None]:
-    """The global generators as in ``state`` (None: left alone), and afterwards as they were."""
+    """Within, the generators are as in ``state`` (None: nothing happens). Afterwards they are as before."""
     if state is None:
         yield
         return
@@ -124,8 +129,8 @@ def _sources(node: Any, devices: set[int], generators: list[torch.Generator]) ->
 def draws(fn: Callable[..., Any]) -> bool:
     """Whether a torch function may draw random numbers.
 
-    Torch's own operations say so by a tag. A function written in Python draws where an operation that it names does.
-    Of what torch knows nothing about (a custom operation, a ``torch.autograd.Function``), the answer is yes.
+    Torch's own operations have a tag that says so. A Python function of torch draws if an operation that its code names
+    draws. For other functions (a custom operation, a ``torch.autograd.Function``) the answer is True.
 
     >>> draws(torch.rand_like), draws(torch.nn.functional.gumbel_softmax), draws(torch.relu)
     (True, True, False)
@@ -178,9 +183,12 @@ def _names_drawing(fn: FunctionType, seen: frozenset[FunctionType] = frozenset()
 class NoiseSource:
     """The stream that guesses are drawn from: separate from the closure's, so that dropout sees what it always saw.
 
-    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream. ``means``: whoever draws
-    is to take each draw's mean instead, for diagnostics. ``lane`` (0) picks one of any number of independent streams:
-    one for each of a step's guesses, which are so the same in one pass as in several.
+    With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream.
+
+    Attributes:
+        means: True, for diagnostics: callers take the mean of each draw in place of the draw.
+        lane: which of the independent streams draws. Guess k of a step draws from lane k, so that K guesses in one pass
+            equal K guesses in K passes.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
     >>> a.follow(); b.follow()
@@ -201,7 +209,7 @@ class NoiseSource:
         return torch.initial_seed() if self.seed is None else self.seed
 
     def follow(self) -> None:
-        """Start anew if ``torch.manual_seed`` has been called since the last step."""
+        """Start a new stream if ``torch.manual_seed`` has been called since the last step."""
         seed = self._seed_now()
         if seed not in (self._seen, self._awaited):
             self._stream = seed
@@ -212,7 +220,7 @@ class NoiseSource:
         """The stream on a device."""
         found = self._generators.get((device, self.lane))
         if found is None:
-            # Odd constants keep lanes apart, and the first from the closure's own, which starts at the seed itself.
+            # The closure's own generator starts at the seed. Odd constants give each lane another start.
             seed = (self._stream ^ 0x9E3779B97F4A7C15) + self.lane * 0xD1342543DE82EF95
             found = torch.Generator(device=device).manual_seed(seed & (2**63 - 1))
             self._generators[device, self.lane] = found
@@ -238,8 +246,8 @@ class NoiseSource:
         return torch.rand(shape, dtype=dtype, device=device, generator=self.generator(device))
 
     def state(self) -> dict[str, Any]:
-        """Plain data that ``load`` understands: the stream's seed, the global seed, and the state of each generator by
-        its device (``"cpu"``, or ``"cpu lane 1"``)."""
+        """Plain data for ``load``: the stream's seed, the global seed, and the generators' states by device and lane
+        (``"cpu"``, ``"cpu lane 1"``)."""
         seed = self._seed_now()
         if seed not in (self._seen, self._awaited):  # the next step starts anew
             return {"stream": seed, "seed": seed, "generators": {}}
@@ -250,18 +258,18 @@ class NoiseSource:
         return {"stream": self._stream, "seed": seed, "generators": states}
 
     def load(self, state: Mapping[str, Any], moved: Mapping[str, str] | None = None) -> list[str]:
-        """Go on where ``state`` was taken. The global seed may be what it is now, or be brought back before the next
-        step (``torch.set_rng_state``); a later ``manual_seed`` starts a new stream.
+        """Continue from a saved state. The global seed may stay as it is, or be restored before the next step
+        (``torch.set_rng_state``). A later ``manual_seed`` starts a new stream.
 
         Args:
-            state: what ``state`` gave.
-            moved: by the name of a device at the time of saving, the device that takes its place now.
+            state: returned by the method ``state``.
+            moved: from the name of a device at the time of saving to the name of the device that replaces it.
 
         Returns:
-            The devices whose generators cannot go on here. They start again from the stream's seed.
+            The devices whose generators cannot continue here. They start again from the stream's seed.
 
         Raises:
-            ValueError: not such a state; nothing has changed.
+            ValueError: ``state`` is damaged; this object is unchanged.
         """
         new, left = NoiseSource(self.seed), []
         new._stream = state["stream"]

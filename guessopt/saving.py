@@ -1,7 +1,7 @@
-"""``save`` and ``load``: an optimizer and its model in one safetensors file, from which training goes on bit for bit.
+"""``save`` and ``load``: an optimizer and its model in one safetensors file, to continue training bit for bit.
 
-Tensors are the file's tensors. All else is JSON in its metadata: a tree in which each value that JSON does not know is
-an object with one entry, its kind; a tensor stands there by its name.
+The file's tensors are the state's tensors. The rest is JSON in the file's metadata. A value that JSON does not know is
+an object with one entry, ``{kind: content}``; a tensor is ``{"tensor": {"name": ...}}``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from guessopt.errors import GuessWarning
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.rng import RandomState, cuda_devices, is_here
 
-#: In the file's metadata. A change that older versions cannot read raises the version.
+#: Entries of the file's metadata. Raise the version with a change that older versions cannot read.
 FORMAT, VERSION = "guessopt", 1
 
 #: The dtypes that every version of safetensors stores; others are stored as bytes.
@@ -41,14 +41,14 @@ NATIVE = (
 def save(
     path: str | os.PathLike[str], opt: GuessGradOptimizer, model: nn.Module | None = None, *, rng: bool = True
 ) -> None:
-    """Write what ``load`` needs to go on bit for bit. A crash at any moment leaves the old file or the new one.
+    """Write a file from which training continues bit for bit. A crash at any moment leaves the old file or the new one.
 
     Args:
         path: of the file; replaced if it exists.
-        opt: its base's state, the stream of guesses, and what is prepared and learned. Options of groups that are no
-            plain data (functions) are left out, with a ``GuessWarning``.
-        model: to save its ``state_dict`` as well.
-        rng: save the global random states too: torch's, of the CPU and of the parameters' GPUs, numpy's, ``random``'s.
+        opt: saved are the base's state, the stream of guesses, and the prepared and learned states. Options of groups
+            that are no plain data (functions) are left out, with a ``GuessWarning``.
+        model: if given, its ``state_dict`` is saved too.
+        rng: whether to save the global random states of torch (CPU and the parameters' GPUs), numpy and ``random``.
 
     Raises:
         TypeError: the state holds something that is no plain data; the message says where.
@@ -95,19 +95,27 @@ def save(
 def load(
     path: str | os.PathLike[str], opt: GuessGradOptimizer, model: nn.Module | None = None, *, rng: bool = True
 ) -> None:
-    """Read what ``save`` wrote, into an optimizer and a model that were built as those were. All is checked before
-    anything changes; after an error all is as it was.
+    """Read a file of ``save`` into an optimizer and a model that were built in the same way. Everything is checked
+    before anything changes; after an error everything is as it was.
 
     Args:
         path: of the file.
         opt: built on the same parameters, with a base of the same class.
-        model: must be given to load its state too.
-        rng: restore the global random states, if the file has them.
+        model: if given, its state is loaded too.
+        rng: whether to restore the global random states, if the file has them.
 
     Raises:
-        ValueError: no file of ``save``; a truncated or damaged file; one of a newer version; another model's or
-            another optimizer's state.
+        ValueError: the file is not one of ``save``, is truncated or damaged, is of a newer version, or holds the state
+            of another model or optimizer.
         OSError: the file cannot be read.
+
+    >>> import tempfile, torch, guessopt
+    >>> path, net = tempfile.mkdtemp() + "/run.safetensors", torch.nn.Linear(3, 2)
+    >>> guessopt.save(path, guessopt.GuessGradOptimizer(net.parameters()), net)
+    >>> other = torch.nn.Linear(5, 2)
+    >>> guessopt.load(path, guessopt.GuessGradOptimizer(other.parameters()), other)
+    Traceback (most recent call last):
+    ValueError: load: weight in ... is [2, 3] torch.float32, and the model's is [2, 5] torch.float32: ...
     """
     _check_types(opt, model)
     tree = _read(path)
@@ -145,7 +153,7 @@ def _check_types(opt: Any, model: Any) -> None:
 
 
 def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write beside the file, see it safe on the disk, then take the file's place in one move."""
+    """Write a temporary file beside ``path``, flush it to the disk, then replace ``path`` in one move."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"save: the folder {path.parent} does not exist")
     temporary = path.with_name(f".guessopt-{secrets.token_hex(8)}.tmp")
@@ -209,7 +217,7 @@ def _check_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -
 
 
 class _Writer:
-    """Values as JSON, their tensors apart. Tensors that are the same memory are written once."""
+    """Turns values into JSON and collects their tensors. Two tensors in the same memory are written once."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -361,7 +369,7 @@ def _random_states(opt: GuessGradOptimizer) -> dict[str, Any]:
 
 
 def _checked(path: str | os.PathLike[str], found: dict[str, Any]) -> RandomState:
-    """Random states that can be restored here; each is tried on a generator of its own."""
+    """The random states of the file that this machine can restore. Each is tried on a new generator first."""
     try:
         left = [index for index in found["cuda"] if not is_here(torch.device("cuda", index))]
         here = {index: state for index, state in found["cuda"].items() if index not in left}

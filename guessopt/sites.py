@@ -112,15 +112,23 @@ class Value:
 class Call:
     """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors.
 
-    ``inputs``: the values that it reads, tensor by tensor. ``reads``: the same, with ``~v`` where nothing in the
-    closure has made the value and nothing has read it before. ``outputs``: the values of its ``direct`` results, then
-    those of other tensors into whose memory it wrote. ``target``: which of its tensors it wrote and handed back.
-    ``aliases``: it wrote where others would read it. ``moves``: the values that tensors other than its results had
-    before, and have now. ``held``: of the values that a write has changed, old and new, those whose derivative stays
-    what it was (a write under ``no_grad``). ``sources``: the values from which derivatives reach what the call makes
-    or changes. ``stopped``: it was made without gradients. ``writes``: positions of the tensors that it writes and the
-    closure has not made; ``hidden``: those that are not even among its arguments. ``autocast``: device type and dtype,
-    where one was in force. ``outline``: see ``tracing.interceptor.split``."""
+    Values are numbers; a write to a tensor's memory gives the tensor a new one.
+
+    Attributes:
+        inputs: the values that the call reads, tensor by tensor.
+        reads: ``inputs``, with ``~v`` for a value that no call of the closure has made and none has read before.
+        outputs: the values of its ``direct`` results, then the new values of other tensors in whose memory it wrote.
+        target: position of the tensor that it wrote and returned; None if there is none.
+        aliases: whether it wrote into memory that other tensors share.
+        moves: (old value, new value) of tensors that it changed and did not return.
+        held: the pairs (old, new) of changed values whose derivative stays as it was (a write under ``no_grad``).
+        sources: the values from which derivatives reach its results or the tensors that it changed.
+        stopped: whether it was called without gradients.
+        writes: positions of the tensors that it writes and that the closure did not make.
+        hidden: tensors that it writes, that the closure did not make, and that are not among its arguments.
+        autocast: device type and dtype of the autocast in force; None without autocast.
+        outline: see ``tracing.interceptor.split``.
+    """
 
     index: int
     fn: Callable[..., Any]
@@ -143,7 +151,7 @@ class Call:
     hidden: tuple[Tensor, ...] = ()
 
     def renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
-        """Take over other numbers among the arguments."""
+        """Replace the recorded arguments, of which some numbers have changed."""
         for name, new in (("args", args), ("kwargs", kwargs), ("outline", outline)):
             object.__setattr__(self, name, new)
 
@@ -380,8 +388,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Cut:
-    """A value where the network ends and the loss begins. ``shared``: the network goes on from it as well.
-    ``fragile``: a later call writes into its memory."""
+    """A value where the network ends and the loss begins.
+
+    Attributes:
+        shared: whether the network reads the value too.
+        fragile: whether a later call writes into its memory.
+    """
 
     value: int
     shape: Shape
@@ -392,8 +404,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Outside:
-    """A tensor that the closure reads and does not make. ``parameter``: its position, if it is a trainable one.
-    ``fixed``: it serves as a layer's weight, so that another tensor in its place makes another network."""
+    """A tensor that the closure reads and does not make.
+
+    Attributes:
+        parameter: position of the trainable parameter that it is; None for other tensors.
+        fixed: whether it is a layer's weight that does not train: another tensor in its place makes another network.
+    """
 
     shape: Shape
     dtype: torch.dtype
@@ -402,7 +418,7 @@ class Outside:
 
 
 class Kind(enum.IntEnum):
-    """What a call of the closure is to the engine. ``IDLE``: tangents reach it but do not go on to the loss (an
+    """The part that a call of the closure plays. ``IDLE``: tangents reach the call and do not go on to the loss (an
     accuracy, a log)."""
 
     PLAIN = 0
@@ -417,20 +433,32 @@ class Kind(enum.IntEnum):
 class SiteGraph:
     """All that a trace found: enough to run the closure again in one forward-mode pass.
 
-    ``calls[i]`` and ``kinds[i]`` tell what the closure's i-th torch call is, ``reads[i]`` which parameters it reads,
-    ``mine[i]`` at which positions; a run whose calls, arguments or dataflow differ is traced anew. ``outside``: the
-    tensors that the closure does not make, by value. ``active``: values that derivatives reach.
-    ``overwritten``: values into whose memory a later call writes. ``batch`` is N.
-    ``watch`` says which values a run keeps aside for segments, ``release`` after which call it needs them no more,
-    ``constants`` holds those that a site needs before the closure reads them, as the last run has read them. ``ahead``:
-    calls that segments make before the closure does. ``returned``: the loss's value.
-    ``loss_params`` are read by the loss itself, ``keeps_graph`` says whether through expressions that sites read as
-    well; ``blocked`` says, by site, why no segment was built; ``answers``, in order, whether the activations that the
-    closure asked require grad. ``shared_writes``: operations of the network that write into memory which other tensors
-    share. ``stream``: the residual stream, where it was asked for and found. ``joints``: sites that may be guessed as
-    one. ``mutations``: by call, positions of the tensors that it writes and the closure has not made. ``rewritten``:
-    trainable parameters that the closure writes itself. ``hidden``: by call, what it writes and has not for an
-    argument."""
+    A run whose calls, arguments or dataflow differ is traced anew. Call number i is the closure's i-th torch call.
+
+    Attributes:
+        calls, kinds: the calls, and the kind of each.
+        reads: by call, the positions (in the optimizer) of the parameters that it reads.
+        mine: by call, the positions of these parameters among its tensors.
+        outside: the tensors that the closure reads and does not make, by value.
+        active: the values that derivatives reach.
+        overwritten: the values into whose memory a later call writes.
+        batch: N.
+        watch: by call, the values that a run keeps for segments.
+        release: by call, the kept values that nothing needs after it.
+        constants: values that a site needs before the closure reads them, with the tensors of the last run.
+        ahead: calls that segments make before the closure does.
+        returned: the loss's value.
+        loss_params: positions of the parameters that the loss itself reads.
+        keeps_graph: whether sites read the expressions of these parameters too.
+        blocked: by site, why it has no segment.
+        answers: the answers to the closure's questions ``activation.requires_grad``, in order.
+        shared_writes: operations of the network that write into memory which other tensors share.
+        stream: the residual stream, if it was asked for and found.
+        joints: groups of sites that may get one guess.
+        mutations: by call, positions of the tensors that it writes and that the closure did not make.
+        hidden: by call, such tensors that are not among its arguments.
+        rewritten: positions of the trainable parameters that the closure writes itself.
+    """
 
     calls: tuple[Call, ...]
     kinds: tuple[Kind, ...]
@@ -484,14 +512,14 @@ class SiteGraph:
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
 
     def forget(self) -> None:
-        """Let go what a batch has left: every tensor but the parameters."""
+        """Let go of the last batch's tensors; the parameters stay."""
         kept = {v: t for v, t in self.constants.items() if isinstance(t, torch.nn.Parameter)}
         self.constants.clear()
         self.constants.update(kept)
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
-        """What the closure calls, in order."""
+        """The functions that the closure calls, in order."""
         return tuple(call.fn for call in self.calls)
 
     def derive(self, key: Any, make: Callable[[], T]) -> T:

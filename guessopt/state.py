@@ -1,4 +1,4 @@
-"""What ``state_dict`` holds beside the base's state, and the checks that come before any of it is loaded."""
+"""The entries of a ``state_dict`` beside the base's state, and the checks before any entry is loaded."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from guessopt.estimators.base import estimators_for, plain
 from guessopt.groups import names_of
 from guessopt.rng import is_here
 
-#: Of the entry ``"guessopt"`` of a ``state_dict``. A change that older versions cannot read raises it.
+#: Version of the entry ``"guessopt"`` of a ``state_dict``. Raise it with a change that older versions cannot read.
 VERSION = 1
 
 Groups = Sequence[dict[str, Any]]
 
 
 def described(base: Optimizer) -> dict[str, Any]:
-    """What a state must fit: the version, the base's class, and each parameter's shape, dtype and device."""
+    """A description of the optimizer: the version, the base's class, and each parameter's shape, dtype and device."""
     return {
         "version": VERSION,
         "base": type(base).__name__,
@@ -34,7 +34,7 @@ def described(base: Optimizer) -> dict[str, Any]:
 
 
 def check(state: Any, base: Optimizer) -> None:
-    """Whether a ``state_dict`` fits an optimizer.
+    """Check that a ``state_dict`` fits an optimizer.
 
     Raises:
         ValueError: it does not; the message names the part and the remedy.
@@ -158,7 +158,7 @@ def _check_own(own: Mapping[str, Any]) -> None:
 
 
 def moved(own: Mapping[str, Any], groups: Groups) -> dict[str, str]:
-    """By the name of each device at the time of saving, the device where its first parameter is now."""
+    """Name of a device at the time of saving -> the device where its first parameter is now."""
     params = [p for group in groups for p in group["params"]]
     found: dict[str, str] = {}
     for old, p in zip(own["params"], params, strict=True):
@@ -167,8 +167,9 @@ def moved(own: Mapping[str, Any], groups: Groups) -> dict[str, str]:
 
 
 def placement(moved: Mapping[str, str]) -> Callable[[str], torch.device]:
-    """Where a tensor goes that was on a device: where the parameters went that were there; else there if this machine
-    has the device; else to the first parameter."""
+    """A function from the name of a device at the time of saving to the device for its tensors now: the new device of
+    the parameters that were there; else the old device, if this machine has it; else the device of the first
+    parameter."""
 
     def place(device: str) -> torch.device:
         if device in moved:
@@ -180,7 +181,7 @@ def placement(moved: Mapping[str, str]) -> Callable[[str], torch.device]:
 
 
 class Before:
-    """A base as it was, for ``restore``. Tensors are not copied: loading replaces them."""
+    """The state of a base before loading. Tensors are not copied, since loading replaces them."""
 
     def __init__(self, base: Optimizer) -> None:
         self.base, self.attributes = base, dict(vars(base))
@@ -203,8 +204,8 @@ class Before:
 
 
 def load_base(base: Optimizer, state: Mapping[str, Any]) -> None:
-    """The base's own ``load_state_dict``; then its tensors with the dtypes that they had, in memory of their own, and
-    laid out like their parameter, which torch's fused updates take for granted.
+    """Call the base's own ``load_state_dict``. Then give its tensors their saved dtypes, memory of their own, and the
+    memory layout of their parameter, which torch's fused updates need.
 
     Raises:
         ValueError: the base cannot load it, or an option of a group is missing.

@@ -55,9 +55,16 @@ MAX_PLANS = 16
 
 @dataclass
 class Round:
-    """What the guesses of one pass have in common: how many at each site, their stream, what they have found of calls
-    to come (None: of no use), those made ahead for parallel sites, and what estimators that learn will need: the sites,
-    and the random states before the network's own draws, by call."""
+    """The guesses of one pass.
+
+    Attributes:
+        count: guesses at each site.
+        source: the stream that they are drawn from.
+        known: by call, results computed before the closure makes the call; None if the pass cannot use them.
+        joined: by site, guesses that were made together with the guess of an earlier parallel site.
+        locals: by site, its surroundings, for estimators that learn.
+        random: by call, the random states before the network's own draws, for estimators that learn.
+    """
 
     count: int
     source: NoiseSource
@@ -141,12 +148,12 @@ class Stepping:
         return loss, apart({k: _laid_out(g, self._params[k]) for k, g in gradients.items()})
 
     def _settle(self, closure: Callable[[], Any]) -> None:
-        """Replace ``memory="auto"`` by the mode that serves."""
+        """Replace ``memory="auto"`` by the mode that ``guessopt.plan`` recommends."""
         if self.memory == "auto":
             self.memory = choose(self, closure, self._budget)
 
     def _refused(self, memory: str, graph: SiteGraph | None = None) -> str | None:
-        """Why a memory mode does not serve, as far as is known without a graph; None if it does."""
+        """Why a memory mode cannot be used; None if it can. Without a graph, some reasons are not known yet."""
         if memory not in ("replay", "stream"):
             return None
         if memory == "stream" and graph is not None and graph.rewritten:
@@ -162,14 +169,14 @@ class Stepping:
         if self.orthogonal:
             return f"orthogonal takes all guesses at once, which memory={memory!r} does not keep; use memory='store'"
         for e in dict.fromkeys(e for e in self._estimators if e.learns):
-            several = f"guesses={self.guesses}: what one teaches serves the next, so that each needs passes of its own"
+            several = f"guesses={self.guesses}: each guess uses the lesson of the one before, and needs its own passes"
             if why := several if self.guesses > 1 else e.refuses(memory, graph):
                 return f"{e.name} does not go with memory={memory!r} here: {why}; or use memory='store'"
         return None
 
     @contextmanager
     def _atomic(self, closure: Callable[[], Any], transaction: Transaction | None = None) -> Iterator[Transaction]:
-        """Everything within, or nothing: an exception leaves all as it was."""
+        """Within, an exception undoes everything."""
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
         with exclusive("step() or estimate()"):
@@ -203,7 +210,7 @@ class Stepping:
     def _guess_once(
         self, closure: Callable[[], Any], transaction: Transaction
     ) -> tuple[Tensor, dict[int, Tensor], int]:
-        """An estimate, and how many guesses have gone into it: all, or where they go in turn one."""
+        """The loss, an estimate, and the number of guesses in it: all of them, or 1 if guesses run in turn."""
         plan, record = self._forward(closure, transaction, self.guesses)
         if self.orthogonal and record.d.dim() == 1:
             record = self._in_turn(plan, record, closure, transaction)
@@ -225,15 +232,15 @@ class Stepping:
         return record.loss, parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids), guesses
 
     def _gradients(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
-        """By position, from what a pass with one guess, or none, has left."""
+        """Gradients by position, from the record of a pass with one guess or none."""
         gradients = Gradients(plan.graph, self._by_position, self._ids, directed=record.params)
         formed = self._formed(plan, record, partial(gradients.spend, record))
         cotangents = estimated_cotangents(plan.graph, record, formed)
         return parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids, gradients)
 
     def _derivatives(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
-        """The first pass of replay, or where guesses go in turn one for each: what it leaves is ``D_n``, the loss and
-        the state of the guesses' stream (and the exact errors, where a site takes them)."""
+        """The first pass of replay; one pass for each guess if guesses run in turn. The records hold ``D_n``, the loss,
+        the state of the guesses' stream, and the exact errors where a site takes them."""
         records: list[ForwardRecord] = []
         plan: Plan | None = None
         while sum(record.count for record in records) < self.guesses:
@@ -265,7 +272,7 @@ class Stepping:
         deliver: Deliver | None = None,
         done: Collection[int] = (),
     ) -> dict[int, Tensor]:
-        """The second pass: gradients by position, but for those handed to ``deliver``."""
+        """The second pass: gradients by position, without those that ``deliver`` has taken."""
         transaction.rewind()
         guesses, known = [], dict[int, Known]()
         for lane, record in enumerate(records):
@@ -296,7 +303,7 @@ class Stepping:
         transaction: Transaction,
         random: Random,
     ) -> None:
-        """A pass of its own, for estimators that must see every site before they can guess, or serve, at one."""
+        """An extra pass for estimators that must see all sites before they can guess, or predict, at one."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         source, directions = self._again(noise)
         guess = self._shown(plan, lessons, how, Round(1, source, None, random=random))
@@ -305,7 +312,7 @@ class Stepping:
     def _draws(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, random: dict[int, RandomState | None]
     ) -> None:
-        """A pass that does no more than note the random states before the network's own draws."""
+        """An extra pass that notes the random states before the network's own draws."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         run = Pass(self._ids, plan.graph, level, lambda *_: None, {}, transaction, keeps=False)
         run.random = random
@@ -313,15 +320,15 @@ class Stepping:
         transaction.rewind()
 
     def _again(self, noise: Any, count: int = 1, lane: int = 0) -> tuple[NoiseSource, dict[int, Tensor]]:
-        """The guesses' stream as it stood before a pass, past the guesses for parameters; and these."""
+        """The guesses' stream as it was before a pass, once the guesses for parameters are drawn; and these guesses."""
         source = NoiseSource(self._noise.seed)
         source.restore(noise)
         source.lane = lane
         return source, self._directions(count, source)
 
     def _shown(self, plan: Plan, lessons: Mapping[Estimator, Lesson], how: str, round: Round) -> Guess:
-        """``_guess``, in a round; what it makes of a site whose estimator learns is shown to the lesson (its method
-        ``how``) and forgotten."""
+        """``_guess`` in a round. For a site whose estimator learns, the lesson's method ``how`` gets the guess and the
+        surroundings, which are then dropped."""
         guesses, guess = self._guesses_of(plan), partial(self._guess, plan, round)
         idle = {e for e in lessons if how == "see" and not e.injects(self._steps, plan.graph)}
         show = {e: getattr(lesson, how) for e, lesson in lessons.items()}
@@ -360,7 +367,8 @@ class Stepping:
         }
 
     def _learn(self, plan: Plan, record: ForwardRecord) -> None:
-        """What was learned in this step serves from the next pass on; from a batch that is not finite nothing is."""
+        """Keep what the estimators have learned in this step, for the next pass. From a batch with numbers that are not
+        finite they learn nothing."""
         guesses = self._guesses_of(plan)
         finite = None if self.check_finite or not record.lessons else _finite(record)
         for lesson in record.lessons.values():
@@ -385,7 +393,7 @@ class Stepping:
         return records[0].loss
 
     def _apply(self, plan: Plan, journal: Journal, closure: Callable[[], Any], transaction: Transaction) -> None:
-        """The second pass, in which the base updates each parameter as its gradient is whole."""
+        """The second pass, in which the base updates each parameter as soon as its gradient is whole."""
 
         def deliver(gradients: dict[int, Tensor]) -> None:
             hold_interrupts()
@@ -411,7 +419,7 @@ class Stepping:
     def _in_turn(
         self, plan: Plan, first: ForwardRecord, closure: Callable[[], Any], transaction: Transaction
     ) -> ForwardRecord:
-        """The other guesses by passes of their own; all as if they had shared one."""
+        """Make a pass for each of the other guesses; return one record, as if all guesses had shared a pass."""
         records = [first]
         for lane in range(1, self.guesses):
             self._noise.lane = lane
@@ -425,8 +433,8 @@ class Stepping:
     def _forward(
         self, closure: Callable[[], Any], transaction: Transaction, guesses: int = 1, *, keeps: bool = True
     ) -> tuple[Plan, ForwardRecord]:
-        """One pass, by the plan that the closure keeps to; by a new one if it keeps to none. It carries all guesses if
-        they can share it, else one."""
+        """One pass by the first plan that the closure follows; by a new plan if it follows none. The pass carries all
+        guesses if they can share it, else one."""
         for plan in list(self._plans):
             noise = self._noise.snapshot()
             try:
@@ -458,7 +466,8 @@ class Stepping:
     def _fresh_pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int, keeps: bool
     ) -> ForwardRecord:
-        """A pass whose guesses were made from what the closure then read, and whose layouts hold for it."""
+        """A pass. It is repeated if a guess was made from tensors that the closure then did not read, or if what the
+        closure reads has changed so often that the layouts must be probed again."""
         probes = is_due_for_probe(plan)
         if probes:
             self._reprobe(plan, closure, transaction)
@@ -474,7 +483,7 @@ class Stepping:
             self._noise.restore(noise)
             self._cache.restore(dict(cached))
             plan.volatile += plan.stale
-            plan.uses -= 1
+            plan.uses -= not plan.stale
             if due:
                 self._reprobe(plan, closure, transaction)
                 probes = True
@@ -484,7 +493,7 @@ class Stepping:
         reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
 
     def _look(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> Tensor:
-        """Run the closure to see what its calls read that guesses read before them; returns the loss."""
+        """Run the closure to find the tensors that guesses need before the closure reads them; returns the loss."""
         level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
         run = Pass(self._ids, plan.graph, level, lambda *site: None, {}, transaction, keeps=False)
         loss = run.run(closure)
@@ -496,7 +505,7 @@ class Stepping:
     def _shared_pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, guesses: int, keeps: bool
     ) -> ForwardRecord:
-        """A pass with all guesses if it can be, else with one; what a failed attempt has changed is put back."""
+        """A pass with all guesses if they can share it, else with one. A failed attempt is undone."""
         if guesses == 1 or not self._stacks(plan):
             return self._pass(plan, closure, transaction, keeps=keeps)
         noise, cached = self._noise.snapshot(), self._cache.copy()
@@ -549,7 +558,7 @@ class Stepping:
         before = None if keeps and not audited else self._noise.snapshot()
         random = dict[int, RandomState | None].fromkeys(_redrawn(plan.graph)) if lessons else {}
         while not keeps and any(lesson.begins for lesson in lessons.values()):
-            if None in random.values():  # what the network draws, before anything is begun
+            if None in random.values():  # first find the random states before the network's draws
                 self._draws(plan, closure, transaction, random)
             self._show(plan, lessons, "begin", before, closure, transaction, random)
             transaction.rewind()
@@ -579,7 +588,7 @@ class Stepping:
             _check_real(record.errors)
         plan.observe(run)
         plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
-        if audited and not plan.stale:
+        if audited and not plan.stale:  # a stale pass is made again
             self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
         if keeps:
@@ -603,7 +612,7 @@ class Stepping:
 
             check_repeats(plan.loss, record.loss, plan.tolerance, again)
             plan.loss = None
-        plan.uses += 1
+        plan.uses += not plan.stale
         if plan is not self._plans[0]:
             self._plans.remove(plan)
             self._plans[0].graph.forget()
@@ -618,7 +627,7 @@ class Stepping:
     def _audit(
         self, plan: Plan, record: ForwardRecord, before: Any, closure: Callable[[], Any], transaction: Transaction
     ) -> None:
-        """Plain runs tell whether the loss moves as the pass's tangents say, or ``AuditError`` is raised; buffers and
+        """Raise ``AuditError`` unless plain runs show that the loss moves as the pass's tangents say. Buffers and
         random states are as the pass has left them."""
         if why := self._is_not_auditable(plan, record):
             report = AuditReport(float(record.d.sum()), skipped=(why,))
@@ -653,8 +662,8 @@ class Stepping:
     def _guessed_again(
         self, plan: Plan, record: ForwardRecord, before: Any, lane: int
     ) -> tuple[Guess, Mapping[int, Tensor]]:
-        """A pass's guesses from its start on, the first of several, and those for parameters: as they were kept, or
-        made once more."""
+        """The pass's guess function from its start, and the guesses for parameters. Guesses that were kept are used;
+        others are made once more. Of K guesses, the first."""
         directed = {visit.call.index: visit.directions for visit in record.visits if visit.directions is not None}
         covered = {s.index for c in directed for s in plan.graph.sites_at[c]} | record.guesses.keys()
         if covered >= self._guesses_of(plan).keys() and not any(e.debias for e in self._estimators):
@@ -673,7 +682,7 @@ class Stepping:
         return _forgetting(partial(self._guess, plan, round), round.locals), directions
 
     def audited(self, closure: Callable[[], Any]) -> AuditReport:
-        """What ``guessopt.audit`` returns; everything is as before."""
+        """The report for ``guessopt.audit``; everything is as before, afterwards."""
 
         class Enough(Exception):
             pass
@@ -695,8 +704,12 @@ class Stepping:
     def _guess(
         self, plan: Plan, round: Round, site: Site, s: Tensor, values: dict[int, Tensor]
     ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
-        """The guess ``y`` for a site, several stacked; None where it needs none; directions for its parameters where
-        these are few; with the correction that undoes the bias, where it is asked for."""
+        """The guess ``y`` for a site. Several guesses are stacked.
+
+        Returns:
+            None if the site needs no guess; a list of directions for its parameters if these are guessed; a pair
+            (guess, corrected guess) with ``debias=True``.
+        """
         found = self._guesses_of(plan).get(site.index)
         if found is None:
             return None
@@ -739,8 +752,8 @@ class Stepping:
     def _formed(
         self, plan: Plan, record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None] | None = None
     ) -> dict[int, Tensor]:
-        """The cotangents that estimators form themselves, but for those handed to ``spend``; what they learn here
-        serves from the next pass on."""
+        """The cotangents that estimators form themselves, without those that ``spend`` has taken. What the estimators
+        learn here is used from the next pass on."""
         formed: dict[int, Tensor] = {}
         guesses = self._guesses_of(plan)
         for estimator, lesson in record.lessons.items():
@@ -752,14 +765,15 @@ class Stepping:
         return formed
 
     def _direct(self, plan: Plan, lessons: Mapping[Estimator, Lesson]) -> frozenset[int]:
-        """Calls whose gradients a stream's blocks give with their own graphs: no guess corrects them in this step."""
+        """Calls whose gradients come from the reverse graphs of a stream's blocks: no guess corrects them in this
+        step."""
         graph = plan.graph
         corrected = any(lesson.keeps[1] and e.injects(self._steps, graph) for e, lesson in lessons.items())
         return frozenset() if corrected else graph.direct
 
     def _resting(self, plan: Plan) -> Level:
-        """A step without a guess takes the exact errors; along a stream the blocks' graphs as well, unless they are to
-        be made again."""
+        """The level of a step without guesses: it takes the exact errors, and along a stream it keeps the blocks'
+        reverse graphs unless they are made again later."""
         frozen, stream = self.batch_norm == "frozen_statistics", plan.graph.stream
         lacks = not plan.keeps_graphs or any(cut.shared for cut in plan.graph.cuts)
         if stream is None or lacks or self.memory == "replay":
@@ -767,12 +781,12 @@ class Stepping:
         return BlockLevel(stream, plan.graph.marked, frozen_statistics=frozen)
 
     def _rests(self, plan: Plan) -> bool:
-        """Whether this step makes no guess at all: every estimator learns, and lives on what it knows."""
+        """Whether this step makes no guess: every estimator learns, and predicts without one in this step."""
         return all(e.learns and not e.injects(self._steps, plan.graph) for e in self._amplitudes)
 
     def _guesses_of(self, plan: Plan) -> dict[int, tuple[Estimator, str, str]]:
-        """By site, the estimator and the names of its prepared and its learned state; absent where the error is known
-        exactly, or a later site's guess serves, or the parameters themselves are guessed."""
+        """By site, the estimator and the names of its prepared and its learned state. A site is absent if its error is
+        known exactly, if it shares a later site's guess, or if its parameters themselves are guessed."""
         if plan.guesses is None:
             plan.guesses = {}
             for site in plan.graph.sites:
@@ -809,7 +823,7 @@ class Stepping:
         )
 
     def _is_served(self, graph: SiteGraph, site: Site) -> bool:
-        """A later site's guess stands for this one's as well."""
+        """Whether the site shares a later site's guess."""
         while site.shares is not None:
             site = graph.sites[site.shares]
             if self._estimator_of(site).space == "activations":
@@ -845,7 +859,7 @@ class Stepping:
             base_step(self.base)
 
     def _updated(self) -> None:
-        """The step is made: what its own hooks after it raise does not take it back."""
+        """The update is final; then the base's hooks after a step fire. An error of theirs does not undo the step."""
         self._pending = False
         self._estimated_ids.clear()
         self._fire(self.base._optimizer_step_post_hooks)
@@ -865,7 +879,7 @@ class Stepping:
         finally:
             p.grad = None
 
-    # --- which guess, and what a user should hear of it ---
+    # --- which guess, and which warnings ---
 
     @property
     def _streams(self) -> bool:
@@ -882,7 +896,7 @@ class Stepping:
         return self._choice_of(site).for_site(site)
 
     def _check_plan(self, plan: Plan) -> None:
-        """Refuse what makes no sense for this model; say, once, what is not as a user would expect."""
+        """Raise ``ValueError`` for options that this model does not allow; warn, once, of surprises."""
         own = [site for site in plan.graph.sites if site.shares is None]
         if why := self._refused(self.memory, plan.graph):
             raise ValueError(f"memory: {why}")
@@ -921,8 +935,8 @@ class Stepping:
     def _forgo_graphs(self, plan: Plan) -> None:
         plan.keeps_graphs = False
         self._warn(
-            "the network writes into memory that its own backward would read, so that no block's graph can be kept: "
-            "each is run once more, which takes longer"
+            "the network writes into memory that its own backward would read, so no block's graph can be kept: each "
+            "block is run once more, which takes longer"
         )
 
     def _check_orthogonal(self, plan: Plan) -> None:
@@ -993,7 +1007,7 @@ def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
 
 
 def _redrawn(graph: SiteGraph) -> frozenset[int]:
-    """Calls that draw and that estimators which learn run once more, site by site."""
+    """Calls that draw random numbers and that estimators which learn run once more."""
 
     def found() -> frozenset[int]:
         segments = [site.segment for site in graph.sites if site.segment is not None]
@@ -1003,8 +1017,7 @@ def _redrawn(graph: SiteGraph) -> frozenset[int]:
 
 
 def _let_go(graph: SiteGraph, locals: dict[int, Local], visit: Visit) -> None:
-    """Where a call has read what a rectifier made of a site's output, which has the same derivative, that stands for
-    the output, whose memory is given back."""
+    """After a rectifier, keep its result in place of its input, whose memory is given back: the mask is the same."""
     for index, position in graph.rectified.get(visit.call.index, ()):
         if index in locals:
             locals[index].s = visit.args[position]
@@ -1016,7 +1029,7 @@ def _typed(y: Any, s: Tensor) -> Any:
 
 
 def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:
-    """One as it is, several with K in front, each copied while it is at hand."""
+    """A single guess as it is; K guesses as one tensor ``[K, ...]``."""
     if count == 1:
         (only,) = guesses
         return only
@@ -1029,7 +1042,7 @@ def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:
 
 
 def lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:
-    """The surroundings of a site, safe from what the closure will yet write in place."""
+    """The surroundings of a site, with copies of tensors that the closure may yet write in place."""
     site, segment = local.site, local.site.segment
     if segment is not None and any(call.in_place for call in segment.program):
         needed = {v for call in segment.program for v in call.inputs if v in values}

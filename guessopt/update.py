@@ -36,7 +36,7 @@ def base_step(base: Optimizer) -> None:
 
 
 def _holds(node: Any) -> bool:
-    """Whether a base may keep numbers in the attributes of this object."""
+    """Whether this object may keep numbers of a base in its attributes."""
     if isinstance(node, Optimizer):
         return True
     return hasattr(node, "__dict__") and not callable(node) and not isinstance(node, ModuleType)
@@ -50,7 +50,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 class Undo:
-    """What an update may change, as it was: containers, and of tensors the versions or, with ``copies``, the values."""
+    """The state before an update: containers, and the versions of tensors or, with ``copies``, their values."""
 
     def __init__(self) -> None:
         self.containers: list[tuple[Any, Any]] = []
@@ -60,8 +60,11 @@ class Undo:
 
     @classmethod
     def of(cls, base: Optimizer, params: Iterable[Tensor], plain: bool) -> Undo:
-        """Without copies, of a base that keeps its numbers in groups and state (``plain``: there is nothing to look
-        for elsewhere)."""
+        """Without copies.
+
+        Args:
+            plain: whether the base keeps all its numbers in groups and state, so that nothing else must be searched.
+        """
         params = list(params)
         grads = [g for p in params if (g := p.grad) is not None]
         if not plain:
@@ -76,7 +79,7 @@ class Undo:
         return found
 
     def walked(self, roots: Iterable[Any], copies: bool = False, skip: Iterable[Any] = ()) -> Undo:
-        """Whatever can be reached."""
+        """Add everything that can be reached from ``roots``."""
         seen, stack = {id(node) for node in skip}, list(roots)
         while stack:
             node = stack.pop()
@@ -97,11 +100,11 @@ class Undo:
         return self
 
     def keep(self, node: Any) -> None:
-        """A container, but not what is in it."""
+        """Add a container without its contents."""
         self.containers.append((node, dict(node) if isinstance(node, dict) else list(node)))
 
     def told(self) -> bool:
-        """Whether every tensor that has changed has a new version; for copies only."""
+        """Whether every changed tensor has a new version. Needs copies."""
         return all(
             t._version != version or (value is not None and _equal(t, value)) for t, version, value in self.tensors
         )
@@ -110,7 +113,7 @@ class Undo:
         """Put everything back; returns tensors that were written and of which there is no copy.
 
         Args:
-            told: whether a new version tells of every write; else any tensor may have been written.
+            told: whether every write gives a new version. If not, any tensor may have been written.
         """
         for node, before in self.containers:
             if isinstance(node, dict):
@@ -203,7 +206,7 @@ class Updates:
 
 
 def _is_plain(base: Optimizer) -> bool:
-    """Whether all numbers of a base are in its groups and in its parameters' state, at once."""
+    """Whether all numbers of a base are direct entries of its groups and of its parameters' state."""
 
     def is_leaf(node: Any) -> bool:
         return not isinstance(node, dict | list | tuple) and not (_holds(node) and not isinstance(node, Tensor))
@@ -224,8 +227,9 @@ def _is_plain(base: Optimizer) -> bool:
 
 @contextmanager
 def only(base: Optimizer, p: Tensor, *, unfused: bool = False) -> Iterator[None]:
-    """The base's groups without the other parameters; ``unfused``: without torch's fused kernels, which refuse sparse
-    gradients."""
+    """Within, the base's groups hold no parameter but ``p``.
+
+    ``unfused``: without torch's fused kernels, which refuse sparse gradients."""
     groups = base.param_groups
     before: list[dict[str, Any]] = [{k: group[k] for k in ("params", "fused") if k in group} for group in groups]
     try:
@@ -242,8 +246,8 @@ def only(base: Optimizer, p: Tensor, *, unfused: bool = False) -> Iterator[None]
 def together(base: Optimizer) -> str | None:
     """Why the base must update all parameters in one call; None where it can be called once for each.
 
-    Both ways are compared on copies of the base with small stand-ins for the parameters: what they become, and all
-    numbers that the base keeps. The real parameters and state are not touched.
+    Both ways are tried on copies of the base with small stand-ins for the parameters. Compared are the parameters and
+    all numbers that the base keeps. The real parameters and state are not touched.
     """
     if type(base).__module__.startswith("torch.optim."):
         return None  # known
@@ -268,13 +272,14 @@ def together(base: Optimizer) -> str | None:
             "memory='replay'"
         )
     return (
-        f"base {name} could not be tried on copies ({type(error).__name__}: {error}), so that it is not known whether "
-        "it may be called once for each parameter; use memory='replay'"
+        f"base {name} could not be tried on copies ({type(error).__name__}: {error}), so it is not known whether it "
+        "may be called once for each parameter; use memory='replay'"
     )
 
 
 def _difference(base: Optimizer, side: int | None, sparse: bool) -> str | None:
-    """What differs between an update of all and updates one by one, but not between two updates of all."""
+    """The first number that differs between an update of all parameters and updates one by one, and that does not
+    differ between two updates of all. None if there is none."""
     copies = [_Copy(base, side) for _ in range(3)]
     one, again, apart = copies
     shapes, generator = one.params, torch.Generator().manual_seed(0)
@@ -360,7 +365,7 @@ class _Copy:
         return found
 
     def differences(self, other: _Copy) -> list[str]:
-        """Paths, numbers before parameters."""
+        """The paths at which two copies differ: first the base's numbers, then the parameters."""
         twins = {id(p): q for p, q in zip(self.params, other.params, strict=True)}
         found: list[str] = []
         _compare(vars(self.base), vars(other.base), "its", twins, found, set())
@@ -386,7 +391,7 @@ def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _compare(a: Any, b: Any, path: str, twins: dict[int, Any], found: list[str], seen: set[int]) -> None:
-    """Note where two copies keep different numbers."""
+    """Add to ``found`` the paths at which two copies keep different numbers."""
     if id(a) in seen or id(a) in twins:
         return
     if isinstance(a, Tensor):

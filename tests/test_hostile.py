@@ -585,6 +585,18 @@ def straight_through() -> Problem:
     return classifier(lambda m: m.head(StraightThrough.apply(m.first(x))), first=nn.Linear(3, 4), head=nn.Linear(4, 2))
 
 
+def profiled() -> Problem:
+    """``record_function`` names a stretch of the closure for the profiler."""
+    x = randn(4, 3)
+
+    def forward(m: Any) -> Tensor:
+        with torch.profiler.record_function("first"):
+            h = torch.relu(m.first(x))
+        return m.head(h)
+
+    return classifier(forward, first=nn.Linear(3, 4), head=nn.Linear(4, 2))
+
+
 def untouched() -> Problem:
     """Calls that return their own argument: no writes, although the result is the argument."""
     x = randn(4, 3)
@@ -698,6 +710,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "autograd.Function without jvp": straight_through,
     "autograd.Function of weights": custom_function_of_weights,
     "autograd.Function that reads a parameter": custom_site,
+    "named for the profiler": profiled,
 }  # fmt: skip
 
 

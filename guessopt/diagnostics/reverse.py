@@ -291,8 +291,9 @@ class ReversePass(Pass):
         self.locals[site.index] = lasting(Local(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
-        """A zero takes the guess's place: the gradient of it is the cotangent, of this output alone where a call has
-        several (a cell's ``h`` is made from its ``c``), and whatever is written into the output's memory later."""
+        """Add a zero to the output in place of a guess. The gradient of the zero is the output's cotangent. It counts
+        this output alone where a call has several (a cell computes its ``h`` from its ``c``), and it stays right when
+        the output is overwritten later."""
         s = super().inject(site, s, in_place)
         zero = s.new_zeros(()).expand(s.shape).requires_grad_()
         self.outputs[site.index] = zero

@@ -6,8 +6,8 @@ tangents. Plain runs of the closure with the guesses as *values*, ``s_i + eps y_
 
     (L(eps) - L(-eps)) / (2 eps) = D.
 
-``L`` is what the closure returns, so that the plan's cuts are tested as well. A call that reads a trainable parameter
-but has no site in the plan is moved too: the plan says that the loss does not depend on it.
+``L`` is the loss that the closure returns, so the plan's cuts are tested as well. A call that reads a trainable
+parameter but has no site in the plan is moved too: the plan says that the loss does not depend on it.
 
 Tangents of legitimate code differ from difference quotients in some places. A first run, with ``eps = 0``, remembers
 these calls where their inputs move, and the runs with ``eps`` treat them so:
@@ -87,13 +87,18 @@ _MOST = 4
 
 
 class NotAuditable(BaseException):
-    """The closure does something of which difference quotients cannot tell. Never leaves this module."""
+    """Difference quotients of this closure tell nothing. Never leaves this module."""
 
 
 @dataclass(frozen=True)
 class CallCheck:
-    """One call in the runs for the table. ``expected`` and ``measured``: a random projection of its outputs' tangents
-    and of their difference quotients. ``occurrence``: of this operation, from 0."""
+    """One call of the closure in the report's table.
+
+    Attributes:
+        expected: a random projection of the tangents of its outputs.
+        measured: the same projection of the difference quotients of its outputs.
+        occurrence: how many calls of this operation came before it.
+    """
 
     index: int
     op: str
@@ -111,9 +116,28 @@ class CallCheck:
 
 @dataclass
 class AuditReport:
-    """``expected``: ``sum_n D_n``. ``measured``: difference quotients of the loss, by step. ``tolerance``: of the last
-    one. ``skipped``: why nothing was measured, or the measurement says nothing. ``calls``: the table, where it was
-    asked for or the audit failed. ``problem``: what is wrong, in words; ``ok`` where there is no problem."""
+    """The answer of ``guessopt.audit``.
+
+    Attributes:
+        expected: the derivative of the loss along the guesses by the tangents, ``sum_n D_n``.
+        measured: difference quotients of the loss: relative size of the step -> quotient.
+        tolerance: of the last quotient.
+        skipped: why nothing was measured, or why the quotients decide nothing.
+        calls: the table, if it was asked for or the audit failed.
+        problem: what is wrong, in words; None if nothing is. ``ok`` is then True.
+
+    >>> import torch, guessopt
+    >>> _ = torch.manual_seed(0)
+    >>> net, x = torch.nn.Linear(3, 1).double(), torch.randn(5, 3).double()
+    >>> report = guessopt.audit(guessopt.GuessGradOptimizer(net.parameters()), lambda: net(x).square().mean())
+    >>> report.ok, report.problem, report.skipped
+    (True, None, ())
+    >>> (step, quotient), = report.measured.items()
+    >>> abs(quotient - report.expected) < report.tolerance
+    True
+    >>> print(report.calls[0])  # a call of the network: by tangents, by differences
+          0  linear no. 0 [5, 1] ...
+    """
 
     expected: float
     measured: dict[float, float] = field(default_factory=dict)
@@ -148,9 +172,17 @@ class AuditReport:
 
 @dataclass
 class _Entry:
-    """A call that the first run remembers. ``values``: of its results, None where they are to be computed; ``targets``:
-    by result, the argument that it is. ``change``: of the tensors written in place by a stopped call, by argument.
-    ``inputs``: of a call that is linearised. ``mask``: of a rectifier. ``random``: the random states after it."""
+    """A call that the first run remembers.
+
+    Attributes:
+        values: its results; None for a result that later runs compute.
+        spec: the nesting of its results.
+        targets: number of a result -> position of the argument that it is.
+        change: by argument, the change that a call without gradients has written into it.
+        inputs: the arguments of a call that is linearised.
+        mask: of a rectifier, where it lets its input through.
+        random: the random states after the call.
+    """
 
     values: list[Any] = field(default_factory=list)
     spec: Any = None
@@ -260,7 +292,8 @@ class _Run(Pass):
         return out
 
     def _move(self, index: int, out: Any, tensors: list[Tensor]) -> Any:
-        """A call that the plan takes to have no part in the loss moves by noise of the size of its output."""
+        """Move the outputs of a call that reads parameters and has no site, by noise of their own size: the plan says
+        that the loss does not depend on them."""
         leaves, spec = _flat(out)
         for k, t in enumerate(leaves):
             if isinstance(t, Tensor) and _is_smooth(t) and t.numel():
@@ -308,7 +341,7 @@ class _Run(Pass):
         return self.level.call(fn, args, kwargs, writes=False)
 
     def _again(self, entry: _Entry, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A remembered call, as the table above says."""
+        """A call that the first run has remembered; see the list at the top of this module."""
         tensors = tensors_in(args, kwargs)
         if entry.random is not None:
             values = entry.values
@@ -471,7 +504,7 @@ def linearised(
         return level.run(body)
 
 
-#: Guesses anew from the start of the pass, and those for parameters.
+#: Starts the pass's guesses again: a guess function for the sites, and the guesses for parameters.
 Guesses = Callable[[], "tuple[Guess, Mapping[int, Tensor]]"]
 
 
@@ -480,9 +513,9 @@ class Audit:
     """One audit: plain runs of ``closure`` along ``graph``.
 
     Args:
-        guesses: called before every run: the pass's guess function from its first guess on, and its ``directions``.
+        guesses: called before every run; returns the pass's guess function and its ``directions``.
         record: of the pass; of several guesses the first is tested.
-        rtol: by how much two runs may differ by other kernels.
+        rtol: relative difference of the loss that other kernels may cause.
     """
 
     closure: Callable[[], Any]
@@ -494,6 +527,8 @@ class Audit:
     record: ForwardRecord
     rtol: float = 0.0
     memo: _Memo = field(default_factory=_Memo)
+    #: The guesses of the first run, by site, for the later runs. From values that have moved, other guesses would come.
+    made: dict[int, Any] = field(default_factory=dict)
 
     @cached_property
     def expected(self) -> float:
@@ -502,7 +537,7 @@ class Audit:
 
     @cached_property
     def slack(self) -> float:
-        """What rounding may have done to ``expected``: a sum of products, of tangents that many calls have rounded."""
+        """The rounding error of ``expected``, a sum of products of tangents that many calls have rounded."""
         several, bulk = self.record.d.dim() == 2, 0.0
         for e, t in zip(self.record.errors, self.record.tangents, strict=True):
             if t is not None:
@@ -510,7 +545,7 @@ class Audit:
         return 32 * bulk * max((torch.finfo(site.dtype).eps for site in self.graph.sites), default=0.0)
 
     def report(self, *, calls: bool = False) -> AuditReport:
-        """Run. Everything that the closure writes is as before the first run, afterwards."""
+        """Run the audit. Afterwards everything that the closure writes is as before the first run."""
         report = AuditReport(self.expected)
         try:
             self._measure(report)
@@ -530,7 +565,13 @@ class Audit:
     def _run(self, relative: float) -> _Run:
         self.transaction.rewind()
         guess, directions = self.guesses()
-        return _Run(self.ids, self.graph, guess, directions, self.transaction, self.memo, relative)
+
+        def same(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
+            if relative == 0.0 or site.index not in self.made:
+                self.made[site.index] = guess(site, s, values)
+            return self.made[site.index]
+
+        return _Run(self.ids, self.graph, same, directions, self.transaction, self.memo, relative)
 
     def _measure(self, report: AuditReport) -> None:
         base, loss = self._at(0.0), float(self.record.loss)
@@ -544,8 +585,8 @@ class Audit:
         if not close:
             report.problem = (
                 f"the closure does not repeat: a run from the same random state gave the loss {base:.6g} in place of "
-                f"{loss:.6g}; draw noise by torch's, numpy's or random's global generators, and keep what the "
-                "closure changes in tensors. audit=False goes on without this check"
+                f"{loss:.6g}; take the batch before the step, not from an iterator in the closure, and draw noise from "
+                "a generator of torch, numpy or random. audit=False goes on without this check"
             )
             return
         bits, noise, last = self.memo.bits, 0.0, None
@@ -577,7 +618,7 @@ class Audit:
             relative = relative * factor if kink >= rounding or not small else relative / factor
             if relative in report.measured or not math.isfinite(q):
                 break
-        report.skipped = ("rounding or a loss that is not smooth leave no certainty",)
+        report.skipped = ("no certainty: rounding, or a loss that is not smooth",)
 
     def _rounding(self, base: float) -> float:
         """How far the loss jumps by rounding: from runs that are moved by a few units in the last place."""
@@ -630,8 +671,8 @@ class Audit:
         )
         if first is None:
             where = (
-                "every call up to the loss agrees, so that the loss reads another value than the plan says, or writes "
-                "into one under its old name"
+                "every call up to the loss agrees, so the loss reads another value than the plan says, or writes into "
+                "a value that is read later"
             )
         else:
             where = (
@@ -641,7 +682,7 @@ class Audit:
             )
         return (
             f"{numbers}; {where}. Report this, or write the operation as a torch.autograd.Function with a jvp; "
-            "audit=False goes on with what may be wrong gradients"
+            "audit=False goes on, perhaps with wrong gradients"
         )
 
 
@@ -729,7 +770,7 @@ def _signs(count: int, seed: int) -> Tensor:
 
 
 def _digest(t: Tensor) -> Tensor:
-    """Three random projections of a tensor, and the number of its entries' squares: enough to tell two apart."""
+    """Three random projections of a tensor. Two tensors that differ have different projections, almost surely."""
     t = t.detach()
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     flat = t.double().reshape(-1).cpu()

@@ -34,10 +34,11 @@ Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tens
 
 
 class Departure(BaseException):
-    """The closure did something else than the graph says. Not an ``Exception``: a closure must not swallow it.
+    """The closure departs from the graph. It is no ``Exception``, so that a closure cannot swallow it.
 
     Args:
-        index: of the call, counted from 0; what: what differs there, in a few words.
+        index: number of the call, from 0.
+        what: the difference, in a few words.
     """
 
     def __init__(self, index: int = -1, what: str = "") -> None:
@@ -48,9 +49,9 @@ class Departure(BaseException):
 class Pass(Interceptor):
     """The closure's calls, each handled as the graph says.
 
-    Every call is compared with the graph's: the function, the arguments that are no tensors, and which values its
-    tensors are. Numbers among the arguments may differ (``changed`` then says so), and so may tensors that the closure
-    does not make; their shapes and dtypes may not.
+    Every call is compared with the graph's: its function, its arguments that are no tensors, and which values its
+    tensors are. Numbers among the arguments may differ (``changed`` then lists the call). Tensors that the
+    closure does not make may differ too, but not their shapes and dtypes.
 
     Args:
         params: ``id`` of each trainable parameter to its position.
@@ -60,17 +61,16 @@ class Pass(Interceptor):
             list for one direction ``[N, *shape]`` per parameter that the site reads; a pair for a tangent and what
             takes its place in the estimate.
         directions: tangents for parameters, by position.
-        transaction: is told what the closure will write that it has not made.
-        keeps: whether what parameter gradients will need (the sites' inputs, the guesses) is kept.
-        left: called with every visit that is kept, once it is over.
-        direct: calls whose visits are kept apart and without arguments, since their gradients come from a block's own
-            graph.
-        repeats: the run must read what the last one has read: other numbers or tensors raise ``Departure``.
+        transaction: saves each tensor that the closure is about to write and has not made.
+        keeps: whether to keep what parameter gradients need: the sites' inputs and the guesses.
+        left: called with every visit that is kept, after its call.
+        direct: calls whose gradients come from a block's own reverse graph; their visits are kept without arguments.
+        repeats: raise ``Departure`` if the run reads other numbers or tensors than the last run.
 
     Attributes:
-        known: by call, what guesses have found of calls to come.
-        met: the tensors that the closure has not made, by value (not the trainable parameters).
-        changed: calls (``-1 - index``) whose numbers are no longer the graph's, which has them from now on.
+        known: by call, the results that guesses have computed before the closure makes the call.
+        met: the tensors that the closure has not made, by value, without the trainable parameters.
+        changed: calls (``-1 - index``) whose numbers differ from the graph's; the graph has taken over the new ones.
         stale: whether a guess was made from numbers or tensors that the closure then did not use.
     """
 
@@ -105,10 +105,10 @@ class Pass(Interceptor):
         self.met: dict[int, Tensor] = {}
         self.changed: list[int] = []
         self.stale = False
-        #: Tensors that a call has returned as it got them, and what the closure was handed in their place: it may know
-        #: them by another name. By id.
+        #: Calls may return their argument unchanged, and the closure may keep both names of it. id of the argument ->
+        #: (the argument, the tensor that the closure was given as the result).
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        #: What the loss reads in place of values of the network, by value.
+        #: By value, the leaf that the loss reads in place of the network's value.
         self.standins: dict[int, Tensor] = {}
         self.random: dict[int, RandomState | None] = {}
         if graph.stream is not None:
@@ -131,7 +131,7 @@ class Pass(Interceptor):
     ) -> Any:
         graph = self.graph
         if index >= len(graph.calls):
-            raise Departure(index, f"{_name(fn)} is called where the closure had ended")
+            raise Departure(index, f"{_name(fn)} is called after the last call of the earlier run")
         call, kind = graph.calls[index], graph.kinds[index]
         if call.fn != fn:
             raise Departure(index, f"{_name(fn)} is called in place of {_name(call.fn)}")
@@ -174,7 +174,7 @@ class Pass(Interceptor):
     # --- the closure does what the graph says -------------------------------------------------------------------------
 
     def _check_tensors(self, call: Call, tensors: list[Tensor]) -> None:
-        """Each tensor must be the value that it was when traced."""
+        """Raise ``Departure`` unless each tensor is the value that the trace found in its place."""
         if len(tensors) != len(call.reads):
             raise Departure(call.index, f"{call.op} takes {len(tensors)} tensors in place of {len(call.reads)}")
         seen, moved = self._seen, self._moved
@@ -190,7 +190,7 @@ class Pass(Interceptor):
                 raise Departure(call.index, f"{call.op} reads another tensor")
 
     def _value(self, t: Tensor) -> int:
-        """What the tensor is; -1 where it has not been seen in this run."""
+        """The tensor's value; -1 if this run has not seen the tensor yet."""
         entry = self._seen.get(id(t))
         if entry is None or entry[0]() is not t:
             return -1
@@ -200,7 +200,7 @@ class Pass(Interceptor):
         return value
 
     def _meet(self, call: Call, value: int, t: Tensor) -> None:
-        """A tensor that the closure has not made."""
+        """Check and note a tensor that the closure has not made."""
         known, graph = self.graph.outside[value], self.graph
         if t.shape != known.shape or t.dtype != known.dtype:
             raise Departure(
@@ -225,7 +225,7 @@ class Pass(Interceptor):
             graph.constants[value] = t
 
     def _check_arguments(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
-        """Arguments that are no tensors: numbers may differ, nothing else."""
+        """Compare the arguments that are no tensors: numbers may differ, nothing else."""
         given = recordable(outline)
         same = compared(given, call.outline)
         if same:
@@ -242,7 +242,7 @@ class Pass(Interceptor):
         self.stale = self.stale or call.index in self.graph.ahead
 
     def _register(self, call: Call, results: list[Tensor], tensors: list[Tensor]) -> None:
-        """What the call has made, by the names under which the closure will know it."""
+        """Note the values of the tensors that the call has returned or written."""
         outputs = call.outputs
         for k, t in enumerate(results):
             value = outputs[k]
@@ -276,7 +276,8 @@ class Pass(Interceptor):
         return out, results
 
     def _replace(self, out: Any, results: list[Tensor], k: int, tensors: list[Tensor], after: Tensor) -> Any:
-        """``out`` with ``after`` as its ``k``-th tensor; the closure may know the one before by another name."""
+        """``out`` with ``after`` as its ``k``-th tensor. If the old tensor is an argument, note the replacement: the
+        closure may read the argument again."""
         before = results[k]
         if after is before:
             return out
@@ -334,8 +335,8 @@ class Pass(Interceptor):
     def _apart(
         self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
-        """A call without derivatives, on what its tensors hold. What it writes and what it hands back are the closure's
-        own tensors, which keep the tangents that they have."""
+        """Make a call without derivatives, on the tensors' numbers. The tensors that it writes or returns are the
+        closure's own, and keep their tangents."""
         moving = [tensors[k] for k in self.graph.moving[index]]
         if fn in BINDING:  # which must reach the tensor itself
             moving = [t for t in moving if t is not tensors[0]]
@@ -356,8 +357,8 @@ class Pass(Interceptor):
     def _loss(
         self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> Any:
-        """A call after the network's end, in ordinary reverse mode: where it reads a value of the network it gets a
-        leaf, whose gradient will be the exact error."""
+        """Make a call of the loss, in ordinary reverse mode. In place of a value of the network it reads a leaf, whose
+        gradient is the exact error."""
         graph, call = self.graph, self.graph.calls[index]
         swapped: dict[int, Tensor] = {}
         for t, value in zip(tensors, call.inputs, strict=True):
@@ -393,7 +394,7 @@ class Pass(Interceptor):
         return used
 
     def _write_back(self, target: Tensor, result: Tensor) -> None:
-        """What the loss writes into a value of the network the user may read by its own name."""
+        """The loss has written into a value of the network: write the result into the tensor that the user holds."""
         with torch.no_grad(), self.level.outside():
             self.level.primal(target).copy_(self.level.primal(result))
 
@@ -479,7 +480,7 @@ class Pass(Interceptor):
         mine: list[Tensor],
         site: Site,
     ) -> Visit | None:
-        """The call as its gradients will need it; None if none of its parameters needs any."""
+        """The call's record for its parameter gradients; None if no parameter needs one."""
         wanted = [k for k, t in enumerate(tensors) if any(t is m for m in mine) and not self._is_directed(t)]
         if not wanted:
             return None
@@ -489,7 +490,7 @@ class Pass(Interceptor):
             return None
         primal: Callable[[Tensor], Tensor] = self.level.primal
         args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
-        if site.call.writes and fn is not F.batch_norm:  # whoever forms the gradients may make the call once more
+        if site.call.writes and fn is not F.batch_norm:  # the call may be made once more for the gradients
             args, kwargs = copied(args, kwargs, [k for k in site.call.writes if k not in wanted])
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
@@ -497,7 +498,7 @@ class Pass(Interceptor):
         return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
 
     def leave(self, visit: Visit) -> None:
-        """A site's call is over, its outputs have had their guesses."""
+        """A site's call is over, and its outputs have their guesses."""
         if self.keeps:
             self.visits.append(visit)
             if self.left is not None:
@@ -597,7 +598,7 @@ class Pass(Interceptor):
         )  # fmt: skip
 
     def check_end(self, loss: Any) -> None:
-        """The closure must have made all of the graph's calls, and return their loss."""
+        """Raise ``Departure`` unless the closure has made all of the graph's calls and returned the graph's loss."""
         if self.count != len(self.graph.calls):
             raise Departure(self.count, f"the closure ended before it called {self.graph.calls[self.count].op}")
         if not isinstance(loss, Tensor) or self._value(loss) != self.graph.returned:
@@ -623,7 +624,7 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
     return d
 
 
-#: Calls whose numbers say which tensors meet, so that others make another graph.
+#: Calls whose numbers decide which entries meet: other numbers make another graph.
 _STRUCTURAL = {torch.cat, torch.concat, torch.concatenate, F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.dropout}
 
 

@@ -38,7 +38,8 @@ def estimated_cotangents(
 def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
     """``D_n y[n]``; of float16 in float32, since the product may leave its range.
 
-    In memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be an expanded tensor.
+    The product has memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be an expanded
+    tensor.
     """
     d = site.layout.spread(d, site.shape)
     return y.float() * d.float() if y.dtype is torch.float16 else y * d.to(y.dtype)

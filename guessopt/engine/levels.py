@@ -73,8 +73,8 @@ class Level(ABC):
 
     @abstractmethod
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
-        """End the network at ``v``: note its tangent; return what the loss reads in its place, and the leaf whose
-        gradient is the exact error."""
+        """End the network at ``v``: note its tangent. Returns the tensor that the loss reads in its place, and the leaf
+        whose gradient is the exact error."""
 
     #: Calls that run with a reverse graph.
     reverses: frozenset[int] = frozenset()
@@ -112,7 +112,7 @@ class Level(ABC):
         return fn(*args, **kwargs)
 
     def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation in which no derivative is wanted, and which writes what the closure has not made."""
+        """Run an operation without derivatives that writes into tensors which the closure has not made."""
         return fn(*args, **kwargs)
 
     def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
@@ -322,7 +322,7 @@ class ErrorLevel(PlainLevel):
 
 
 class BlockLevel(ErrorLevel):
-    """The same, and of every block of a residual stream a reverse graph of its own, which ends at the block's source.
+    """``ErrorLevel`` that also keeps a reverse graph of every block of a residual stream, from the block's source on.
 
     Args:
         marked: values to which the graphs will be pulled back, beside their sources and parameters.
@@ -375,8 +375,8 @@ WITHOUT_FORWARD: set[Callable[..., Any]] = set()
 
 
 def is_foreign(fn: Callable[..., Any]) -> bool:
-    """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with a backward of its own: these
-    drop tangents without a word."""
+    """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with its own backward. Forward AD
+    drops the tangents of such operations and raises no error."""
     if not isinstance(fn, OpOverload) or fn.namespace in ("aten", "prims", "prim"):
         return False
     return not torch._C._dispatch_has_kernel_for_dispatch_key(fn.name(), "CompositeImplicitAutograd")

@@ -27,13 +27,22 @@ from guessopt.tracing.tape import Tape
 class Plan:
     """A graph in use.
 
-    ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so far. ``changes``:
-    how often what the closure reads has changed, by value of a tensor or number of a call; ``due``: whether such a
-    change asks for a probe. ``stale``: whether the last pass made a guess from what the closure then did not use;
-    ``volatile``: how often one did. ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see
-    ``StackedLevel``. ``joints``: sites that are guessed as one, by the first one's index. ``keeps_graphs``: whether a
-    pass may leave the stream's blocks with reverse graphs, as far as is known. ``found``: where the examples lie, and
-    which calls no tangent has passed yet; ``mixing``: after which operation examples interact."""
+    Attributes:
+        loss: the loss of the trace, until a pass has confirmed it within ``tolerance``; then None.
+        uses: passes so far.
+        changes: value of a tensor that the closure reads, or ``-1 - index`` of a call with numbers -> how often it has
+            changed from one pass to the next.
+        due: whether such a change asks for a probe.
+        stale: whether the last pass made a guess from tensors or numbers that the closure then did not use.
+        volatile: how many passes were stale.
+        stacks: whether K guesses share a pass (None: not known yet).
+        ways: see ``StackedLevel``.
+        joints: sites that get one guess: index of the first site -> ``Joint``.
+        keeps_graphs: whether a pass may keep the reverse graphs of a stream's blocks.
+        found: where the examples lie, and through which calls no tangent has come yet.
+        mixing: the operation after which examples interact; "" if none.
+        modules, elsewhere: modules and tensors that a ``Transaction`` must watch beside those that it finds itself.
+    """
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -59,7 +68,6 @@ class Plan:
     stream: bool = False
     keeps_graphs: bool = True
     joints: dict[int, Joint] = field(default_factory=dict)
-    #: What a ``Transaction`` has to watch beside what it finds by itself.
     modules: tuple[torch.nn.Module, ...] = ()
     elsewhere: tuple[Tensor, ...] = ()
 
@@ -69,8 +77,8 @@ class Plan:
         return self.found is None or self.found.alive
 
     def observe(self, run: Pass) -> None:
-        """Compare what a run has read with what the last one has: the first, second, fourth, eighth ... change of
-        a tensor or a number asks for a probe."""
+        """Compare the tensors and numbers that a run has read with those of the last run. The first, second, fourth,
+        eighth, ... change of a tensor or a number asks for a probe."""
         changed = list(run.changed)
         for value, t in run.met.items():
             version = -1 if t.is_inference() else t._version
@@ -95,13 +103,13 @@ def trace(
     finite: bool,
     stream: bool = False,
 ) -> Plan:
-    """Run the closure, as often as it takes to know it, leaving everything as it was.
+    """Make a plan: run the closure once to record it, and again to probe it. Everything is as before, afterwards.
 
     Args:
         stream: whether an estimator asks for the residual stream.
 
     Raises:
-        ClosureError: what it returns is no loss, or no parameter has a part in it.
+        ClosureError: the closure returns no loss, or no parameter has a part in the loss.
     """
     as_expression: frozenset[int] = frozenset()
     found: Found | None = None
@@ -112,7 +120,7 @@ def trace(
         tape = Tape(ids, as_expression, transaction.save)
         with transaction.finding() as modules:
             loss = tape.run(closure)
-        # F.embedding scales rows to its max_norm where it reads them, and once more changes nothing.
+        # F.embedding scales the rows that it reads to max_norm. To scale them again changes nothing: no rewriting.
         tape.rewritten = frozenset(p for p, t in params.items() if tape.writes.written(t) - {F.embedding})
         changing |= {id(module): module for module in modules}
         check_loss(loss)
@@ -132,11 +140,8 @@ def trace(
         except Departure as departure:
             if departed:
                 raise unstable(departure) from None
-            as_expression, departed, found = (
-                frozenset(),
-                True,
-                None,
-            )  # a first run may have filled caches that later ones read
+            # A first run may have filled caches that later runs read: trace once more.
+            as_expression, departed, found = frozenset(), True, None
             continue
         constant = constant_calls(analysis, sites, found)
         if constant <= as_expression:
@@ -200,7 +205,7 @@ def layouts_of(
             raise _Carried(error) from None
 
     def pushed(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
-        """All lanes in one run; where they do not go together, each in a run of its own."""
+        """All lanes in one run; each in its own run if they cannot share one."""
         nonlocal together
         if together and count > 1:
             watched = prepared(tangents, StackedLevel(count, {}, frozen_statistics=frozen), range(count))
@@ -262,9 +267,8 @@ def mixing_of(
     make_level: Callable[[], Level],
     transaction: Transaction,
 ) -> str:
-    """The operation after which the examples of the last coupled site interact; "" where none was found.
-
-    It takes a run of the closure, but for batch normalisation."""
+    """The operation after which the examples of the last coupled site interact; "" if none was found. Takes one run of
+    the closure, except for batch normalisation."""
     coupled = [site for site in graph.sites if site.layout is Layout.COUPLED and site.shares is None]
     if found.batch == 1 or not coupled:
         return ""
@@ -300,8 +304,9 @@ def mixing_of(
 
 
 def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> frozenset[int]:
-    """Calls that read a parameter and another tensor but hold no examples (``F.embedding(arange(T), W)``): parameter
-    expressions after all. Their shape tells, or (T = N) that examples are apart again in what is made of them."""
+    """Calls that read a parameter and another tensor but hold no examples, such as ``F.embedding(arange(T), W)``. They
+    are parameter expressions. Their shape tells; where T = N, the values made from them do, which hold the examples
+    apart."""
     if found.batch <= 1:
         return frozenset()
     apart = {v for v, layout in (found.ends | found.layouts).items() if layout is not Layout.COUPLED}
@@ -320,7 +325,7 @@ def may_hold_no_examples(analysis: Analysis, site: Site) -> bool:
 
 
 def _is_about_parameters(tape: Tape, site: Site) -> bool:
-    """Looking parameters up by index, or masking them: what else there is in the call can be no batch of inputs."""
+    """Whether the call looks parameters up by index, or masks them: its other tensors are then no batch of inputs."""
     mine = tape.mine[site.call.index]
     others = [v for k, v in enumerate(site.call.inputs) if k not in mine]
     masked = any(tape.shapes[site.call.inputs[k]] == site.shape for k in mine)
@@ -335,7 +340,7 @@ def reprobe(
     make_level: Callable[[], Level],
     transaction: Transaction,
 ) -> None:
-    """Look again: a site whose tangents could not reach the loss (a zero-initialised head) may have come alive."""
+    """Probe again: tangents of a site that could not reach the loss (a zero-initialised head) may reach it now."""
     assert plan.analysis is not None
     graph = plan.graph
     assert plan.found is not None
@@ -362,8 +367,8 @@ def reprobe(
 
 
 def is_due_for_probe(plan: Plan) -> bool:
-    """Before the pass after the first, second, fourth, eighth ... one; more often while some site's tangent has not
-    been seen to arrive; always where the data decide which rows go where."""
+    """Whether the next pass needs a probe before it: after 1, 2, 4, 8, ... passes; more often while the tangent of some
+    site has not been seen to reach the loss; always where the data decide which rows go where."""
     uses = plan.uses
     if plan.analysis is None or uses == 0:
         return False
@@ -372,7 +377,7 @@ def is_due_for_probe(plan: Plan) -> bool:
 
 
 def _forget_tensors(tape: Tape) -> None:
-    """The analysis stays for later probes; the batch that it was made from need not."""
+    """Let go of the batch: later probes need the analysis, and not the tensors."""
     tape.expressions.clear()
     tape.writes.let_go()
     tape.outside = {v: t for v, t in tape.outside.items() if isinstance(t, torch.nn.Parameter)}
@@ -419,8 +424,8 @@ def check_finite(loss: Tensor, d: Tensor | None = None) -> None:
 
 
 def check_examples(sites: Sequence[Site], analysis: Analysis) -> None:
-    """Raise ``ClosureError`` if the batch is empty: if all that the loss reads is. A single empty output is no empty
-    batch: an expert to which no token goes, an image in which nothing was found."""
+    """Raise ``ClosureError`` if the batch is empty, that is, if every tensor that the loss reads is. A single empty
+    output is allowed: an expert to which no token goes, an image in which nothing was found."""
     shapes = [analysis.tape.shapes[v] for v in analysis.cut_values]
     if shapes and all(0 in shape for shape in shapes):
         empty = next((f"{site.op} gave an output" for site in sites if 0 in site.shape), "the loss reads a tensor")
@@ -439,9 +444,9 @@ def independent(names: Sequence[str], graph: SiteGraph) -> str:
 def unstable(departure: Departure) -> ClosureError:
     where = f" (call {departure.index + 1}: {departure.what})" if departure.what else ""
     return ClosureError(
-        f"the closure does not repeat: run twice with the same random state it did not do the same{where}; compute the "
-        "loss from fixed inputs (draw the batch outside the closure, from torch's, numpy's or random's global "
-        "generators, and keep caches out of it)"
+        f"the closure does not repeat: run twice with the same random state, it made other calls or read other tensors"
+        f"{where}; take the batch before the step, draw noise from a generator of torch, numpy or random, and keep "
+        "caches (use_cache=True, lru_cache) out of the closure"
     )
 
 
@@ -471,13 +476,13 @@ def check_repeats(first: Tensor, second: Tensor, tolerance: float, again: Callab
     if not (close(a, c) or close(b, c)):
         raise ClosureError(
             f"the closure does not repeat: a second pass from the same random state gave the loss {b.item():.6g} in "
-            f"place of {a.item():.6g}; draw the batch outside the closure and use torch's, numpy's or random's "
-            "global generators"
+            f"place of {a.item():.6g}; take the batch before the step, and draw noise from a generator of torch, numpy "
+            "or random"
         )
 
 
 def warn_of_coupling(plan: Plan, warn: Callable[[str], None]) -> None:
-    """One warning if examples interact, or cannot be told apart. Of one example alone there is nothing to say."""
+    """Warn once if examples interact or cannot be told apart. A batch of one example needs no warning."""
     graph = plan.graph
     several = [s for s in graph.sites if 0 not in s.shape and s.shape and s.shape[0] > 1 and 1 not in s.shape[:2]]
     coupled = [s for s in several if s.layout is Layout.COUPLED and s.shares is None and s.cut is None]
@@ -486,8 +491,8 @@ def warn_of_coupling(plan: Plan, warn: Callable[[str], None]) -> None:
         where = (
             f"examples interact in {plan.mixing}: {which} before it"
             if plan.mixing
-            else f"the {graph.batch} examples interact, or lie in no known order, at {which}, the last of them with "
-            f"output {list(coupled[-1].shape)}: these"
+            else f"the {graph.batch} examples interact, or lie in no known order, at {which}, the last of which has an "
+            f"output of shape {list(coupled[-1].shape)}: these"
         )
         warn(f"{where} take the scalar derivative of the whole batch, which is valid but far noisier")
     elif graph.batch == 1 and 2 * len(several) > len(graph.sites):

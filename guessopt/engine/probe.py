@@ -1,11 +1,11 @@
-"""Which dimension holds the examples, and where examples interact: found by trying, not by shape.
+"""Finds which dimension holds the examples, and where examples interact, by trials.
 
 Some examples get a tangent; the others must not move. A layout that passes is right for every later step in which the
 same derivatives flow; one that fails is replaced by another, or the site is *coupled* and takes the scalar derivative,
 which is always valid, only noisier.
 
 A layout is a partition of a site's entries. It is right if each part moves the matching part of every cut and no other.
-So no layout has to be what a user calls the batch: it only has to pass.
+It need not be the batch as the user thinks of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Push = Callable[[Mapping[int, Tangents], int], list["Tensor | None"]]
 #: Tangents that one run carries at most.
 LANES = 8
 
-#: Trials of parts of a group that the search for one N may make before it calls what is left coupled.
+#: Trials of parts of a group in the search for one N. The sites left after these are called coupled.
 BUDGET = 128
 
 #: Candidates for N that are tried; those that are searched site by site.
@@ -51,10 +51,16 @@ Layouts = dict[int, Layout]
 
 @dataclass(frozen=True)
 class Found:
-    """N, and where the examples lie: ``layouts`` of the sites, ``ends`` of the cuts, both by value.
+    """N, and where the examples lie.
 
-    ``asleep``: calls through which no tangent has come yet (a gate at zero). ``unproven``: sites with such a call on
-    their way to the loss; what lies behind it has not been checked."""
+    Attributes:
+        batch: N.
+        layouts: the layouts of the sites, by value.
+        ends: the layouts of the cuts, by value.
+        coupled: indices of the sites after which examples interact, or whose examples lie in no known order.
+        asleep: calls through which no tangent has come yet (a gate at zero).
+        unproven: indices of sites with such a call on their way to the loss: the part behind it is not checked yet.
+    """
 
     batch: int
     layouts: Layouts
@@ -217,7 +223,7 @@ class _Search:
         return self._completed(trial.batch, [trial.ends], trial.layouts, rest)
 
     def choose(self, n: int) -> _Trial:
-        """Layouts of all sites, for that choice of the cuts' layouts which serves most of them."""
+        """Layouts of all sites. The cuts get those layouts that keep the examples of most sites apart."""
         ends: list[Layouts] = []
         for hypothesis in self.hypotheses(n):
             if hypothesis.ends not in ends:
@@ -349,7 +355,8 @@ class _Search:
 
 
 def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
-    """Whether the examples that do not move are without tangent, up to rounding. What is not finite tells nothing."""
+    """Whether the examples that must not move have no tangent, up to rounding. Entries that are not finite count as
+    zero."""
     if layout is Layout.COUPLED or not tangent.numel():
         return True
     size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)

@@ -467,7 +467,7 @@ def projection_weights(record: ForwardRecord, graph: SiteGraph) -> Weights:
 
 
 def _real(y: Tensor) -> Tensor:
-    """A complex tensor as a real one, its parts in a last dimension of their own."""
+    """A complex tensor as a real one; the two parts are the last dimension."""
     return torch.view_as_real(y) if y.is_complex() else y
 
 

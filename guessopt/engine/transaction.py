@@ -1,7 +1,7 @@
-"""What a closure changes besides computing the loss, put back before it runs again: it happens once in a step that
-succeeds and not at all in one that fails.
+"""Undo the closure's side effects before it runs again. They happen once in a step that succeeds, and not at all in a
+step that fails.
 
-It may write memory that it did not allocate (buffers, running statistics), bind names anew (``self.count += 1``, a
+A closure may write memory that it did not allocate (buffers, running statistics), bind names (``self.count += 1``, a
 cache made in the first forward), change containers (``self.history.append``) and draw from generators.
 """
 
@@ -28,7 +28,7 @@ from guessopt.tracing.writes import Memory, quietly
 
 @contextmanager
 def _silent_compiled_modules() -> Iterator[None]:
-    """Without the warning that they give of global hooks."""
+    """Without the warning about global hooks that compiled modules give."""
     if "torch._dynamo" not in sys.modules:
         yield
         return
@@ -37,7 +37,7 @@ def _silent_compiled_modules() -> Iterator[None]:
         yield
 
 
-#: An object with state, and how it gets back the state that it had.
+#: An object, its state before the step, and a function ``put(object, state)``.
 Kept = tuple[Any, Any, Callable[[Any, Any], Any]]
 
 
@@ -45,7 +45,7 @@ class Transaction:
     """Puts back what runs of the closure change.
 
     Attributes:
-        random: the global generators, as they were.
+        random: the states of the global generators before the first run.
     """
 
     def __init__(self, devices: tuple[int, ...]) -> None:
@@ -58,19 +58,19 @@ class Transaction:
         self._closure: Any = None
 
     def save(self, t: Tensor | torch.Generator) -> None:
-        """Keep what ``t`` is now: it is about to be written, or drawn from."""
+        """Copy the state of ``t``, which is about to be written or drawn from."""
         if isinstance(t, torch.Generator):
             self._walk(t, 0)
         else:
             self._memory.save(t)
 
     def forget(self, t: Tensor) -> None:
-        """``t`` has been updated for good."""
+        """Do not put ``t`` back: its update is final."""
         self._memory.forget(t)
 
     def watch(self, closure: Callable[[], Any] | None, plans: Iterable[Any] = ()) -> None:
-        """Keep what the closure can reach: what it binds, its modules' attributes, containers and generators; and what
-        plans have found that it changes by other ways (``modules`` and ``elsewhere``)."""
+        """Copy the state that the closure can reach: the names that it binds, its modules' attributes, containers and
+        generators. Also the modules and tensors that plans have found to change (``modules`` and ``elsewhere``)."""
         if closure is not None and closure is not self._closure:
             self._closure = closure
             self._homes.add(_root(closure.func if isinstance(closure, partial) else closure))
@@ -83,8 +83,8 @@ class Transaction:
 
     @contextmanager
     def finding(self) -> Iterator[list[nn.Module]]:
-        """Look at every module that runs within, before it first runs. Those in the list, once it is over, have changed
-        though they are not watched otherwise: the closure reaches them by ways that cannot be followed."""
+        """Within, look at every module before it first runs. Afterwards the list holds the modules that have changed
+        and that ``watch`` did not find."""
         found: list[nn.Module] = []
         known = [(node, dict(node.__dict__)) for node in self._seen.values() if isinstance(node, nn.Module)]
 
@@ -108,7 +108,7 @@ class Transaction:
                     self._keep(module.__dict__, state, _put_dict)
 
     def rewind(self) -> None:
-        """As before the first run."""
+        """Put everything back to its state before the first run."""
         self._memory.restore()
         for owner, value, put in self._kept:
             put(owner, value)
@@ -116,7 +116,7 @@ class Transaction:
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
-        """Whatever runs and rewinds there are within, afterwards all is as a run has just left it."""
+        """Within, the closure may run and be rewound. Afterwards everything is as it was on entry."""
         memory, now = Memory(), [_now(*kept) for kept in self._kept]
         for t in self._memory.saved():
             memory.save(t)
@@ -128,7 +128,8 @@ class Transaction:
         random.restore()
 
     def settle(self, level: Any) -> None:
-        """What the closure has bound outlives the pass, and the level's own kind of tensors does not."""
+        """Replace tensors of the level's own kind, which are of no use after the pass, in everything that the closure
+        has bound."""
         if not level.wraps:
             return
         plain = level.plain
@@ -285,7 +286,7 @@ class Transaction:
         self._kept.append((owner, value, put))
 
 
-#: Longer lists and dicts are not copied at every step: what has been added to them is taken off again.
+#: Longer lists and dicts are not copied in every step. Entries that were added are taken off again.
 _LARGE = 1000
 _LARGE_ARRAY = 1 << 16
 #: How many objects of the user's, one inside the other, are followed.
@@ -321,7 +322,7 @@ def _root(node: Any) -> str:
 
 @lru_cache(4096)
 def _names_of(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The globals that code may name, that of inner functions included; and those that it binds."""
+    """The global names that code reads, and those that it binds; inner functions included."""
     found, stored = set(code.co_names), set()
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
@@ -397,7 +398,8 @@ def _put_tail(owner: Any, tail: Any) -> None:
 
 
 def _now(owner: Any, before: Any, put: Callable[[Any, Any], Any]) -> Kept:
-    """The same for the state that an object has now; ``_put_length``'s once that is back to ``before``."""
+    """A ``Kept`` with the object's state now. ``before``: the state in its earlier ``Kept``. For ``_put_length``: the
+    items beyond the earlier length."""
     if put is _put_length:
         items = list(owner.items() if isinstance(owner, dict) else owner)
         return owner, items[before:], _put_tail

@@ -1,4 +1,5 @@
-"""A pass that watches each call: which let no tangent through yet, and where examples begin to interact."""
+"""Passes that watch each call: ``Witness`` notes the calls through which no tangent has come yet, ``Mixing`` the first
+call after which examples interact."""
 
 from __future__ import annotations
 
@@ -15,21 +16,25 @@ from guessopt.sites import Call
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.interceptor import tensors_in
 
-#: Sees a call before it is made (its index, function and tensors); what this gives sees what the call has returned.
+#: Called before a call with the level and the call's index, function and tensors. May return a function, which is then
+#: called with the tensors that the call has returned.
 Watch = Callable[[Level, int, Callable[..., Any], list[Tensor]], "Callable[[list[Tensor]], None] | None"]
 
-#: Products, and how many of their tensors are factors: one that is zero stops the tangents of the others.
+#: Products, and how many of their tensors are factors. A factor of zeros stops the tangents of the other factors.
 _FACTORS = {"mul": 2, "multiply": 2, "imul": 2, "rmul": 2, "div": 2, "truediv": 2, "matmul": 2, "rmatmul": 2,
             "mm": 2, "bmm": 2, "mv": 2, "linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "einsum": 9,
             "scaled_dot_product_attention": 3}  # fmt: skip
 
-#: Their derivative is zero at all times: nothing behind them can come alive.
+#: Operations whose derivative is always zero.
 _FLAT = {"sign", "sgn", "round", "floor", "ceil", "trunc", "fix", "heaviside", "zeros_like", "ones_like"}
 
 
 class WatchedPass(Pass):
-    """Shows ``watch`` every call that derivatives pass, its outputs before they get a guess. ``failure``: what the
-    level has raised in a call, and not the closure."""
+    """Shows ``watch`` every call that derivatives pass, with its outputs before they get a guess.
+
+    Attributes:
+        failure: the exception that the level, not the closure, has raised.
+    """
 
     watch: Watch | None = None
     failure: Exception | None = None
@@ -69,7 +74,7 @@ class WatchedPass(Pass):
 
 
 class Witness:
-    """``asleep``: calls through which no tangent has come, in all runs that it has watched."""
+    """Watches several runs. ``asleep``: the calls through which no tangent has come in any of them."""
 
     def __init__(self, analysis: Analysis) -> None:
         calls = [analysis.tape.calls[c] for c in analysis.useful - analysis.loss]
@@ -100,7 +105,7 @@ class Witness:
 
 
 class Mixing:
-    """Finds the first call after which the examples that move are not the ones that moved before it.
+    """Finds the first call after which other examples move than before it.
 
     Attributes:
         call: its index and the shape of its output."""
@@ -123,7 +128,7 @@ class Mixing:
         return see
 
     def _apart(self, tangent: Tensor | None) -> bool:
-        """Whether some dimension, or a part of one, holds the examples, with no tangent on those that do not move."""
+        """Whether the tangent, along some dimension or part of one, is zero for the examples that must not move."""
         if tangent is None or not _moves(tangent):
             return True
         size, n = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0), len(self.moving)

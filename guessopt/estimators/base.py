@@ -58,7 +58,7 @@ class Estimator(ABC):
     #: guessed in place of the output: unbiased (uniform noise is centred there), and in far fewer dimensions.
     per_example_parameters: ClassVar[bool] = True
 
-    #: Whether the guess goes by the way to the next matrix site; where not, a site without one gets the same guess.
+    #: Whether the guess depends on the calls up to the next matrix site. If so, a site without one gets another guess.
     guided: ClassVar[bool] = True
 
     #: Whether ``joint`` may be true.
@@ -72,7 +72,7 @@ class Estimator(ABC):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a guess depends on what the closure does after the site."""
+        """Whether a guess depends on calls that the closure makes after the site."""
         return True
 
     @property

@@ -79,8 +79,9 @@ def stepped(old: State | None, steps: int, gradient: Tensor, gain: Any, *, leak:
 
 
 def sound(new: State, old: State | None, finite: Tensor) -> State | None:
-    """The new state if all that the step has found is finite, else the old one: chosen on the device, so that the host
-    does not wait. A site's first state is worth the wait; without one (None), the site begins another time.
+    """The new state if it is finite, and the loss and its derivatives are; else the old state. The device makes the
+    choice, so that the host does not wait. Without an old state the host waits, and the result is None if the new one
+    is not finite.
 
     Args:
         finite: whether the loss and the derivatives of the batch are; a single number on the device.

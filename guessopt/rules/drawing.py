@@ -1,4 +1,4 @@
-"""Whether a recorded call draws random numbers: what its function may do, less what its arguments switch off."""
+"""Whether a recorded call draws random numbers: its function may, and its arguments do not switch it off."""
 
 from __future__ import annotations
 

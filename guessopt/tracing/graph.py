@@ -45,7 +45,7 @@ _INDEX = (torch.int64, torch.int32, torch.bool)
 _ROUTING = ("getitem", "setitem", "index", "gather", "scatter", "take", "masked_select", "sort")
 
 
-#: Serves operations on complex numbers by torch's own derivative: the other rules are written for real numbers.
+#: The rule for operations on complex numbers, by torch's own derivative. The other rules are written for real numbers.
 _GENERIC = Rule()
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
@@ -631,7 +631,7 @@ class Analysis:
         return seen
 
 
-#: Losses with the network's last layer in them: what they read of parameters takes its exact gradient from the loss's
+#: Losses with the network's last layer in them. The parameters that they read get their exact gradient from the loss's
 #: own reverse pass. Functions, and names of ``torch.autograd.Function``s.
 LOSSES_WITH_PARAMETERS: set[Any] = {
     getattr(F, "linear_cross_entropy", None), "LinearCrossEntropyFunction", "FusedLinearCrossEntropyFunction",
@@ -655,7 +655,7 @@ def _normalises_batch(call: Call) -> bool:
 
 
 def _fingerprint(t: Tensor) -> str:
-    """Tells weights apart by what they hold: the sum of about a thousand entries."""
+    """A name for the numbers of a weight: the sum of about a thousand entries."""
     with torch.no_grad():
         numbers = dense(t.detach()).flatten()
         return f"{float(numbers[:: max(numbers.numel() // 1024, 1)].double().sum()):.6g}"

@@ -53,9 +53,17 @@ def _collect(node: Any, found: list[Tensor]) -> None:
             _collect(item, found)
 
 
+#: Types of arguments whose values are compared. Of other arguments only the type is.
+_COMPARED: tuple[type, ...] = (
+    bool, int, float, complex, str, type(None), type(...), slice,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+_KEPT = frozenset(_COMPARED)
+
+
 def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
-    """The tensors among arguments, in order, and the arguments' outline: nested lists with ``Tensor`` (the class) where
-    a tensor stands and everything else as it is.
+    """The tensors among arguments, in order; and the arguments' outline: nested lists in which the class ``Tensor``
+    replaces each tensor, numbers and names stay, and the type replaces any other object.
 
     >>> split((torch.zeros(1), (2, torch.ones(1))), {"dim": 0})
     ([tensor([0.]), tensor([1.])], [<class 'torch.Tensor'>, [2, <class 'torch.Tensor'>], ['dim', 0]])
@@ -77,8 +85,8 @@ def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
             found.append(_outline(item, tensors))
         elif isinstance(item, dict):
             found.append(_outline_of_dict(item, tensors))
-        else:
-            found.append(item)
+        else:  # of other objects (an array of numpy, a profiler's record) the type: they may not be compared
+            found.append(item if item is Tensor or type(item) in _KEPT else type(item))
     return found
 
 
@@ -90,16 +98,9 @@ def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any
     return found
 
 
-#: Kinds of arguments that are kept to be compared; of others only the kind is.
-_COMPARED: tuple[type, ...] = (
-    bool, int, float, complex, str, type(None), type(...), slice,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-
-
 def recordable(outline: list[Any]) -> list[Any]:
-    """An outline that keeps nothing alive: objects of other kinds than numbers, names and the like give way to their
-    kind."""
+    """An outline that keeps no object alive: arguments that are not of a type in ``_COMPARED`` are replaced by their
+    type."""
     return [
         recordable(item) if type(item) is list else item if item is Tensor or type(item) in _COMPARED else type(item)
         for item in outline
@@ -107,9 +108,8 @@ def recordable(outline: list[Any]) -> list[Any]:
 
 
 def compared(outline: list[Any], recorded: list[Any]) -> bool | None:
-    """Whether a call has the arguments that were recorded: True; None where only numbers differ, on which a result
-    depends smoothly or which choose among equals (a weight, an index); False where anything else differs (a flag, a
-    name, how many there are).
+    """Whether a call has the recorded arguments: True; None if only numbers differ (a weight, an index); False if
+    anything else differs (a flag, a name, the number of arguments).
 
     >>> compared([1, 0.5, True], [1, 0.5, True]), compared([1, 0.25, True], [1, 0.5, True])
     (True, None)
@@ -162,7 +162,7 @@ class _NoGrad:
         torch._C._set_grad_enabled(self._before.pop())
 
 
-#: The one context that does nothing, for what is entered at every call.
+#: A context that does nothing: one object for all calls, for speed.
 AS_IT_IS = nullcontext[None]()
 
 
@@ -179,7 +179,7 @@ class Interceptor(TorchFunctionMode):
         self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
         self.count = 0
         self.enabled = True
-        #: Whether gradients are being handed on: an error is then none of the closure's.
+        #: Whether the base is updating parameters in the middle of the run: an error is then not the closure's.
         self.delivering = False
         self.no_grad: AbstractContextManager[Any] = _NoGrad()
 
@@ -240,7 +240,7 @@ class Interceptor(TorchFunctionMode):
         return self.requires_grad(answer)
 
     def requires_grad(self, answer: bool) -> bool:
-        """What the closure is told when it asks an activation whether it requires grad."""
+        """The answer when the closure asks for ``activation.requires_grad``."""
         return answer
 
     def positions(self, tensor: Tensor) -> frozenset[int]:
@@ -272,7 +272,7 @@ class Interceptor(TorchFunctionMode):
             raise
 
 
-# The same code, but that it does not hand itself over to the function mode as a whole.
+# ``F.multi_head_attention_forward`` without the handing over to a function mode, which would see one call in its place.
 _attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
@@ -281,7 +281,7 @@ _attention = FunctionType(
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Modules of ``torch.compile`` run as written: compiled code shows its calls to no function mode."""
+    """Run modules of ``torch.compile`` uncompiled: a function mode does not see the calls of compiled code."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -370,7 +370,7 @@ def _module_hook(module: Any) -> ClosureError:
 
 
 def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
+    """``t.grad_fn``. Torch asks for it to register a hook, which is refused."""
     asks = sys._getframe(2)
     where = asks.f_globals.get("__name__") if torch.is_grad_enabled() else None
     if where == "torch.nn.modules.module":
@@ -380,8 +380,8 @@ def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return fn(*args)
 
 
-# HF's gradient checkpointing sets requires_grad on activations; hooks and retain_grad speak of a graph that is not
-# there.
+# Calls that a pass handles apart. Gradient checkpointing of transformers sets requires_grad on activations; hooks and
+# retain_grad need a graph of the network, and there is none.
 _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._C._set_grad_enabled: _plainly,
     Tensor.requires_grad_: _nothing,
@@ -394,6 +394,7 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.backward: _refuse,
     torch.autograd.backward: _refuse,
     torch.autograd.grad: _refuse,
+    torch.ops.profiler._record_function_exit._RecordFunction: _plainly,
 }
 
 
@@ -409,7 +410,7 @@ def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(t.device.type, enabled=False) if autocast_of(t) else nullcontext()
 
 
-#: Of their second tensor these read the dtype or the shape alone (``x.type_as(self.weight)``).
+#: Of their second tensor these read only the dtype or the shape (``x.type_as(self.weight)``).
 _AFTER_ANOTHER: set[Callable[..., Any]] = {
     Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as,
 }  # fmt: skip
@@ -429,7 +430,7 @@ def read_by(fn: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
 
 
 def dense(w: Tensor) -> Tensor:
-    """A weight as numbers: what is kept quantised, in a tensor class of its own, is unpacked."""
+    """The weight as an ordinary tensor; a quantised one, of a tensor class of its own, is dequantised."""
     return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
 
 

@@ -30,10 +30,12 @@ class Local:
         site: the site.
         s: its output, without tangent, ``[N, *, d_out]`` or as ``site.layout`` says.
 
-    ``several``: more than one guess will be made here, so that what they share is worth keeping. ``known``: where to
-    leave, by call, what a pull-back computes of calls that the closure has yet to make; None: nowhere. ``random``: the
-    random states before the calls of segments that draw (None: the closure has yet to make the call), by call. With
-    them the segment draws what the pass draws; without, dropout passes as its mean, and the rest draws anew.
+    Args:
+        several: whether more than one guess will be made here, so that their common work is kept.
+        known: by call, results of calls that a pull-back makes before the closure does are put here; None: nowhere.
+        random: by call, the random states before the segment's calls that draw (None: not known yet). With them the
+            segment draws the numbers of the pass. Without them, dropout is replaced by its mean, and other calls draw
+            new numbers.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Local:
         return Local(self.site, self.s, needed, self._source, several=several, random=self._random)
 
     def replaying(self, random: Random) -> Local:
-        """The same, whose segment draws what the pass draws."""
+        """A copy whose segment draws the numbers that the pass draws."""
         return Local(self.site, self.s, self._values, self._source, several=self._several, random=random)
 
     @property
@@ -260,15 +262,15 @@ class JointLocal(Local):
 
 
 def alike(t: Tensor, w: Tensor) -> Tensor:
-    """``t`` in the dtype of ``w``, for a product of the two; as it is where autocast brings both to one dtype."""
+    """``t`` in the dtype of ``w``, for a product of the two; unchanged if autocast gives both one dtype."""
     if t.dtype is w.dtype or (w.dtype is not torch.float64 and autocast_of(t)):
         return t
     return t.to(w.dtype)
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Noise of a kind; see ``Local.noise``. Its mean, where the source gives means. Of a complex dtype both parts are
-    such noise: then ``E[Re(conj(g) y) y] = g`` for torch's gradient ``g``, as for real numbers."""
+    """Noise of a kind; see ``Local.noise``. With ``source.means`` its mean. In a complex dtype both parts are such
+    noise: then ``E[Re(conj(g) y) y] = g`` for torch's gradient ``g``, as for real numbers."""
     if dtype.is_complex:
         return torch.view_as_complex(draw(source, kind, (*shape, 2), dtype.to_real(), device))
     if source.means:
@@ -420,7 +422,7 @@ def _run(
 
 
 def _hold(call: Call, values: dict[int, Tensor]) -> None:
-    """A write that derivatives pass by: other numbers, with the derivative from before."""
+    """A write without gradient: the value gets other numbers and keeps its derivative."""
     with torch.no_grad():
         plain = {v: values[v].detach() for v in call.inputs}
         first = plain[call.inputs[0]] = plain[call.inputs[0]].clone()

@@ -1,4 +1,4 @@
-"""One run of the closure, written down: calls and the values that pass between them."""
+"""Records one run of the closure: its calls, and the values that pass between them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from guessopt.tracing.writes import Writes
 
 
 class Tape(Interceptor):
-    """Runs the closure as it stands (no derivatives, nothing kept but outlines) and records every call.
+    """Runs the closure without derivatives and records every call.
 
-    A *value* is what a tensor holds between two writes to its memory. A write gives every live tensor that shares the
-    memory a new value; a call that returns its argument untouched (``.to()`` of the same dtype) makes none.
+    A *value* is the content of a tensor between two writes to its memory. A write gives every live tensor that shares
+    the memory a new value; a call that returns its argument untouched (``.to()`` of the same dtype) makes none.
 
     Args:
         params: as for ``Interceptor``.
-        as_expression: indices of calls to take as parameter expressions although another tensor takes part
-            (``F.embedding(arange(T), W)``: no examples in it).
-        save: called with what the closure has not made, before it is written or drawn from.
+        as_expression: indices of calls that are taken as parameter expressions although they read another tensor
+            (``F.embedding(arange(T), W)``, which holds no examples).
+        save: called with each tensor or generator that the closure has not made, before it is written or drawn from.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Tape(Interceptor):
         return out
 
     def _read(self, t: Tensor, index: int, position: int, fn: Callable[..., Any]) -> int:
-        """The tensor's value ``v``; ``~v`` where no call has made it and none has read it before."""
+        """The tensor's value ``v``; ``~v`` if no call has made or read it before."""
         v = self.value(t)
         if isinstance(t, torch.nn.Parameter) or id(t) in self.expressions:
             self.weights.add(v)
@@ -158,7 +158,7 @@ class Tape(Interceptor):
     def _made(
         self, index: int, kind: Kind, flows: bool, results: list[Tensor], tensors: list[Tensor]
     ) -> tuple[int, ...]:
-        """The values of what a call returned that wrote nothing."""
+        """The values of the results of a call that wrote nothing."""
         places = {_memory(t): self._views[self.value(t)] for t in reversed(tensors) if t.numel()}
         outputs: list[int] = []
         for t in results:
@@ -180,16 +180,19 @@ class Tape(Interceptor):
     def _write(
         self, index: int, kind: Kind, flows: bool, targets: list[Tensor], results: list[Tensor]
     ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-        """New values for all that shares memory with what a call has written: its results first; the pairs (old, new)
-        of tensors that are no results; and of those whose derivative stays what it was.
+        """New values for all tensors that share memory with the tensors that a call has written.
 
-        As in autograd: a write reaches its target and the target's differentiable views. Through ``detach()``,
-        ``.data`` or under ``no_grad`` it changes the numbers alone.
+        As in autograd, the derivative of a write reaches its target and the target's differentiable views. A write
+        through ``detach()``, ``.data`` or under ``no_grad`` changes the numbers alone.
+
+        Returns:
+            The values of the results, then of the other tensors; the pairs (old, new) of the other tensors; the pairs
+            of those whose derivative stays as it was.
         """
         places = {_memory(t) for t in targets}
         views = {self._views[self.value(t)] for t in targets}
         touched = [t for t in list(self._values.keys()) if any(t is s for s in targets) or self._lies_in(t, places)]
-        # A parameter is read anew in every run, whatever has been written into it.
+        # A parameter keeps its value: every run reads it anew.
         extra = [t for t in touched if not any(t is r for r in results) and not isinstance(t, torch.nn.Parameter)]
         outputs: list[int] = []
         moves: list[tuple[int, int]] = []
@@ -197,7 +200,7 @@ class Tape(Interceptor):
         for place in places:
             self.overwritten |= self._memory.get(place, set())
         for t in [*results, *extra]:
-            if not any(t is other for other in touched):  # made anew beside what was written
+            if not any(t is other for other in touched):  # a result in new memory
                 outputs.append(v := self._new(t, index))
                 self._memory[_memory(t)] = {v}
                 if flows:
@@ -238,15 +241,15 @@ class Tape(Interceptor):
         return answer
 
     def _activate(self, t: Tensor, v: int, *, mark: bool = True) -> None:
-        """Derivatives reach the value. Its tensor is made to require grad, so that a call which the mode cannot see
-        leaves a trace of itself; the user's own tensors stay as they are."""
+        """Note that derivatives reach the value. Its tensor is made to require grad: a call that the mode cannot see
+        then leaves a ``grad_fn``, by which it is found. Tensors of the user stay as they are."""
         if is_differentiable(t):
             self.active.add(v)
             if mark and not t.requires_grad:
                 t.requires_grad_()
 
     def _check_plain(self, fn: Callable[..., Any], tensors: list[Tensor]) -> None:
-        """Raise ``ClosureError`` if a call inside a transform, or a higher-order one, takes part in the derivative."""
+        """Raise ``ClosureError`` if derivatives pass through a call inside a transform, or a higher-order operation."""
         name = getattr(fn, "__name__", str(fn))
         for t in tensors:
             while torch._C._functorch.is_functorch_wrapped_tensor(t):
@@ -258,11 +261,12 @@ class Tape(Interceptor):
                         "(F.scaled_dot_product_attention in place of flex_attention)"
                     )
                 raise ClosureError(
-                    f"{name} is called inside a transform of torch.func (vmap, grad, ...); call the model outside it"
+                    f"{name} is called inside a transform of torch.func (vmap, grad, jvp, ...), which hides how values "
+                    "depend on each other; call the model outside the transform"
                 )
 
     def _check_seen(self, t: Tensor, fn: Callable[..., Any] | None) -> None:
-        """Raise ``ClosureError`` if a tensor that no seen call has made depends on what trains."""
+        """Raise ``ClosureError`` if the tensor depends on trainable parameters through a call that was not seen."""
         stack: list[Any] = [t.grad_fn] if t.grad_fn is not None and id(t) not in self.expressions else []
         seen: set[Any] = set()
         while stack:
@@ -276,7 +280,7 @@ class Tape(Interceptor):
                 raise ClosureError(
                     f"{where} a tensor that depends on trainable parameters through an operation which cannot be seen "
                     f"({t.grad_fn.name()}): TorchScript (torch.jit) hides its operations, so use the original module; "  # type: ignore[union-attr]
-                    "what was computed before the closure must be computed inside it, or detached"
+                    "if the tensor was computed before the closure, compute it inside, or detach it"
                 )
             stack += [parent for parent, _ in node.next_functions]
 
@@ -298,7 +302,7 @@ class Tape(Interceptor):
 
 
 def _within_compiled_code() -> bool:
-    """Whether a ``torch.compile``d function is being run (eagerly, as the interceptor sees to)."""
+    """Whether a ``torch.compile``d function is running (the interceptor makes it run eagerly)."""
     if "torch._dynamo.eval_frame" not in sys.modules:
         return False
     frame = sys._getframe()
@@ -323,5 +327,5 @@ def _memory(t: Tensor) -> int:
 
 
 def _version(t: Tensor) -> int:
-    """How often ``t``'s memory has been written."""
+    """The number of writes to the memory of ``t``."""
     return 0 if t.is_inference() else t._version

@@ -1,7 +1,7 @@
-"""Which memory a closure writes that it did not allocate itself, found while it runs once.
+"""Finds, in one run, the memory that a closure writes and did not allocate.
 
-A function mode sees the call that the closure makes, but not what it writes: ``row = buffer[0]; row += 1`` writes a
-buffer, ``F.instance_norm`` its running statistics. The operations below say so in their schemas.
+A function mode sees the closure's calls, but not the memory that they write: ``row = buffer[0]; row += 1`` writes a
+buffer, ``F.instance_norm`` its running statistics. The schemas of torch's low-level operations tell.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from guessopt.tracing.interceptor import tensors_in
 
 
 class Writes(TorchDispatchMode):
-    """Sees every operation below the closure's calls.
+    """Sees every low-level operation of the closure's calls.
 
     Args:
         save: called with each tensor whose memory the closure has not allocated, before it is written.
 
     Attributes:
-        found: by call, the positions of those among its tensors that it writes.
-        hidden: by call, what it writes and has not for an argument.
-        elsewhere: all that is written by no call that has it for an argument.
+        found: by call, the positions of those of its tensors that it writes.
+        hidden: by call, the tensors that it writes and that are not among its arguments.
+        elsewhere: all tensors that are written and are no argument of the call that writes them.
     """
 
     supports_higher_order_operators = True
@@ -42,7 +42,7 @@ class Writes(TorchDispatchMode):
         self.hidden: dict[int, tuple[Tensor, ...]] = {}
         self.elsewhere: list[Tensor] = []
         self._written: dict[int, set[Any]] = {}
-        # By memory, whether the closure has allocated it. A weak reference keeps the address from being used again.
+        # By memory, whether the closure has allocated it; and a weak reference, which keeps the address in use.
         self._made: dict[int, tuple[bool, object]] = {}
         self._call: tuple[int, Sequence[Tensor]] | None = None
         self._fn: Callable[..., Any] | None = None
@@ -51,7 +51,7 @@ class Writes(TorchDispatchMode):
     def begin(
         self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> None:
-        """A call of the closure's begins."""
+        """A call of the closure begins."""
         self._call, self._fn = (index, tensors), fn
         for generator in generators_in(args, kwargs):
             self.save(generator)
@@ -62,16 +62,16 @@ class Writes(TorchDispatchMode):
                 self._note(t)
 
     def end(self) -> None:
-        """It is over."""
+        """The call is over."""
         self._call, self._fn, self._allocates = None, None, False
 
     def let_go(self) -> None:
-        """The run is over: keep what was found, and nothing that it was found with."""
+        """The run is over: keep the findings, and let go of everything else."""
         self.save = _nothing
         self._made.clear()
 
     def of(self, index: int) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-        """A call's part in ``found`` and ``hidden``."""
+        """The call's entries in ``found`` and ``hidden``."""
         return self.found.get(index, ()), self.hidden.get(index, ())
 
     def written(self, t: Tensor) -> set[Any]:
@@ -124,12 +124,12 @@ def _nothing(t: Any) -> None:
 
 
 def generators_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
-    """Those that a call is handed."""
+    """The generators among a call's arguments."""
     return [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
 
 
 def copied(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Collection[int]) -> Any:
-    """A call's arguments with copies of some of its tensors, for whoever makes the call once more."""
+    """A call's arguments with copies of some tensors, to make the call once more without side effects on them."""
     tensors = tensors_in(args, kwargs)
     own = {id(tensors[k]) for k in positions}
 
@@ -165,7 +165,7 @@ def has_storage(t: Tensor) -> bool:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Seen by no mode, with no part in any derivative."""
+    """Within, no mode sees the operations, and no derivative passes through them."""
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
         yield
 
@@ -218,8 +218,8 @@ class Memory:
             self._copies[id(t)] = t, t.detach().clone()
         except RuntimeError as error:
             raise ClosureError(
-                f"the closure writes into a {type(t).__name__} of shape {list(t.shape)} ({t.layout}), which cannot be "
-                "copied, so that a failed step could not put it back; write it outside the closure"
+                f"the closure writes into a {type(t).__name__} of shape {list(t.shape)} ({t.layout}). It cannot be "
+                "copied, so a failed step could not put it back; write it outside the closure"
             ) from error
 
     def saved(self) -> list[Tensor]:
@@ -234,7 +234,7 @@ class Memory:
                 self._memory.pop(part.untyped_storage()._cdata, None)
 
     def restore(self) -> None:
-        """What was saved last comes first, since two tensors may share memory of numpy's."""
+        """Put everything back, the last saved first, since two tensors may share memory of a numpy array."""
         with quietly():
             for storage, size, value in reversed(self._memory.values()):
                 if storage.nbytes() != size:
@@ -250,7 +250,7 @@ class Memory:
 
 @contextmanager
 def kept(tensors: Collection[Tensor]) -> Iterator[None]:
-    """What is written into these within is undone."""
+    """Undo writes into these tensors that happen within."""
     memory = Memory()
     for t in tensors:
         memory.save(t)
@@ -261,7 +261,7 @@ def kept(tensors: Collection[Tensor]) -> Iterator[None]:
 
 
 def _memories(t: Tensor) -> list[tuple[int, Any]]:
-    """A key for each piece of memory that ``t`` lies in, with what keeps the key from being used again."""
+    """A key for each piece of memory that ``t`` lies in, and the object that must live for the key to stay unique."""
     found: list[tuple[int, Any]] = []
     for part in parts(t):
         if has_storage(part):
@@ -303,7 +303,7 @@ def _trains(fn: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     return bool(args[position] if position < len(args) else kwargs.get("training", True))
 
 
-#: These write the running statistics without saying so in their schemas.
+#: These write running statistics, and their schemas do not say so.
 _STATISTICS: set[OpOverload] = {
     getattr(torch.ops.aten, name).default
     for name in (
@@ -314,7 +314,7 @@ _STATISTICS: set[OpOverload] = {
 }  # fmt: skip
 
 _LIFTING = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default}
-#: What these lift is their own; what is lifted elsewhere may be an array of numpy's.
+#: These allocate the memory that they lift. Memory that is lifted elsewhere may belong to a numpy array.
 _ALLOCATING: set[Callable[..., Any]] = {torch.tensor, Tensor.new, Tensor.new_tensor}
 #: These hand a tensor's memory to code that no mode sees.
 _LENDING: set[Callable[..., Any]] = {
