@@ -119,6 +119,21 @@ def refuse_in_closure(name: str) -> None:
         )
 
 
+def _refuse_surroundings(name: str) -> None:
+    """Raise ``ClosureError`` if torch is in the middle of a transform, whose tensors are not plain ones."""
+    stack = _functorch.get_interpreter_stack()
+    if stack:
+        kind = str(stack[-1].key()).rpartition(".")[2].lower()
+        where = f"torch.func.{kind}"
+    elif forward_ad._current_level >= 0:
+        where = "torch.autograd.forward_ad.dual_level()"
+    elif torch.is_inference_mode_enabled():
+        where = "torch.inference_mode()"
+    else:
+        return
+    raise ClosureError(f"{name} is called inside {where}, where no gradient can be estimated; call {name} outside it")
+
+
 class exclusive:
     """A step's turn; what runs within may take it again.
 
@@ -126,7 +141,7 @@ class exclusive:
         name: of the method, for the message.
 
     Raises:
-        ClosureError: a closure of this thread is running.
+        ClosureError: a closure of this thread is running, or a transform of torch's.
 
     >>> with exclusive("step()"):
     ...     running(lambda: 1)
@@ -146,7 +161,15 @@ class exclusive:
                 interrupts.removed()
             raise
         if _turn.depth == 0:
-            _turn.interrupts, _turn.modes = interrupts, _Modes()
+            try:
+                _refuse_surroundings(self.name)
+                modes = _Modes()
+            except BaseException:
+                _turn.lock.release()
+                if interrupts is not None:
+                    interrupts.removed()
+                raise
+            _turn.interrupts, _turn.modes = interrupts, modes
         _turn.depth += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -357,6 +357,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         """As for any optimizer; the group may carry its own ``"estimator"``."""
         if not self._is_built:
             return  # Optimizer.__init__ adds groups that the base has already
+        refuse_in_closure("add_param_group()")
         group = dict(param_group)
         estimator = plain(group.pop("estimator", self._default))  # a key that some bases refuse
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
@@ -390,6 +391,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
             ValueError: another model's or another optimizer's state, a damaged one, or one of a newer version. Nothing
                 has changed then.
         """
+        refuse_in_closure("load_state_dict()")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict

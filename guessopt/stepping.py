@@ -120,12 +120,12 @@ class Stepping:
     def _estimated(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
         """``_estimate``, within ``_atomic``."""
         if self.memory in ("store", "auto"):
-            loss, gradients, guesses = self._guess_once(closure, transaction)
+            loss, gradients, guesses = self._guess_once(closure, transaction, self.guesses)
             passes = self.guesses // guesses
             for lane in range(1, passes):
                 self._noise.lane = lane
                 transaction.rewind()
-                for k, g in self._guess_once(closure, transaction)[1].items():
+                for k, g in self._guess_once(closure, transaction, 1)[1].items():
                     gradients[k] = gradients[k] + g if k in gradients else g
             if passes > 1:
                 gradients = {position: g / passes for position, g in gradients.items()}
@@ -201,10 +201,10 @@ class Stepping:
             self._noise.lane = 0
 
     def _guess_once(
-        self, closure: Callable[[], Any], transaction: Transaction
+        self, closure: Callable[[], Any], transaction: Transaction, guesses: int
     ) -> tuple[Tensor, dict[int, Tensor], int]:
         """An estimate, and how many guesses have gone into it: all, or where they go in turn one."""
-        plan, record = self._forward(closure, transaction, self.guesses)
+        plan, record = self._forward(closure, transaction, guesses)
         if self.orthogonal and record.d.dim() == 1:
             record = self._in_turn(plan, record, closure, transaction)
         if self.check_finite:
@@ -218,7 +218,7 @@ class Stepping:
                     raise
             self._forgo_graphs(plan)
             transaction.rewind()
-            return self._guess_once(closure, transaction)
+            return self._guess_once(closure, transaction, guesses)
         weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
         record, formed = combined(record, plan.graph, weights)
         cotangents = estimated_cotangents(plan.graph, record, formed)
@@ -502,7 +502,8 @@ class Stepping:
             plan.stacks = True
             return record
         except Exception as error:
-            if self.stack_guesses or (plan.stacks and not isinstance(error, torch.OutOfMemoryError)):
+            short = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if transaction.raised or self.stack_guesses or (plan.stacks and not short):
                 raise
             why = f"{type(error).__name__}: {error}"
         transaction.rewind()
@@ -510,6 +511,7 @@ class Stepping:
         self._cache.restore(cached)
         record = self._pass(plan, closure, transaction, keeps=keeps)  # raises too where the closure is at fault
         plan.stacks = False
+        plan.failures += 1
         self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why.splitlines()[0]}")
         return record
 
@@ -535,7 +537,7 @@ class Stepping:
                 plan.stacks = False
                 if shared:
                     self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why}")
-        return plan.stacks is not False
+        return plan.stacks is not False or plan.failures == 1  # one failure may be a passing one
 
     def _pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
@@ -574,7 +576,8 @@ class Stepping:
         record = run.execute(closure, self._by_position)
         if lessons:
             _check_real(record.errors)
-        if audited:
+        plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
+        if audited and not plan.stale:  # else it will be made once more
             self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
         if keeps:
@@ -587,14 +590,13 @@ class Stepping:
             if not lessons and not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
                 record.errors = []
         plan.observe(run)
-        plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
         plan.graph.met.clear()
         if not keeps:
             plan.graph.met.update(run.met)
         if plan.loss is not None:
             check_repeats(plan.loss, record.loss, plan.tolerance)
             plan.loss = None
-        plan.uses += 1
+        plan.uses += not plan.stale
         if plan is not self._plans[0]:
             self._plans.remove(plan)
             self._plans[0].graph.forget()

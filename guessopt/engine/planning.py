@@ -30,10 +30,11 @@ class Plan:
     ``loss``: of the trace, until a pass has confirmed it within ``tolerance``; ``uses``: passes so far. ``changes``:
     how often what the closure reads has changed, by value of a tensor or number of a call; ``due``: whether such a
     change asks for a probe. ``stale``: whether the last pass made a guess from what the closure then did not use;
-    ``volatile``: how often one did. ``stacks``: whether K guesses share a pass (None: not known yet); ``ways``: see
-    ``StackedLevel``. ``joints``: sites that are guessed as one, by the first one's index. ``keeps_graphs``: whether a
-    pass may leave the stream's blocks with reverse graphs, as far as is known. ``found``: where the examples lie, and
-    which calls no tangent has passed yet; ``mixing``: after which operation examples interact."""
+    ``volatile``: how often one did. ``stacks``: whether K guesses share a pass (None: not known yet); ``failures``: how
+    often they were to and could not; ``ways``: see ``StackedLevel``. ``joints``: sites that are guessed as one, by the
+    first one's index. ``keeps_graphs``: whether a pass may leave the stream's blocks with reverse graphs, as far as is
+    known. ``found``: where the examples lie, and which calls no tangent has passed yet; ``mixing``: after which
+    operation examples interact."""
 
     graph: SiteGraph
     analysis: Analysis | None
@@ -55,6 +56,7 @@ class Plan:
     routes: bool = False
     compiled: bool = False
     stacks: bool | None = None
+    failures: int = 0
     ways: dict[int, bool] = field(default_factory=dict)
     stream: bool = False
     keeps_graphs: bool = True
@@ -208,8 +210,9 @@ def layouts_of(
                 return run(watched)
             except Exception as error:
                 cause = error.__cause__ or error
-                if cause is not watched.failure and not isinstance(
-                    cause, (torch.OutOfMemoryError, MemoryError, NotImplementedError)
+                if transaction.raised or (
+                    cause is not watched.failure
+                    and not isinstance(cause, (torch.OutOfMemoryError, MemoryError, NotImplementedError))
                 ):
                     raise
                 together = False

@@ -55,7 +55,8 @@ def _collect(node: Any, found: list[Tensor]) -> None:
 
 def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
     """The tensors among arguments, in order, and the arguments' outline: nested lists with ``Tensor`` (the class) where
-    a tensor stands and everything else as it is.
+    a tensor stands, numbers, names and the like as they are, and the kind of everything else, which may not be
+    comparable (an array of numpy's) and is not to be kept alive.
 
     >>> split((torch.zeros(1), (2, torch.ones(1))), {"dim": 0})
     ([tensor([0.]), tensor([1.])], [<class 'torch.Tensor'>, [2, <class 'torch.Tensor'>], ['dim', 0]])
@@ -78,8 +79,17 @@ def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
         elif isinstance(item, dict):
             found.append(_outline_of_dict(item, tensors))
         else:
-            found.append(item)
+            found.append(item if type(item) in _COMPARED else _recorded(item))
     return found
+
+
+def _recorded(item: Any) -> Any:
+    """What stands for an argument that is neither a tensor nor one of the usual kinds."""
+    kind = type(item)
+    if _is_number(kind):
+        return item
+    numpy = sys.modules.get("numpy")
+    return item.item() if numpy is not None and isinstance(item, numpy.generic) else kind
 
 
 def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any]:
@@ -91,19 +101,10 @@ def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any
 
 
 #: Kinds of arguments that are kept to be compared; of others only the kind is.
-_COMPARED: tuple[type, ...] = (
+_COMPARED: set[type] = {
     bool, int, float, complex, str, type(None), type(...), slice,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-
-
-def recordable(outline: list[Any]) -> list[Any]:
-    """An outline that keeps nothing alive: objects of other kinds than numbers, names and the like give way to their
-    kind."""
-    return [
-        recordable(item) if type(item) is list else item if item is Tensor or type(item) in _COMPARED else type(item)
-        for item in outline
-    ]
+}  # fmt: skip
 
 
 def compared(outline: list[Any], recorded: list[Any]) -> bool | None:
@@ -181,6 +182,9 @@ class Interceptor(TorchFunctionMode):
         self.enabled = True
         #: Whether gradients are being handed on: an error is then none of the closure's.
         self.delivering = False
+        #: Whether the run has ended with an error of the closure's own, and not of a torch call.
+        self.raised = False
+        self._failed: Exception | None = None
         self.no_grad: AbstractContextManager[Any] = _NoGrad()
 
     def __torch_function__(
@@ -216,8 +220,10 @@ class Interceptor(TorchFunctionMode):
         self.count += 1
         try:
             return self.call(index, fn, args, kwargs, *split(args, kwargs))
-        except (RuntimeError, AssertionError) as error:
-            if self.delivering or (why := refusal(error)) is None:
+        except Exception as error:
+            self._failed = error
+            refusable = isinstance(error, (RuntimeError, AssertionError)) and not self.delivering
+            if not refusable or (why := refusal(error)) is None:
                 raise
             raise refused(fn, why) from error
 
@@ -266,10 +272,20 @@ class Interceptor(TorchFunctionMode):
         try:
             with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
                 return running(closure)
-        except RuntimeError as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # which came while torch had taken a mode away
-                raise error.__context__ from None
+        except Exception as error:
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None  # it came while torch had taken a mode away
+            self.raised = not _stems_from(error, self._failed)
             raise
+        finally:
+            self._failed = None
+
+
+def _stems_from(error: BaseException | None, origin: BaseException | None) -> bool:
+    """Whether ``origin`` is the error, or what it was raised for."""
+    while error is not None and error is not origin:
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 # The same code, but that it does not hand itself over to the function mode as a whole.
