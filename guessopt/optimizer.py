@@ -21,7 +21,7 @@ from guessopt.engine.planning import (
 )
 from guessopt.engine.replay import Journal
 from guessopt.estimators.base import Estimator, estimators_for, plain
-from guessopt.exclusive import exclusive, refuse_in_closure, unscaled
+from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, groups_of, names_of, tensors_of, with_fused
 from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
 from guessopt.memory import bytes_of
@@ -293,6 +293,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
                     self._apply(self._plans[0], journal, closure, transaction)
                 self._steps += 1
             except BaseException:
+                hold_interrupts()
+                leave_modes()
                 transaction.random = now
                 transaction.rewind()
                 raise

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.overrides import TorchFunctionMode, _pop_mode, handle_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError, refusal, refused
-from guessopt.exclusive import running
+from guessopt.exclusive import Interrupts, interrupts_now, running
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -186,11 +186,21 @@ class Interceptor(TorchFunctionMode):
         self.raised = False
         self._failed: Exception | None = None
         self.no_grad: AbstractContextManager[Any] = _NoGrad()
+        self._interrupts: Interrupts | None = None
 
     def __torch_function__(
         self, fn: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        interrupts = self._interrupts
+        if interrupts is None or interrupts.busy:
+            return self._handle(fn, args, kwargs or {})
+        interrupts.busy = True
+        try:
+            return self._handle(fn, args, kwargs or {})
+        finally:
+            interrupts.free()
+
+    def _handle(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if fn in _CONTROL:
             if fn is torch._C._set_grad_enabled:
                 self.enabled = args[0]
@@ -240,7 +250,7 @@ class Interceptor(TorchFunctionMode):
         raise NotImplementedError
 
     def _requires_grad(self, answer: bool) -> bool:
-        asks = sys._getframe(2)
+        asks = sys._getframe(3)
         if asks.f_globals.get("__name__") == "torch.utils.hooks" and torch.is_grad_enabled():
             raise _module_hook(getattr(asks.f_locals.get("self"), "module", None))
         return self.requires_grad(answer)
@@ -269,6 +279,8 @@ class Interceptor(TorchFunctionMode):
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """The closure's result under this mode, with gradients enabled as a training script has them."""
+        self._interrupts = interrupts_now()
+        modes = torch._C._len_torch_function_stack()
         try:
             with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
                 return running(closure)
@@ -279,6 +291,8 @@ class Interceptor(TorchFunctionMode):
             raise
         finally:
             self._failed = None
+            while torch._C._len_torch_function_stack() > modes:  # an interrupt came as this one was to be left
+                _pop_mode()
 
 
 def _stems_from(error: BaseException | None, origin: BaseException | None) -> bool:
@@ -387,7 +401,7 @@ def _module_hook(module: Any) -> ClosureError:
 
 def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
-    asks = sys._getframe(2)
+    asks = sys._getframe(3)
     where = asks.f_globals.get("__name__") if torch.is_grad_enabled() else None
     if where == "torch.nn.modules.module":
         raise _module_hook(asks.f_locals.get("self"))
