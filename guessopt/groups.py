@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from guessopt.estimators.base import plain
@@ -52,6 +53,11 @@ def check_tensors(tensors: Sequence[Any]) -> None:
     for k, p in enumerate(tensors):
         if not isinstance(p, Tensor):
             raise TypeError(f"params: item {k} is {type(p).__name__}, not a tensor")
+        if isinstance(p, (UninitializedParameter, UninitializedBuffer)):
+            raise ValueError(
+                f"params: item {k} belongs to a lazy module that has not seen its input yet; run the model once, under "
+                "torch.no_grad(), before the optimizer is made"
+            )
         if id(p) in seen:
             raise ValueError(
                 f"params: the parameter of shape {list(p.shape)} is given twice (items {seen[id(p)]} and {k}); "

@@ -419,7 +419,8 @@ class SiteGraph:
 
     ``calls[i]`` and ``kinds[i]`` tell what the closure's i-th torch call is, ``reads[i]`` which parameters it reads,
     ``mine[i]`` at which positions; a run whose calls, arguments or dataflow differ is traced anew. ``outside``: the
-    tensors that the closure does not make, by value. ``active``: values that derivatives reach. ``batch`` is N.
+    tensors that the closure does not make, by value. ``active``: values that derivatives reach.
+    ``overwritten``: values into whose memory a later call writes. ``batch`` is N.
     ``watch`` says which values a run keeps aside for segments, ``release`` after which call it needs them no more,
     ``constants`` holds those that a site needs before the closure reads them, as the last run has read them. ``ahead``:
     calls that segments make before the closure does. ``returned``: the loss's value.
@@ -437,6 +438,7 @@ class SiteGraph:
     mine: tuple[tuple[int, ...], ...]
     outside: dict[int, Outside]
     active: frozenset[int]
+    overwritten: frozenset[int]
     sites: tuple[Site, ...]
     cuts: tuple[Cut, ...]
     batch: int

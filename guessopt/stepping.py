@@ -474,6 +474,7 @@ class Stepping:
             self._noise.restore(noise)
             self._cache.restore(dict(cached))
             plan.volatile += plan.stale
+            plan.uses -= 1
             if due:
                 self._reprobe(plan, closure, transaction)
                 probes = True
@@ -576,8 +577,9 @@ class Stepping:
         record = run.execute(closure, self._by_position)
         if lessons:
             _check_real(record.errors)
+        plan.observe(run)
         plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
-        if audited and not plan.stale:  # else it will be made once more
+        if audited and not plan.stale:
             self._audit(plan, record, before, closure, transaction)
         record.noise, record.lessons = before, lessons
         if keeps:
@@ -589,7 +591,6 @@ class Stepping:
             record.tangents, record.params = [], {}
             if not lessons and not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
                 record.errors = []
-        plan.observe(run)
         plan.graph.met.clear()
         if not keeps:
             plan.graph.met.update(run.met)
@@ -852,7 +853,7 @@ class Stepping:
         p, name = self._params[position], self._names[position]
         p.grad = hooked(gradient, p, self._hooks, name)
         try:
-            with only(self.base, p), self._updates.single(self.base, p, name):
+            with only(self.base, p, unfused=gradient.is_sparse), self._updates.single(self.base, p, name):
                 fire(p)
                 base_step(self.base)
         finally:

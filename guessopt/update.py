@@ -223,17 +223,20 @@ def _is_plain(base: Optimizer) -> bool:
 
 
 @contextmanager
-def only(base: Optimizer, p: Tensor) -> Iterator[None]:
-    """The base's groups without the other parameters."""
+def only(base: Optimizer, p: Tensor, *, unfused: bool = False) -> Iterator[None]:
+    """The base's groups without the other parameters; ``unfused``: without torch's fused kernels, which refuse sparse
+    gradients."""
     groups = base.param_groups
-    params = [group["params"] for group in groups]
+    before: list[dict[str, Any]] = [{k: group[k] for k in ("params", "fused") if k in group} for group in groups]
     try:
         for group in groups:
             group["params"] = [p] if any(q is p for q in group["params"]) else []
+            if unfused and group.get("fused"):
+                group["fused"] = False
         yield
     finally:
-        for group, own in zip(groups, params, strict=True):
-            group["params"] = own
+        for group, own in zip(groups, before, strict=True):
+            group.update(own)
 
 
 def together(base: Optimizer) -> str | None:

@@ -408,3 +408,12 @@ def test_k_larger_than_some_site_is_clipped_to_its_rank() -> None:
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
     assert all(g is not None and g.any() for g in gradients[0])
+
+
+def test_lazy_parameters_are_refused_before_their_first_forward() -> None:
+    model = nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"params: item 0 belongs to a lazy module .* run the model once"):
+        GuessGradOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    with torch.no_grad():
+        model(torch.randn(5, 4))
+    GuessGradOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)

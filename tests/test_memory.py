@@ -583,3 +583,17 @@ def test_what_learned_feedback_cannot_do_in_two_passes() -> None:
     for memory in ("replay", "stream"):
         with pytest.raises(ValueError, match=r"memory: learned_feedback.*guesses=2.*memory='store'"):
             optimizer(memory, guesses=2)
+
+
+def test_sparse_gradients_in_a_stream() -> None:
+    """torch's fused kernels, which a stream prefers, refuse them."""
+    found = []
+    for memory in ("store", "stream"):
+        torch.manual_seed(0)
+        net, ids = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Tanh(), nn.Linear(4, 2)), torch.randint(7, (6,))
+        opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, WPerp(k=2), lr=0.1, seed=0, memory=memory)
+        for _ in range(3):
+            opt.step(lambda net=net, ids=ids: F.cross_entropy(net(ids), torch.arange(6) % 2))
+        found.append([p.detach() for p in net.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

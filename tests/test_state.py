@@ -211,7 +211,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "fewer parameters": (lambda s: s["param_groups"][0]["params"].pop(), "has 5 parameters"),
     "fewer shapes": (lambda s: s["guessopt"]["params"].pop(), "5 entries for 6 parameters"),
     "another shape": (_first_param("shape", [8, 4]), r"0.weight had shape \[8, 4\] and has \[8, 5\]"),
-    "another dtype": (_first_param("dtype", "float64"), r"0.weight was float64.*model.to\(torch.float64\)"),
+    "a complex dtype": (_first_param("dtype", "complex64"), r"0.weight was complex64 and is float32: another model"),
     "no such device": (_first_param("device", "abacus"), "'abacus'"),
     "another name": (_set("param_groups", 0, "param_names", 1, "0.b"), "'0.b' of group 0.*'0.bias'"),
     "unknown estimator": (_set("param_groups", 0, "estimator", {"name": "w_prep"}), "did you mean 'w_perp'"),

@@ -248,3 +248,20 @@ def test_a_write_into_a_parameter_is_refused_by_name() -> None:
     with pytest.raises(ClosureError, match=r"add_ writes into a trainable parameter of shape \[4\]"):
         GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=0.1).step(closure)
     assert torch.equal(net.p, before)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both names are read", "one name is read"])
+def test_a_call_that_returns_its_argument_on_some_kernels_only(both: bool) -> None:
+    """The trace runs attention fused, a pass by its formula: the results lie differently in memory, so that
+    ``contiguous`` copies in one run and not in the other."""
+    torch.manual_seed(0)
+    net, x, y = Net().double(), torch.randn(5, 6, 3, dtype=torch.float64), labels(5, 2)
+
+    def closure() -> Tensor:
+        q, k = (f.unflatten(-1, (2, 2)).transpose(1, 2) for f in (net.a(x), net.b(torch.tanh(net.a(x)))))
+        h = F.scaled_dot_product_attention(q, k, q).transpose(1, 2)
+        z = h.contiguous().flatten(2)
+        return F.cross_entropy(net.head(z).mean(1) * net.p.sum(), y) + (0.1 * h.square().mean() if both else 0.0)
+
+    found = Problem(list(net.named_parameters()), closure)
+    assert_right(found, Summing(found).gradient())

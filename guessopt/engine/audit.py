@@ -553,6 +553,8 @@ class Audit:
             off, most = abs(q - self.expected), max(abs(q), abs(self.expected))
             rounding = max(2 * self._loss_eps * abs(base), 6 * noise) / eps
             report.tolerance = _RELATIVE[bits] * most + self.slack + rounding
+            # A step that should change the loss by much of its own size says nothing of a derivative.
+            small = abs(self.expected) * eps <= 0.1 * max(abs(base), 1.0)
             if off == 0 or (off <= report.tolerance and rounding <= 0.1 * most):
                 return
             if last is not None:
@@ -562,11 +564,11 @@ class Audit:
                 if off <= report.tolerance <= 0.5 * most:
                     return
                 converged = drift <= 0.1 * max(abs(q), abs(last[0])) + rounding
-                if converged and last[1] > last[2] + 6 * noise / last[3] and off > report.tolerance:
+                if small and converged and last[1] > last[2] + 6 * noise / last[3] and off > report.tolerance:
                     report.problem = ""
                     return
             last = q, off, report.tolerance, eps
-            relative = relative * factor if kink >= rounding else relative / factor
+            relative = relative * factor if kink >= rounding or not small else relative / factor
             if relative in report.measured or not math.isfinite(q):
                 break
         report.skipped = ("rounding or a loss that is not smooth leave no certainty",)

@@ -155,6 +155,8 @@ class Pass(Interceptor):
         results = tensors_in((out,)) if out is not None else tensors[:1]
         if len(results) != call.direct:
             raise Departure(index, f"{_name(fn)} returned {len(results)} tensors in place of {call.direct}")
+        if call.target is None and tensors and any(t is tensors[0] for t in results):
+            out, results = self._copied(call, kind, out, results, tensors[0])
         for where, k, value in watch:
             if where == "out":
                 self._keep(value, results[k])
@@ -242,7 +244,7 @@ class Pass(Interceptor):
         outputs = call.outputs
         for k, t in enumerate(results):
             value = outputs[k]
-            if value in call.inputs and not self._is_argument(t, tensors):
+            if value in call.inputs and not self._is_argument(value, t, tensors):
                 raise Departure(call.index, f"{call.op} returned another tensor than its argument")
             self._seen[id(t)] = ref(t), value
         if call.target is not None:
@@ -250,10 +252,26 @@ class Pass(Interceptor):
         if call.moves:
             self._moved.update(call.moves)
 
-    def _is_argument(self, t: Tensor, tensors: list[Tensor]) -> bool:
-        if self.level.same_objects:
-            return any(t is argument for argument in tensors)
+    def _is_argument(self, value: int, t: Tensor, tensors: list[Tensor]) -> bool:
+        """Whether a call that returned its argument untouched when traced has done so; a copy serves as well (another
+        kernel may have laid the argument out differently), unless something will be written into it."""
+        if any(t is argument for argument in tensors):
+            return True
+        if self.level.same_objects and value in self.graph.overwritten:
+            return False
         return any(t.dtype is argument.dtype and t.shape == argument.shape for argument in tensors)
+
+    def _copied(
+        self, call: Call, kind: Kind, out: Any, results: list[Tensor], argument: Tensor
+    ) -> tuple[Any, list[Tensor]]:
+        """A call that made a new tensor when traced and now hands back its argument (which another kernel has laid out
+        as it should be): a copy, so that each of the two values has a tensor of its own."""
+        for k, t in enumerate(results):
+            if t is argument and call.outputs[k] not in call.inputs and kind is not Kind.EXPRESSION:
+                with self._mode(call.index):
+                    copy = self.level.call(Tensor.clone, (t,), {}, writes=False)
+                out, results[k] = _put(out, t, copy), copy
+        return out, results
 
     def _replace(self, out: Any, results: list[Tensor], k: int, tensors: list[Tensor], after: Tensor) -> Any:
         """``out`` with ``after`` as its ``k``-th tensor; the closure may know the one before by another name."""

@@ -435,7 +435,8 @@ class Analysis:
         by_loss = self._loss_parameter_calls()
         return SiteGraph(
             calls=tuple(tape.calls), kinds=tuple(kinds), reads=tuple(tape.origins), mine=tuple(tape.mine),
-            outside=self._outside(), active=frozenset(self.active), sites=final, cuts=cuts, batch=batch,
+            outside=self._outside(), active=frozenset(self.active),
+            overwritten=frozenset(tape.overwritten), sites=final, cuts=cuts, batch=batch,
             mutations=dict(tape.writes.found), rewritten=tape.rewritten, hidden=tape.writes.hidden,
             watch=watch, release=release, constants=constants,
             ahead=self._ahead(final) if segments else frozenset(),
@@ -461,7 +462,11 @@ class Analysis:
             return Kind.LOSS
         if kind not in (Kind.SITE, Kind.PLAIN) or c in calls_of_sites:
             return kind
-        reached = any(v in self.active for v in self.tape.calls[c].inputs)
+        call = self.tape.calls[c]
+        if returned := self.active.intersection(call.inputs, call.outputs):
+            # It handed back its argument, and may hand back a copy next time: derivatives must pass.
+            return Kind.LOSS if all(self.tape.producer[v] in self.loss for v in returned) else Kind.PLAIN
+        reached = any(v in self.active for v in call.inputs)
         return Kind.IDLE if reached and c not in self.useful else Kind.PLAIN
 
     def _outside(self) -> dict[int, Outside]:
