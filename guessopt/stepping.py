@@ -181,6 +181,7 @@ class Stepping:
     def _restoring(self, closure: Callable[[], Any], transaction: Transaction | None) -> Iterator[Transaction]:
         noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
         grads, plans = [p.grad for p in self._params], list(self._plans)
+        known = [(plan.uses, plan.stacks, plan.failures) for plan in plans]
         self._noise.follow()
         transaction = transaction or Transaction(self._devices)
         transaction.watch(closure, self._plans)
@@ -194,6 +195,9 @@ class Stepping:
                 self._noise.restore(noise)
                 self._cache.restore(cached)
                 self._steps, self._plans = steps, plans
+                for plan, before in zip(plans, known, strict=True):
+                    plan.uses, plan.stacks, plan.failures = before
+                    plan.ways.clear()  # the next pass finds out again which operations go one by one
                 for p, grad in zip(self._params, grads, strict=True):
                     p.grad = grad
             raise
@@ -390,13 +394,13 @@ class Stepping:
         def deliver(gradients: dict[int, Tensor]) -> None:
             hold_interrupts()
             for position, g in gradients.items():
-                self._update_one(position, _laid_out(g, self._params[position]))
+                self._update_one(position, _laid_out(g, self._params[position]), journal.done)
                 transaction.forget(self._params[position])
-                journal.done.add(position)
 
         self._fire(self.base._optimizer_step_pre_hooks)
         try:
             deliver(self._replay(plan, journal.records, closure, transaction, deliver, frozenset(journal.done)))
+            self._learn(plan, journal.records[0])
         except BaseException as error:
             if not journal.done or (isinstance(error, PartialUpdateError) and error.journal is None):
                 raise
@@ -406,7 +410,6 @@ class Stepping:
                 journal,
             ) from error
         self._updates.passed(self.base)
-        self._learn(plan, journal.records[0])
 
     def _in_turn(
         self, plan: Plan, first: ForwardRecord, closure: Callable[[], Any], transaction: Transaction
@@ -848,14 +851,15 @@ class Stepping:
         for hook in list(hooks.values()):
             hook(self.base, (), {})
 
-    def _update_one(self, position: int, gradient: Tensor) -> None:
-        """The base's step for one parameter, whose gradient is then freed."""
+    def _update_one(self, position: int, gradient: Tensor, done: set[int]) -> None:
+        """The base's step for one parameter, which is then ``done`` whatever yet fails, and its gradient freed."""
         p, name = self._params[position], self._names[position]
         p.grad = hooked(gradient, p, self._hooks, name)
         try:
             with only(self.base, p, unfused=gradient.is_sparse), self._updates.single(self.base, p, name):
                 fire(p)
                 base_step(self.base)
+                done.add(position)
         finally:
             p.grad = None
 
