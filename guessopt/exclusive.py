@@ -3,8 +3,8 @@
 All threads share forward AD's level, the patched ``torch.autograd.Function.apply`` and dynamo's stance. So a step waits
 until the step of another thread has ended.
 
-Ctrl-C takes effect while the closure runs. Elsewhere in a step it waits until the step has ended: an interrupt must not
-come between a change and its undoing.
+Ctrl-C takes effect while the closure's own code runs. Elsewhere in a step it waits until the torch call, or the step,
+has ended: an interrupt must not come between a change and its undoing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,42 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _python_dispatch
 
 from guessopt.errors import ClosureError
 
 Handler = Callable[[int, Any], Any]
+
+
+#: What a step replaces in torch.
+_ATTRIBUTES: tuple[tuple[Any, str], ...] = (
+    (torch.autograd.Function, "apply"),
+    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"),
+    (torch.amp.GradScaler, "scale"),
+    *(
+        (_python_dispatch, name)
+        for name in (
+            "_is_in_torch_dispatch_mode",
+            "_is_in_non_infra_torch_dispatch_mode",
+            "_is_in_any_mode_without_ignore_compile_internals",
+        )
+        if hasattr(_python_dispatch, name)
+    ),
+)
+#: What a step, or torch within it, switches for the whole process: how to ask, and how to set.
+_FLAGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    (_functorch._is_vmap_fallback_enabled, _functorch._set_vmap_fallback_enabled),  # type: ignore[attr-defined]
+    *(
+        (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
+        for name in ("cudnn", "flash", "mem_efficient", "math", "overrideable")
+        if hasattr(torch._C, f"_get_{name}_sdp_enabled")
+    ),
+)
 
 
 class _Modes:
@@ -32,20 +61,31 @@ class _Modes:
     def __init__(self) -> None:
         self.grad, self.forward = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
         self.stack = _get_current_function_mode_stack()
+        self.dispatch = _python_dispatch._get_current_dispatch_mode_stack()
         self.level = forward_ad._current_level
         self.transforms = _functorch.get_dynamic_layer_stack_depth()
-        self.apply = torch.autograd.Function.__dict__["apply"]
+        self.attributes = [(owner, name, vars(owner)[name]) for owner, name in _ATTRIBUTES]
+        self.flags = [(switch, asked()) for asked, switch in _FLAGS]
         kinds = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
         self.autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
         self.nesting = torch.autocast_increment_nesting() - 1
         torch.autocast_decrement_nesting()
 
     def restore(self) -> None:
-        torch.autograd.Function.apply = self.apply  # type: ignore[method-assign]
+        for owner, name, value in self.attributes:
+            setattr(owner, name, value)
         while torch._C._len_torch_function_stack():
             _pop_mode()
         for mode in self.stack:
             _push_mode(mode)
+        if _python_dispatch._get_current_dispatch_mode_stack() != self.dispatch:
+            while torch._C._len_torch_dispatch_stack():
+                top = torch._C._get_dispatch_stack_at(torch._C._len_torch_dispatch_stack() - 1)
+                torch._C._pop_torch_dispatch_stack(getattr(top, "_mode_key", None))
+            for mode in self.dispatch:
+                _python_dispatch._push_mode(mode)
+        for switch, value in self.flags:
+            switch(value)
         if _functorch.get_dynamic_layer_stack_depth() > self.transforms:
             _functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.transforms)
         if self.level < 0:
@@ -62,26 +102,45 @@ class _Modes:
             pass
 
 
-class _Interrupts:
-    """Ctrl-C in the main thread. While ``open`` it takes effect at once, else at the end of the step."""
+def _is_dropped(frame: Any) -> bool:
+    """Whether Python drops what is raised at ``frame``: in the destructor of an object or the callback of a weak
+    reference, which run at any time."""
+    for _ in range(4):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.endswith(("weakref.py", "weak.py")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+class Interrupts:
+    """Ctrl-C in the main thread: waits for the step's end, or takes effect at once where ``open`` and not ``busy``."""
 
     def __init__(self, before: Handler) -> None:
         self.before = before
-        self.open = self.waits = False
+        self.open = self.waits = self.busy = False
 
     def heard(self, number: int, frame: Any) -> None:
-        if not self.open:
+        if self.busy or not self.open or _is_dropped(frame):
             self.waits = True
             return
         self.open = False  # what follows is on the way out
         self.before(number, frame)
 
+    def free(self) -> None:
+        """No longer ``busy``: what has waited takes effect."""
+        self.busy = False
+        if self.waits and self.open:
+            self.waits = False
+            self.heard(signal.SIGINT, None)
+
     @classmethod
-    def installed(cls) -> _Interrupts | None:
+    def installed(cls) -> Interrupts | None:
         if threading.current_thread() is not threading.main_thread():
             return None
         before = signal.getsignal(signal.SIGINT)
-        if not callable(before) or isinstance(getattr(before, "__self__", None), _Interrupts):
+        if not callable(before) or isinstance(getattr(before, "__self__", None), Interrupts):
             return None  # ignored, or not Python's to handle
         found = cls(before)
         signal.signal(signal.SIGINT, found.heard)
@@ -102,7 +161,7 @@ class _Turn:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.depth = 0
-        self.interrupts: _Interrupts | None = None
+        self.interrupts: Interrupts | None = None
         self.modes: _Modes | None = None
 
 
@@ -119,6 +178,21 @@ def refuse_in_closure(name: str) -> None:
         )
 
 
+def _refuse_surroundings(name: str) -> None:
+    """Raise ``ClosureError`` if torch is in the middle of a transform, whose tensors are not plain ones."""
+    stack = _functorch.get_interpreter_stack()
+    if stack:
+        kind = str(stack[-1].key()).rpartition(".")[2].lower()
+        where = f"torch.func.{kind}"
+    elif forward_ad._current_level >= 0:
+        where = "torch.autograd.forward_ad.dual_level()"
+    elif torch.is_inference_mode_enabled():
+        where = "torch.inference_mode()"
+    else:
+        return
+    raise ClosureError(f"{name} is called inside {where}, where no gradient can be estimated; call {name} outside it")
+
+
 class exclusive:
     """Within, no other thread runs a step. The thread that holds it may enter again.
 
@@ -126,7 +200,7 @@ class exclusive:
         name: the method's name, for the message.
 
     Raises:
-        ClosureError: a closure of this thread is running.
+        ClosureError: a closure of this thread is running, or a transform of torch's.
 
     >>> with exclusive("step()"):
     ...     running(lambda: 1)
@@ -138,7 +212,7 @@ class exclusive:
 
     def __enter__(self) -> None:
         refuse_in_closure(self.name)
-        interrupts = _Interrupts.installed()
+        interrupts = Interrupts.installed()
         try:
             _turn.lock.acquire()
         except BaseException:
@@ -146,7 +220,15 @@ class exclusive:
                 interrupts.removed()
             raise
         if _turn.depth == 0:
-            _turn.interrupts, _turn.modes = interrupts, _Modes()
+            try:
+                _refuse_surroundings(self.name)
+                modes = _Modes()
+            except BaseException:
+                _turn.lock.release()
+                if interrupts is not None:
+                    interrupts.removed()
+                raise
+            _turn.interrupts, _turn.modes = interrupts, modes
         _turn.depth += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -203,6 +285,11 @@ def leave_modes() -> None:
     undone inside a mode."""
     if _turn.modes is not None:
         _turn.modes.restore()
+
+
+def interrupts_now() -> Interrupts | None:
+    """Those of the step that runs; None where none wait for it."""
+    return _turn.interrupts
 
 
 def hold_interrupts() -> None:

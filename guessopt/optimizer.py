@@ -21,7 +21,7 @@ from guessopt.engine.planning import (
 )
 from guessopt.engine.replay import Journal
 from guessopt.estimators.base import Estimator, estimators_for, plain
-from guessopt.exclusive import exclusive, refuse_in_closure, unscaled
+from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, groups_of, names_of, tensors_of, with_fused
 from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
 from guessopt.memory import bytes_of
@@ -302,6 +302,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
                     self._apply(self._plans[0], journal, closure, transaction)
                 self._steps += 1
             except BaseException:
+                hold_interrupts()
+                leave_modes()
                 transaction.random = now
                 transaction.rewind()
                 raise
@@ -366,6 +368,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         """As for any optimizer; the group may carry its own ``"estimator"``."""
         if not self._is_built:
             return  # Optimizer.__init__ adds groups that the base has already
+        refuse_in_closure("add_param_group()")
         group = dict(param_group)
         estimator = plain(group.pop("estimator", self._default))  # a key that some bases refuse
         group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
@@ -400,6 +403,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
             ValueError: the state belongs to another model or optimizer, is damaged, or is of a newer version. The
                 optimizer is unchanged.
         """
+        refuse_in_closure("load_state_dict()")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict

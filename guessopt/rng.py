@@ -232,12 +232,10 @@ class NoiseSource:
             yield self.lane
             return
         before = self.lane
-        try:
-            for lane in range(count):
-                self.lane = lane
-                yield lane
-        finally:
-            self.lane = before
+        for lane in range(count):
+            self.lane = lane
+            yield lane
+        self.lane = before  # after an error ``restore`` does it: who knows when an iterator that it left is closed
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=self.generator(device))
@@ -290,12 +288,13 @@ class NoiseSource:
 
     def snapshot(self) -> Any:
         """For ``restore``."""
-        return self._seen, self._awaited, self._stream, [(k, g.get_state()) for k, g in self._generators.items()]
+        states = [(k, g.get_state()) for k, g in self._generators.items()]
+        return self._seen, self._awaited, self._stream, states, self.lane
 
     def restore(self, snapshot: Any) -> None:
         """Undo everything since the snapshot."""
-        self._seen, self._awaited, self._stream, states = snapshot
-        self._generators, lane = {}, self.lane
+        self._seen, self._awaited, self._stream, states, lane = snapshot
+        self._generators = {}
         for (device, self.lane), state in states:
             self.generator(device).set_state(state)
         self.lane = lane

@@ -127,12 +127,12 @@ class Stepping:
     def _estimated(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
         """``_estimate``, within ``_atomic``."""
         if self.memory in ("store", "auto"):
-            loss, gradients, guesses = self._guess_once(closure, transaction)
+            loss, gradients, guesses = self._guess_once(closure, transaction, self.guesses)
             passes = self.guesses // guesses
             for lane in range(1, passes):
                 self._noise.lane = lane
                 transaction.rewind()
-                for k, g in self._guess_once(closure, transaction)[1].items():
+                for k, g in self._guess_once(closure, transaction, 1)[1].items():
                     gradients[k] = gradients[k] + g if k in gradients else g
             if passes > 1:
                 gradients = {position: g / passes for position, g in gradients.items()}
@@ -188,6 +188,7 @@ class Stepping:
     def _restoring(self, closure: Callable[[], Any], transaction: Transaction | None) -> Iterator[Transaction]:
         noise, cached, steps = self._noise.snapshot(), self._cache.copy(), self._steps
         grads, plans = [p.grad for p in self._params], list(self._plans)
+        known = [(plan.uses, plan.stacks, plan.failures) for plan in plans]
         self._noise.follow()
         transaction = transaction or Transaction(self._devices)
         transaction.watch(closure, self._plans)
@@ -201,6 +202,9 @@ class Stepping:
                 self._noise.restore(noise)
                 self._cache.restore(cached)
                 self._steps, self._plans = steps, plans
+                for plan, before in zip(plans, known, strict=True):
+                    plan.uses, plan.stacks, plan.failures = before
+                    plan.ways.clear()  # the next pass finds out again which operations go one by one
                 for p, grad in zip(self._params, grads, strict=True):
                     p.grad = grad
             raise
@@ -208,10 +212,10 @@ class Stepping:
             self._noise.lane = 0
 
     def _guess_once(
-        self, closure: Callable[[], Any], transaction: Transaction
+        self, closure: Callable[[], Any], transaction: Transaction, guesses: int
     ) -> tuple[Tensor, dict[int, Tensor], int]:
         """The loss, an estimate, and the number of guesses in it: all of them, or 1 if guesses run in turn."""
-        plan, record = self._forward(closure, transaction, self.guesses)
+        plan, record = self._forward(closure, transaction, guesses)
         if self.orthogonal and record.d.dim() == 1:
             record = self._in_turn(plan, record, closure, transaction)
         if self.check_finite:
@@ -225,7 +229,7 @@ class Stepping:
                     raise
             self._forgo_graphs(plan)
             transaction.rewind()
-            return self._guess_once(closure, transaction)
+            return self._guess_once(closure, transaction, guesses)
         weights = projection_weights(record, plan.graph) if self.orthogonal else mean_weights(record)
         record, formed = combined(record, plan.graph, weights)
         cotangents = estimated_cotangents(plan.graph, record, formed)
@@ -398,13 +402,13 @@ class Stepping:
         def deliver(gradients: dict[int, Tensor]) -> None:
             hold_interrupts()
             for position, g in gradients.items():
-                self._update_one(position, _laid_out(g, self._params[position]))
+                self._update_one(position, _laid_out(g, self._params[position]), journal.done)
                 transaction.forget(self._params[position])
-                journal.done.add(position)
 
         self._fire(self.base._optimizer_step_pre_hooks)
         try:
             deliver(self._replay(plan, journal.records, closure, transaction, deliver, frozenset(journal.done)))
+            self._learn(plan, journal.records[0])
         except BaseException as error:
             if not journal.done or (isinstance(error, PartialUpdateError) and error.journal is None):
                 raise
@@ -414,7 +418,6 @@ class Stepping:
                 journal,
             ) from error
         self._updates.passed(self.base)
-        self._learn(plan, journal.records[0])
 
     def _in_turn(
         self, plan: Plan, first: ForwardRecord, closure: Callable[[], Any], transaction: Transaction
@@ -514,7 +517,8 @@ class Stepping:
             plan.stacks = True
             return record
         except Exception as error:
-            if self.stack_guesses or (plan.stacks and not isinstance(error, torch.OutOfMemoryError)):
+            short = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if transaction.raised or self.stack_guesses or (plan.stacks and not short):
                 raise
             why = f"{type(error).__name__}: {error}"
         transaction.rewind()
@@ -522,6 +526,7 @@ class Stepping:
         self._cache.restore(cached)
         record = self._pass(plan, closure, transaction, keeps=keeps)  # raises too where the closure is at fault
         plan.stacks = False
+        plan.failures += 1
         self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why.splitlines()[0]}")
         return record
 
@@ -547,7 +552,7 @@ class Stepping:
                 plan.stacks = False
                 if shared:
                     self._warn(f"guesses do not share a pass but run in turn, which takes longer: {why}")
-        return plan.stacks is not False
+        return plan.stacks is not False or plan.failures == 1  # one failure may be a passing one
 
     def _pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
@@ -868,14 +873,15 @@ class Stepping:
         for hook in list(hooks.values()):
             hook(self.base, (), {})
 
-    def _update_one(self, position: int, gradient: Tensor) -> None:
-        """The base's step for one parameter, whose gradient is then freed."""
+    def _update_one(self, position: int, gradient: Tensor, done: set[int]) -> None:
+        """The base's step for one parameter, which is then ``done`` whatever yet fails, and its gradient freed."""
         p, name = self._params[position], self._names[position]
         p.grad = hooked(gradient, p, self._hooks, name)
         try:
             with only(self.base, p, unfused=gradient.is_sparse), self._updates.single(self.base, p, name):
                 fire(p)
                 base_step(self.base)
+                done.add(position)
         finally:
             p.grad = None
 

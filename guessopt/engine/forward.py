@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -24,7 +24,6 @@ from guessopt.tracing.interceptor import (
     Interceptor,
     autocast_of,
     compared,
-    recordable,
     stops_gradient,
     tensors_in,
 )
@@ -226,8 +225,7 @@ class Pass(Interceptor):
 
     def _check_arguments(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
         """Compare the arguments that are no tensors: numbers may differ, nothing else."""
-        given = recordable(outline)
-        same = compared(given, call.outline)
+        same = compared(outline, call.outline)
         if same:
             return
         if same is False or call.fn in _STRUCTURAL or self.repeats:
@@ -237,7 +235,7 @@ class Pass(Interceptor):
         def recorded(_: Any) -> Any:
             return Value(next(values))
 
-        call.renew(_map(args, recorded), _map(kwargs, recorded), given)
+        call.renew(_map(args, recorded), _map(kwargs, recorded), outline)
         self.changed.append(-1 - call.index)
         self.stale = self.stale or call.index in self.graph.ahead
 
@@ -428,8 +426,12 @@ class Pass(Interceptor):
                 raise
             if not is_in_place(fn) and not kwargs.get("inplace"):
                 WITHOUT_FORWARD.add(fn)
-                with suppress(RuntimeError):
+                try:
                     return self.level.through_backward(fn, args, kwargs)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as failed:  # is what a user may see of it
+                    failed.__context__, error.__context__ = None, failed
             remedy = (
                 "give it a jvp (a static method beside forward and backward), or make its backward differentiable"
                 if isinstance(fn, CustomFunction)
@@ -563,7 +565,10 @@ class Pass(Interceptor):
 
     def run(self, closure: Callable[[], Any]) -> Any:
         self.transaction.watch(closure)
-        return super().run(closure)
+        try:
+            return super().run(closure)
+        finally:
+            self.transaction.raised = self.raised
 
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
         """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the

@@ -36,6 +36,7 @@ class Plan:
         stale: whether the last pass made a guess from tensors or numbers that the closure then did not use.
         volatile: how many passes were stale.
         stacks: whether K guesses share a pass (None: not known yet).
+        failures: how many attempts to share a pass failed.
         ways: see ``StackedLevel``.
         joints: sites that get one guess: index of the first site -> ``Joint``.
         keeps_graphs: whether a pass may keep the reverse graphs of a stream's blocks.
@@ -64,6 +65,7 @@ class Plan:
     routes: bool = False
     compiled: bool = False
     stacks: bool | None = None
+    failures: int = 0
     ways: dict[int, bool] = field(default_factory=dict)
     stream: bool = False
     keeps_graphs: bool = True
@@ -213,8 +215,9 @@ def layouts_of(
                 return run(watched)
             except Exception as error:
                 cause = error.__cause__ or error
-                if cause is not watched.failure and not isinstance(
-                    cause, (torch.OutOfMemoryError, MemoryError, NotImplementedError)
+                if transaction.raised or (
+                    cause is not watched.failure
+                    and not isinstance(cause, (torch.OutOfMemoryError, MemoryError, NotImplementedError))
                 ):
                     raise
                 together = False

@@ -46,9 +46,11 @@ class Transaction:
 
     Attributes:
         random: the states of the global generators before the first run.
+        raised: whether the last run of the closure ended with an error of the closure's own, and not of a torch call.
     """
 
     def __init__(self, devices: tuple[int, ...]) -> None:
+        self.raised = False
         self.random = RandomState.capture(devices)
         self._memory = Memory()
         self._kept: list[Kept] = []

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.overrides import TorchFunctionMode, _pop_mode, handle_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError, refusal, refused
-from guessopt.exclusive import running
+from guessopt.exclusive import Interrupts, interrupts_now, running
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -53,14 +53,6 @@ def _collect(node: Any, found: list[Tensor]) -> None:
             _collect(item, found)
 
 
-#: Types of arguments whose values are compared. Of other arguments only the type is.
-_COMPARED: tuple[type, ...] = (
-    bool, int, float, complex, str, type(None), type(...), slice,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-_KEPT = frozenset(_COMPARED)
-
-
 def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
     """The tensors among arguments, in order; and the arguments' outline: nested lists in which the class ``Tensor``
     replaces each tensor, numbers and names stay, and the type replaces any other object.
@@ -86,8 +78,17 @@ def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
         elif isinstance(item, dict):
             found.append(_outline_of_dict(item, tensors))
         else:  # of other objects (an array of numpy, a profiler's record) the type: they may not be compared
-            found.append(item if item is Tensor or type(item) in _KEPT else type(item))
+            found.append(item if type(item) in _COMPARED else _recorded(item))
     return found
+
+
+def _recorded(item: Any) -> Any:
+    """What stands for an argument that is neither a tensor nor one of the usual kinds."""
+    kind = type(item)
+    if _is_number(kind):
+        return item
+    numpy = sys.modules.get("numpy")
+    return item.item() if numpy is not None and isinstance(item, numpy.generic) else kind
 
 
 def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any]:
@@ -98,13 +99,11 @@ def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any
     return found
 
 
-def recordable(outline: list[Any]) -> list[Any]:
-    """An outline that keeps no object alive: arguments that are not of a type in ``_COMPARED`` are replaced by their
-    type."""
-    return [
-        recordable(item) if type(item) is list else item if item is Tensor or type(item) in _COMPARED else type(item)
-        for item in outline
-    ]
+#: Kinds of arguments that are kept to be compared; of others only the kind is.
+_COMPARED: set[type] = {
+    bool, int, float, complex, str, type(None), type(...), slice,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+}  # fmt: skip
 
 
 def compared(outline: list[Any], recorded: list[Any]) -> bool | None:
@@ -181,12 +180,25 @@ class Interceptor(TorchFunctionMode):
         self.enabled = True
         #: Whether the base is updating parameters in the middle of the run: an error is then not the closure's.
         self.delivering = False
+        #: Whether the run has ended with an error of the closure's own, and not of a torch call.
+        self.raised = False
+        self._failed: Exception | None = None
         self.no_grad: AbstractContextManager[Any] = _NoGrad()
+        self._interrupts: Interrupts | None = None
 
     def __torch_function__(
         self, fn: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        interrupts = self._interrupts
+        if interrupts is None or interrupts.busy:
+            return self._handle(fn, args, kwargs or {})
+        interrupts.busy = True
+        try:
+            return self._handle(fn, args, kwargs or {})
+        finally:
+            interrupts.free()
+
+    def _handle(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if fn in _CONTROL:
             if fn is torch._C._set_grad_enabled:
                 self.enabled = args[0]
@@ -216,8 +228,10 @@ class Interceptor(TorchFunctionMode):
         self.count += 1
         try:
             return self.call(index, fn, args, kwargs, *split(args, kwargs))
-        except (RuntimeError, AssertionError) as error:
-            if self.delivering or (why := refusal(error)) is None:
+        except Exception as error:
+            self._failed = error
+            refusable = isinstance(error, (RuntimeError, AssertionError)) and not self.delivering
+            if not refusable or (why := refusal(error)) is None:
                 raise
             raise refused(fn, why) from error
 
@@ -234,7 +248,7 @@ class Interceptor(TorchFunctionMode):
         raise NotImplementedError
 
     def _requires_grad(self, answer: bool) -> bool:
-        asks = sys._getframe(2)
+        asks = sys._getframe(3)
         if asks.f_globals.get("__name__") == "torch.utils.hooks" and torch.is_grad_enabled():
             raise _module_hook(getattr(asks.f_locals.get("self"), "module", None))
         return self.requires_grad(answer)
@@ -263,13 +277,27 @@ class Interceptor(TorchFunctionMode):
 
     def run(self, closure: Callable[[], Any]) -> Any:
         """The closure's result under this mode, with gradients enabled as a training script has them."""
+        self._interrupts = interrupts_now()
+        modes = torch._C._len_torch_function_stack()
         try:
             with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
                 return running(closure)
-        except RuntimeError as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # which came while torch had taken a mode away
-                raise error.__context__ from None
+        except Exception as error:
+            if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None  # it came while torch had taken a mode away
+            self.raised = not _stems_from(error, self._failed)
             raise
+        finally:
+            self._failed = None
+            while torch._C._len_torch_function_stack() > modes:  # an interrupt came as this one was to be left
+                _pop_mode()
+
+
+def _stems_from(error: BaseException | None, origin: BaseException | None) -> bool:
+    """Whether ``origin`` is the error, or what it was raised for."""
+    while error is not None and error is not origin:
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 # ``F.multi_head_attention_forward`` without the handing over to a function mode, which would see one call in its place.
@@ -370,8 +398,8 @@ def _module_hook(module: Any) -> ClosureError:
 
 
 def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``t.grad_fn``. Torch asks for it to register a hook, which is refused."""
-    asks = sys._getframe(2)
+    """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
+    asks = sys._getframe(3)
     where = asks.f_globals.get("__name__") if torch.is_grad_enabled() else None
     if where == "torch.nn.modules.module":
         raise _module_hook(asks.f_locals.get("self"))

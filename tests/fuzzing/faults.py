@@ -362,10 +362,10 @@ def _finished(world: World, before: dict[str, Any], after: dict[str, Any], parti
 
 @contextmanager
 def interrupted(delay: float) -> Iterator[None]:
-    """``KeyboardInterrupt`` after ``delay`` seconds, wherever the interpreter then is; nothing once this is left."""
+    """Ctrl-C after ``delay`` seconds, wherever the interpreter then is; nothing once this is left."""
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     old = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
