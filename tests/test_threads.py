@@ -140,24 +140,24 @@ def test_ctrl_c_at_any_time_is_before_a_step_or_after_it(engine: str, memory: st
         reference.step(again)
     mean = (time.perf_counter() - begin) / 12
     pause, interrupted = torch.Generator().manual_seed(0), 0
+    previous = signal.signal(signal.SIGALRM, lambda *_: _thread.interrupt_main())
     for _ in range(40):
-        signal.setitimer(signal.ITIMER_REAL, max(1e-5, float(torch.rand((), generator=pause)) * mean))
-        previous = signal.signal(signal.SIGALRM, lambda *_: _thread.interrupt_main())
         steps = optimizer._steps
         try:
-            optimizer.step(closure)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-5, float(torch.rand((), generator=pause)) * mean))
+                optimizer.step(closure)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                time.sleep(1e-4)
         except KeyboardInterrupt:
             interrupted += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            with suppress(KeyboardInterrupt):
-                signal.signal(signal.SIGALRM, previous)
-                time.sleep(1e-4)
         while reference._steps < optimizer._steps:
             reference.step(again)
         assert optimizer._steps in (steps, steps + 1)
         mine, theirs = state_of(model, optimizer), state_of(twin, reference)
         assert same(mine[:-1], theirs[:-1])
+    signal.signal(signal.SIGALRM, signal.SIG_IGN if previous is signal.SIG_DFL else previous)
     assert interrupted > 5
 
 
