@@ -79,14 +79,14 @@ def test_a_seed_makes_one_network_and_its_repr_makes_it_again() -> None:
 
 def off_by_a_little(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
     """Every estimate of an optimizer for which ``when`` is true is 1% too long."""
-    right = GuessGradOptimizer._estimate
+    right = GuessGradOptimizer._estimated
 
     def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
         wrong = when(self)
         loss, gradients = right(self, *args, **kwargs)
         return loss, {k: g * 1.01 for k, g in gradients.items()} if wrong else gradients
 
-    monkeypatch.setattr(GuessGradOptimizer, "_estimate", estimate)
+    monkeypatch.setattr(GuessGradOptimizer, "_estimated", estimate)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_an_oracle_notices_a_wrong_estimate(monkeypatch: pytest.MonkeyPatch, nam
 def test_the_oracles_of_scale_and_of_state_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network((Op("linear", "module"), Op("activation", "tanh")), ("mse",))
     assert check(network, "scaling", "plain") == []
-    right, made = GuessGradOptimizer._estimate, []
+    right, made = GuessGradOptimizer._estimated, []
 
     def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
         made.append(self)
         loss, gradients = right(self, *args, **kwargs)
         return loss + 1, {k: g + 0.1 for k, g in gradients.items()}
 
-    monkeypatch.setattr(GuessGradOptimizer, "_estimate", estimate)
+    monkeypatch.setattr(GuessGradOptimizer, "_estimated", estimate)
     found = check(network, "scaling", "plain")
     assert made and [finding.oracle for finding in found] == ["scaling", "plain"]
     assert "the loss is" in found[1].message
