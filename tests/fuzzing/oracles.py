@@ -195,11 +195,15 @@ def compare(
 
 
 class Steered(OneHot):
-    """One entry of one site, also where the number of examples is not (yet) the plan's."""
+    """One entry of one site, also where the number of examples is not (yet) the plan's; ``turn``: 1, or 1j for the
+    imaginary part of a complex entry."""
+
+    turn: complex = 1
 
     def sample(self, state: Any, local: Any) -> Tensor:
         try:
-            return super().sample(state, local)
+            y = super().sample(state, local)
+            return y * self.turn if y.is_complex() else y
         except (RuntimeError, IndexError):
             y = torch.zeros(local.s.shape, dtype=local.s.dtype)
             y.view(-1)[0] = 1
@@ -226,13 +230,15 @@ def expectation(opt: GuessGradOptimizer, built: Built) -> dict[str, Tensor]:
         none = one_run(opt, built, guess, (-1, 0))
         graph = opt._plans[0].graph
         guess.batch = graph.batch  # type: ignore[attr-defined]
-        places = list(one_hots(opt))
+        places: list[tuple[tuple[int, int], complex]] = [(at, 1) for at in one_hots(opt)]
+        places += [(at, 1j) for at, _ in places if graph.sites[at[0]].dtype.is_complex]
         if len(places) > MOST_GUESSES:
             raise Skipped("too many one-hot guesses")
         total = {name: none[name].clone() if name in none else torch.zeros_like(p) for name, p in built.named}
-        for at in places:
+        for at, guess.turn in places:
             for name, g in one_run(opt, built, guess, at).items():
                 total[name] += g - none[name] if name in none else g
+        guess.turn = 1
         if opt._plans[0].graph is graph:
             return total
     raise Wrong("the plan changes in every step although the closure does not")
