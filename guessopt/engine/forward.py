@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.levels import WITHOUT_FORWARD, Level, inner, is_foreign
+from guessopt.engine.levels import Level, inner, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws, replayed
@@ -72,6 +72,7 @@ class Pass(Interceptor):
         met: the tensors that the closure has not made, by value (not the trainable parameters).
         changed: calls (``-1 - index``) whose numbers are no longer the graph's, which has them from now on.
         stale: whether a guess was made from numbers or tensors that the closure then did not use.
+        guessing: whether a guess is being made: an error is then none of the closure's.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Pass(Interceptor):
         self.duals: dict[int, Tensor] = {}
         self.met: dict[int, Tensor] = {}
         self.changed: list[int] = []
-        self.stale = False
+        self.stale = self.guessing = False
         #: Tensors that a call has returned as it got them, and what the closure was handed in their place: it may know
         #: them by another name. By id.
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
@@ -361,6 +362,7 @@ class Pass(Interceptor):
         if written:
             self.standins[call.outputs[0]] = result = swapped[id(target)]
             self._write_back(target, result)
+            out = _put(out, result, target)  # the closure's own tensor, which it may go on to know by its first name
         return out
 
     def _leaf(self, number: int, t: Tensor) -> Tensor:
@@ -398,7 +400,7 @@ class Pass(Interceptor):
                 for t in (*hidden, *(own[k] for k in targets)):
                     before.save(t)
         try:
-            if fn in WITHOUT_FORWARD or is_foreign(fn):
+            if fn in self.graph.without_forward or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")
             return self.level.call(fn, args, kwargs, writes=bool(targets))
         except NotImplementedError as error:
@@ -408,7 +410,7 @@ class Pass(Interceptor):
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
             if not is_in_place(fn) and not kwargs.get("inplace"):
-                WITHOUT_FORWARD.add(fn)
+                self.graph.without_forward.add(fn)
                 with suppress(RuntimeError):
                     return self.level.through_backward(fn, args, kwargs)
             remedy = (
@@ -489,7 +491,9 @@ class Pass(Interceptor):
         """The site's output with its guess for tangent."""
         primal = self.level.primal(s)
         with self.level.outside():
+            self.guessing = True
             y = self.guess(site, primal, self.values)
+            self.guessing = False
             if isinstance(y, list):
                 y = self._by_parameter(site, y)
         if y is None:

@@ -370,10 +370,6 @@ TREATMENTS: dict[Callable[..., Any], str] = {
 }
 
 
-#: Found to have no forward derivative.
-WITHOUT_FORWARD: set[Callable[..., Any]] = set()
-
-
 def is_foreign(fn: Callable[..., Any]) -> bool:
     """Whether ``fn`` is an operation of another library (``torch.library.custom_op``) with a backward of its own: these
     drop tangents without a word."""
