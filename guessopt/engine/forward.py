@@ -310,7 +310,7 @@ class Pass(Interceptor):
             self.express(results, mine)
             if self.duals and any(self.plain(t).requires_grad for t in results):
                 with replayed(state):  # the same noise in both
-                    self._express_duals(fn, args, kwargs, out)
+                    self._express_duals(index, fn, args, kwargs, out)
             return out
         return self._apart(index, fn, args, kwargs, tensors)
 
@@ -529,11 +529,13 @@ class Pass(Interceptor):
 
         return _map(args, swap), _map(kwargs, swap)
 
-    def _express_duals(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _express_duals(
+        self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         """The same expression with tangents, for the sites; the loss reads the plain one."""
         args, kwargs = self._substituted(args, kwargs)
         with self.no_grad:
-            duals = tensors_in((self.level.call(fn, args, kwargs, writes=False),))
+            duals = tensors_in((self._call(index, fn, args, kwargs),))
         for plain, dual in zip(tensors_in((out,)), duals, strict=True):
             self.duals[id(plain)] = dual
 

@@ -353,7 +353,8 @@ def reprobe(
     plan.found = found
     if changed:
         new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream, ends=found.ends)
-        plan.graph = replace(new, constants={v: graph.constants.get(v, t) for v, t in new.constants.items()})
+        plan.graph = replace(new, constants={**new.constants, **graph.constants})  # the tape has forgotten its batch
+        object.__setattr__(plan.graph, "early", graph.early)
         plan.guesses = None
     plan.due = False
 

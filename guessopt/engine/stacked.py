@@ -254,7 +254,12 @@ class StackedLevel(FastLevel):
 
             with fw.dual_level():
                 call_args, call_kwargs = _mapped(args, dual), _mapped(kwargs, dual)
-                out = FastLevel.call(self, fn, call_args, call_kwargs, writes=writes)
+                try:
+                    out = FastLevel.call(self, fn, call_args, call_kwargs, writes=writes)
+                except NotImplementedError:
+                    if writes or is_in_place(fn):
+                        raise
+                    out = Level.through_backward(self, fn, call_args, call_kwargs)
                 results = tensors_in((out if out is not None else call_args[0],))
                 pairs = [_unpack(t) for t in results]
                 if not k:

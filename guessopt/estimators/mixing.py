@@ -91,7 +91,7 @@ def _rows(t: Tensor, layout: Layout, n: int) -> Tensor:
         return t.reshape(n, -1)
     if layout is Layout.FLAT_T:
         return t.reshape(-1, n, *t.shape[1:]).transpose(0, 1).reshape(n, -1)
-    return t.reshape(t.shape[0] if t.dim() > 1 else 1, -1)
+    return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
 
 
 def _unrows(rows: Tensor, layout: Layout, shape: Shape) -> Tensor:

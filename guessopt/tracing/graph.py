@@ -12,6 +12,7 @@ from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, Rule, rule_for
 from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
+from guessopt.rules.norm import CHANNELS_SECOND
 from guessopt.sites import (
     Call,
     Cut,
@@ -548,6 +549,8 @@ class Analysis:
             return False
         shapes = [self.tape.shapes[site.call.inputs[k]] for k in self.tape.mine[site.call.index]]
         dims = len(site.shape) - (2 if layout is Layout.BATCH_SECOND else 1)
+        if site.call.fn in CHANNELS_SECOND:
+            dims -= len(site.shape) - 2
         fits = all(len(shape) <= dims or (len(shape) <= dims + 1 and shape[:1] == (1,)) for shape in shapes)
         entries = numel(site.shape) // (1 if layout is Layout.COUPLED else batch)
         return fits and entries >= OUTNUMBERED * sum(numel(shape) for shape in shapes)
