@@ -38,9 +38,6 @@ class Level(ABC):
     #: Whether a call that returns its argument untouched returns the same object.
     same_objects: ClassVar[bool] = True
 
-    #: Whether tensors carry tangents.
-    carries: ClassVar[bool] = True
-
     #: Whether the closure is handed tensors that are of no use once ``run`` has returned.
     wraps: ClassVar[bool] = False
 
@@ -104,8 +101,6 @@ class Level(ABC):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
-        if self.carries and fn in _UNEQUAL and (fn not in _SCATTERS or "prod" in (*args, *kwargs.values())):
-            raise NotImplementedError("forward AD has another derivative than backward")
         if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
             with _without_mkldnn():
                 return fn(*args, **kwargs)
@@ -149,8 +144,8 @@ class Level(ABC):
             known = [(p, v.to(p.dtype)) for p, v in zip(pulled, moving.values(), strict=True) if p is not None]
             jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known])
             pairs_of_us = zip(us, jvs, strict=True)
-            there, back = (sum(float(inner(a, b).sum()) for a, b in both) for both in (pairs_of_us, known))
-            size = sum(float(inner(p, v).abs().sum()) for p, v in known)
+            there, back = (sum(float(inner(a, b).detach().sum()) for a, b in both) for both in (pairs_of_us, known))
+            size = sum(float(inner(p, v).detach().abs().sum()) for p, v in known)
         if abs(there - back) > max(1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)) * size:
             raise RuntimeError("its backward hides part of what it computes")
         tangents = iter(jvs)
@@ -215,6 +210,7 @@ class DualLevel(Level):
             return body()
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        check_tangent(fn, args, kwargs)
         out = super().call(fn, args, kwargs, writes=writes)
         return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
 
@@ -301,7 +297,6 @@ class PlainLevel(Level):
 
     name = "plain"
     resumes = True
-    carries = False
 
     def run(self, body: Callable[[], T]) -> T:
         return body()
@@ -387,6 +382,14 @@ _SCATTERS: set[Callable[..., Any]] = {torch.scatter_reduce, Tensor.scatter_reduc
 
 #: Functions whose tangent in torch is another than their backward's, at a kink or at zeros: these go by their backward.
 _UNEQUAL: set[Callable[..., Any]] = {F.prelu, Tensor.prelu, torch.fmax, Tensor.fmax, *_SCATTERS}
+
+
+def check_tangent(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ``NotImplementedError`` if torch's tangent of a call is not its backward's."""
+    if fn in _UNEQUAL and (
+        fn not in _SCATTERS or any(type(a) is str and a == "prod" for a in (*args, *kwargs.values()))
+    ):
+        raise NotImplementedError("forward AD has another derivative than backward")
 
 
 _FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
@@ -556,6 +559,7 @@ class FuncLevel(Level):
             return leaf, self.plain(leaf)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        check_tangent(fn, args, kwargs)
         if not writes or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
         if fn in (F.batch_norm, F.instance_norm):
