@@ -620,7 +620,7 @@ def at_kinks(f: Callable[[Tensor], Tensor]) -> Problem:
     x = randn(4, 6)
     x[:, ::3] = 0.0
     width = f(x).shape[1]
-    return classifier(lambda m: m.head(f(x * m.w)), w=torch.rand(6) + 0.5, head=nn.Linear(width, 2))
+    return classifier(lambda m: m.head(f(x + m.w)), w=torch.zeros(6), head=nn.Linear(width, 2))
 
 
 def _products(x: Tensor) -> Tensor:
