@@ -305,7 +305,9 @@ class Pass(Interceptor):
             return self._loss(index, fn, args, kwargs, tensors)
         if kind is Kind.EXPRESSION:
             state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
-            out = fn(*args, **kwargs)
+            apart = self.level.wraps and all(self.plain(t) is t for t in tensors)
+            with self.level.outside() if apart else AS_IT_IS:  # a transform refuses some operations on parameters alone
+                out = fn(*args, **kwargs)
             results = tensors_in((out,)) if out is not None else tensors[:1]
             self.express(results, mine)
             if self.duals and any(self.plain(t).requires_grad for t in results):

@@ -63,7 +63,7 @@ class ActivationMixing(Estimator):
             return y
         each = _rows(y, local.site.layout, local.examples)
         norm = each.norm(dim=1, keepdim=True)
-        scale = (each.shape[1] ** 0.5 / norm).masked_fill(norm <= _rounding(u), 0.0)
+        scale = (each.shape[1] ** 0.5 / norm).masked_fill(norm <= _rounding(u, local.s), 0.0)
         return _unrows(each * scale, local.site.layout, tuple(y.shape))
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
@@ -77,11 +77,12 @@ class ActivationMixing(Estimator):
         return local.pull_back(_unrows((v @ rows.T) @ rows, layout, tuple(x.shape)))
 
 
-def _rounding(u: Tensor) -> Tensor:
-    """The size, an example, of what is left where a mixture cancels on its way back: no direction to be normalised,
-    and another one in every pass. A layer's scale may be as small in half precision, and nearly so in float32."""
+def _rounding(u: Tensor, s: Tensor) -> Tensor:
+    """The size, an example, of what is left where activations or a mixture of them cancel (a mean of what has been
+    normalised): no direction to be normalised, and another one in every pass. A layer's scale may be as small in half
+    precision, and nearly so in float32."""
     share = {torch.float64: 1e-10, torch.float32: 5e-7}.get(u.dtype, 0.0)
-    return u.norm() * (share / max(len(u), 1) ** 0.5)
+    return torch.maximum(u.norm(), s.norm().to(u.dtype)) * (share / max(len(u), 1) ** 0.5)
 
 
 def _layout_of(x: Tensor, local: Local) -> Layout:
