@@ -23,6 +23,7 @@ from benchmarks.zoo import Subject
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
 from guessopt.engine.gradients import parameter_gradients
+from guessopt.engine.levels import inner
 from guessopt.estimators import Estimator
 from guessopt.rules import Rule
 from guessopt.sites import ForwardRecord, Layout, SiteGraph
@@ -90,7 +91,7 @@ def exactness(subject: Subject, *, draws: int = 2, **options: Any) -> Exactness:
 
 
 def _norm(*tensors: Tensor) -> float:
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    return math.sqrt(sum(float(inner(t, t).double().sum()) for t in tensors))
 
 
 def _derivative_error(graph: SiteGraph, record: ForwardRecord, truth: Truth) -> tuple[float, float]:
@@ -99,11 +100,11 @@ def _derivative_error(graph: SiteGraph, record: ForwardRecord, truth: Truth) -> 
     expected, norm = torch.zeros(n, dtype=torch.float64), 0.0
     whole = n == 1
     for index, y in record.guesses.items():
-        layout, g = graph.sites[index].layout, truth.g[index].double()
+        layout, g = graph.sites[index].layout, truth.g[index]
         if layout is coupled and bool(y.any()):
             whole = True
-        expected += layout.sum_examples(g * y.double(), n).cpu() / (n if layout is coupled else 1)
-        norm += float(g.square().sum())
+        expected += layout.sum_examples(inner(g, y).double(), n).cpu() / (n if layout is coupled else 1)
+        norm += float(inner(g, g).double().sum())
     for visit in record.visits:
         if visit.directions is None:
             continue
@@ -114,13 +115,13 @@ def _derivative_error(graph: SiteGraph, record: ForwardRecord, truth: Truth) -> 
                 one = torch.zeros(n, dtype=torch.float64)
                 one[example if v.shape[0] == n else slice(None)] = 1
                 mask = 1 if v.shape[0] < n else site.layout.spread(one, site.shape)
-                g = truth.g[site.index].double() * mask
+                g = truth.g[site.index] * mask
                 own = Rule().gradients(
                     visit.call.fn, visit.args, visit.kwargs, site.output, [visit.wanted[k]], g.to(site.dtype)
                 )[0]
                 assert own is not None
-                product = float((own.double() * v[example].double()).sum())
+                product = float(inner(own, v[example]).double().sum())
                 expected += one * product / float(one.sum())
-                norm += float(own.double().square().sum())
+                norm += float(inner(own, own).double().sum())
     error = record.d.double().cpu() - expected
     return float(error.sum() ** 2 if whole else error.square().sum()), norm

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from guessopt.engine.levels import TREATMENTS, WITHOUT_FORWARD, is_foreign
+from guessopt.engine.levels import TREATMENTS, is_foreign
 from guessopt.engine.planning import trace
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
@@ -158,7 +158,7 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
             *(
                 f"{fn.__name__} goes by the derivative of its backward: it has none in forward mode"
                 for fn in dict.fromkeys(graph.functions)
-                if fn in WITHOUT_FORWARD or is_foreign(fn)
+                if fn in graph.without_forward or is_foreign(fn)
             ),
         ),
         cost=graph.cost,

@@ -556,6 +556,8 @@ class SiteGraph:
     known: dict[int, tuple[ref[Tensor], int]] = field(default_factory=dict, repr=False, compare=False)
     #: The tensors that the first pass of a step has met, for the second one.
     met: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    #: Functions found to have no forward derivative here; another dtype or other options may have one.
+    without_forward: set[Callable[..., Any]] = field(default_factory=set, repr=False, compare=False)
     #: What others have worked out from this graph, to be kept as long as it is.
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)

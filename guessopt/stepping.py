@@ -588,7 +588,12 @@ class Stepping:
         if random:
             run.random = random
         run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
-        record = run.execute(closure, self._by_position)
+        try:
+            record = run.execute(closure, self._by_position)
+        except (RuntimeError, IndexError) as error:
+            if not run.guessing or not plan.uses or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise Departure(what=f"the way to the next layer has other shapes ({error})") from error
         if lessons:
             _check_real(record.errors)
         plan.observe(run)

@@ -104,6 +104,12 @@ def _(net: Any, x: Tensor, y: Tensor, weight: float) -> Tensor:
     return F.cross_entropy(net.head(torch.tanh(net.b(weight * h + (1 - weight) * h.flip(0)))), y)
 
 
+@case("mixup of three by a flip, which leaves the one in the middle", 1.0, 0.5)
+def _(net: Any, x: Tensor, y: Tensor, weight: float) -> Tensor:
+    h = torch.tanh(net.a(x[:3]))
+    return F.cross_entropy(net.head(torch.tanh(net.b(weight * h + (1 - weight) * h.flip(0)))), y[:3])
+
+
 @case("a mixing weight in a tensor", torch.zeros(1).double(), torch.ones(1).double())
 def _(net: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     h = torch.tanh(net.a(x))
@@ -165,7 +171,7 @@ def _(net: Any, x: Tensor, y: Tensor, reduction: str) -> Tensor:
     return F.cross_entropy(net.head(torch.tanh(net.a(x))), y, reduction=reduction)
 
 
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("steps", [1, 3, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_a_change_is_noticed(name: str, steps: int) -> None:
     torch.manual_seed(0)

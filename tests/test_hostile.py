@@ -627,6 +627,41 @@ def custom_site() -> Problem:
     return classifier(lambda m: m.head(Scale.apply(x, m.w)), w=torch.randn(3), head=nn.Linear(3, 2))
 
 
+def at_kinks(f: Callable[[Tensor], Tensor]) -> Problem:
+    """``f`` of numbers of which every third is exactly 0."""
+    x = randn(4, 6)
+    x[:, ::3] = 0.0
+    width = f(x).shape[1]
+    return classifier(lambda m: m.head(f(x + m.w)), w=torch.zeros(6), head=nn.Linear(width, 2))
+
+
+def _products(x: Tensor) -> Tensor:
+    return x.new_ones(len(x), 2).scatter_reduce(1, torch.arange(6).remainder(2).expand(len(x), 6), x, "prod")
+
+
+KINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "prelu at 0": lambda x: F.prelu(x, torch.tensor([0.25], dtype=x.dtype)),
+    "fmax of equals": lambda x: torch.fmax(x, torch.zeros_like(x)),
+    "maximum of equals": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "products with zeros": lambda x: x.unflatten(1, (2, 3)).prod(2),
+    "scattered products with zeros": _products,
+    "relu at 0": torch.relu,
+    "abs at 0": torch.abs,
+    "clamp at its ends": lambda x: x.clamp(0, 1),
+    "amax of equals": lambda x: x.clamp(max=0).unflatten(1, (2, 3)).amax(2),
+}
+
+
+def channels_as_many_as_examples() -> Problem:
+    x = randn(2, 2, 4, 4)
+    return classifier(lambda m: m.norm(x).flatten(1)[:, :2], n=2, norm=nn.BatchNorm2d(2))
+
+
+def one_image() -> Problem:
+    x, target = randn(1, 2, 4, 4), randn(1, 2, 4, 4)
+    return of(net(nn.BatchNorm2d(2)), lambda m: F.mse_loss(m(x), target))
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "batch = heads": lambda: causal_lm(2, 3),
     "batch = tokens": lambda: causal_lm(3, 3),
@@ -707,6 +742,9 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "checkpoint, reentrant": lambda: checkpointed(True),
     "autograd.Function with jvp": custom_function,
     "calls that touch nothing": untouched,
+    **{name: partial(at_kinks, f) for name, f in KINKS.items()},
+    "batch norm, batch = channels": channels_as_many_as_examples,
+    "batch norm of one image": one_image,
     "autograd.Function without jvp": straight_through,
     "autograd.Function of weights": custom_function_of_weights,
     "autograd.Function that reads a parameter": custom_site,
@@ -881,11 +919,12 @@ def test_code_that_asks_whether_activations_require_grad() -> None:
     assert any(fn is torch.tanh for fn in opt._plans[0].graph.functions)
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-def test_directional_descent_through_an_embedding_bag(mode: str) -> None:
+@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_directional_descent_through_an_embedding_bag(mode: str, engine: str) -> None:
     """torch has no forward derivative for it; ``<v, g> v`` it must be."""
     model, ids = net(nn.EmbeddingBag(5, 3, mode=mode), nn.Linear(3, 2)).double(), torch.randint(5, (6, 4))
-    opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, "directional_descent", lr=0.1, seed=0)
+    opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, "directional_descent", lr=0.1, seed=0, engine=engine)
     opt._noise.follow()
     before = opt._noise.snapshot()
     opt.estimate(lambda: F.cross_entropy(model(ids), labels(6, 2)))

@@ -158,6 +158,20 @@ def _(net: Any, x: Tensor, y: Tensor) -> Tensor:
     return ends(net, torch.distributions.Gamma(rate, rate).rsample(), y)
 
 
+@case("the loss writes twice, into what the first write gave back")
+def _(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    z = net.head(torch.tanh(net.a(x)))
+    z.sub_(0.5 * x[:, :2]).add_(z.tanh())
+    return F.cross_entropy(z, y) + 0 * (net.b.weight.sum() + net.b.bias.sum() + net.p.sum())
+
+
+@case("a network of one scale and writes alone")
+def _(net: Any, x: Tensor, y: Tensor) -> Tensor:
+    z = x * net.p[:1]
+    z.sub_(x.detach() * 0.5).add_(z.tanh())
+    return z.square().mean() + 0 * sum(p.sum() for p in net.parameters())
+
+
 # ------------------------------------------------------------------------------------------- expressions of parameters
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.levels import WITHOUT_FORWARD, Level, inner, is_foreign
+from guessopt.engine.levels import Level, inner, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws, replayed
@@ -71,6 +71,7 @@ class Pass(Interceptor):
         met: the tensors that the closure has not made, by value, without the trainable parameters.
         changed: calls (``-1 - index``) whose numbers differ from the graph's; the graph has taken over the new ones.
         stale: whether a guess was made from numbers or tensors that the closure then did not use.
+        guessing: whether a guess is being made: an error is then none of the closure's.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Pass(Interceptor):
         self.duals: dict[int, Tensor] = {}
         self.met: dict[int, Tensor] = {}
         self.changed: list[int] = []
-        self.stale = False
+        self.stale = self.guessing = False
         #: Calls may return their argument unchanged, and the closure may keep both names of it. id of the argument ->
         #: (the argument, the tensor that the closure was given as the result).
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
@@ -321,12 +322,14 @@ class Pass(Interceptor):
             return self._loss(index, fn, args, kwargs, tensors)
         if kind is Kind.EXPRESSION:
             state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
-            out = fn(*args, **kwargs)
+            apart = self.level.wraps and all(self.plain(t) is t for t in tensors)
+            with self.level.outside() if apart else AS_IT_IS:  # a transform refuses some operations on parameters alone
+                out = fn(*args, **kwargs)
             results = tensors_in((out,)) if out is not None else tensors[:1]
             self.express(results, mine)
             if self.duals and any(self.plain(t).requires_grad for t in results):
                 with replayed(state):  # the same noise in both
-                    self._express_duals(fn, args, kwargs, out)
+                    self._express_duals(index, fn, args, kwargs, out)
             return out
         return self._apart(index, fn, args, kwargs, tensors)
 
@@ -378,6 +381,7 @@ class Pass(Interceptor):
         if written:
             self.standins[call.outputs[0]] = result = swapped[id(target)]
             self._write_back(target, result)
+            out = _put(out, result, target)  # the closure's own tensor, which it may go on to know by its first name
         return out
 
     def _leaf(self, number: int, t: Tensor) -> Tensor:
@@ -415,7 +419,7 @@ class Pass(Interceptor):
                 for t in (*hidden, *(own[k] for k in targets)):
                     before.save(t)
         try:
-            if fn in WITHOUT_FORWARD or is_foreign(fn):
+            if fn in self.graph.without_forward or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")
             return self.level.call(fn, args, kwargs, writes=bool(targets))
         except NotImplementedError as error:
@@ -425,7 +429,7 @@ class Pass(Interceptor):
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
             if not is_in_place(fn) and not kwargs.get("inplace"):
-                WITHOUT_FORWARD.add(fn)
+                self.graph.without_forward.add(fn)
                 try:
                     return self.level.through_backward(fn, args, kwargs)
                 except torch.OutOfMemoryError:
@@ -510,7 +514,9 @@ class Pass(Interceptor):
         """The site's output with its guess for tangent."""
         primal = self.level.primal(s)
         with self.level.outside():
+            self.guessing = True
             y = self.guess(site, primal, self.values)
+            self.guessing = False
             if isinstance(y, list):
                 y = self._by_parameter(site, y)
         if y is None:
@@ -546,11 +552,13 @@ class Pass(Interceptor):
 
         return _map(args, swap), _map(kwargs, swap)
 
-    def _express_duals(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _express_duals(
+        self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         """The same expression with tangents, for the sites; the loss reads the plain one."""
         args, kwargs = self._substituted(args, kwargs)
         with self.no_grad:
-            duals = tensors_in((self.level.call(fn, args, kwargs, writes=False),))
+            duals = tensors_in((self._call(index, fn, args, kwargs),))
         for plain, dual in zip(tensors_in((out,)), duals, strict=True):
             self.duals[id(plain)] = dual
 

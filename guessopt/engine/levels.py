@@ -124,9 +124,53 @@ class Level(ABC):
         derivative along the tangents is ``J v``.
 
         Raises:
-            RuntimeError: its backward cannot be differentiated, or this level has no way to do so.
+            RuntimeError: its backward cannot be differentiated.
         """
-        raise RuntimeError
+        if (out := self._by_own_rule(fn, args, kwargs)) is not NotImplemented:
+            return out
+        leaves, spec = tree_flatten((args, kwargs))
+        pairs = [self._pair(t) if isinstance(t, Tensor) else (t, None) for t in leaves]
+        moving = {k: tangent for k, (_, tangent) in enumerate(pairs) if tangent is not None}
+        if not moving:
+            return fn(*args, **kwargs)
+        with self.outside(), torch.enable_grad():
+            plain = [t.detach().requires_grad_() if k in moving else t for k, (t, _) in enumerate(pairs)]
+            call_args, call_kwargs = tree_unflatten(plain, spec)
+            results, shape = tree_flatten(fn(*call_args, **call_kwargs))
+            outs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+            # J^T u at some u without zeros: linear in u, so that its own derivative must give it back.
+            us = [_between_one_and_two(out).requires_grad_() for out in outs]
+            pulled = torch.autograd.grad(outs, [plain[k] for k in moving], us, create_graph=True, allow_unused=True)
+            known = [(p, v.to(p.dtype)) for p, v in zip(pulled, moving.values(), strict=True) if p is not None]
+            jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known])
+            pairs_of_us = zip(us, jvs, strict=True)
+            there, back = (sum(float(inner(a, b).detach().sum()) for a, b in both) for both in (pairs_of_us, known))
+            size = sum(float(inner(p, v).detach().abs().sum()) for p, v in known)
+        if abs(there - back) > max(1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)) * size:
+            raise RuntimeError("its backward hides part of what it computes")
+        tangents = iter(jvs)
+        duals = [
+            _pack(t.detach(), next(tangents).detach()) if isinstance(t, Tensor) and t.requires_grad else t
+            for t in results
+        ]
+        return tree_unflatten(duals, shape)
+
+    def _pair(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Primal and tangent, ordinary tensors."""
+        return _unpack(t)
+
+    def _by_own_rule(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By this package's rule, for an operation to which torch gives no tangent."""
+        rule, duals = tangent_for(fn) or (None, 0)
+        if rule is None or duals < 2 or len(args) < duals:
+            return NotImplemented
+        primals, tangents = zip(*(self._pair(t) for t in args[:duals]), strict=True)
+        rest = tree_map_only(Tensor, self.plain, (args[duals:], kwargs))
+        if _carries_tangent(*rest):
+            return NotImplemented
+        with self.outside():
+            result = rule(primals, tangents, *rest[0], **rest[1])
+        return result if result is NotImplemented else _pack(*result)
 
     def with_frozen_statistics(
         self,
@@ -166,39 +210,12 @@ class DualLevel(Level):
             return body()
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        check_tangent(fn, args, kwargs)
         out = super().call(fn, args, kwargs, writes=writes)
         return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
 
     def tangent(self, t: Tensor) -> Tensor | None:
         return _unpack(t)[1]
-
-    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        pairs = [_unpack(t) if isinstance(t, Tensor) else (t, None) for t in leaves]
-        moving = {k: tangent for k, (_, tangent) in enumerate(pairs) if tangent is not None}
-        if not moving:
-            return fn(*args, **kwargs)
-        with torch.enable_grad():
-            plain = [t.detach().requires_grad_() if k in moving else t for k, (t, _) in enumerate(pairs)]
-            call_args, call_kwargs = tree_unflatten(plain, spec)
-            results, shape = tree_flatten(fn(*call_args, **call_kwargs))
-            outs = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
-            # J^T u at some u without zeros: linear in u, so that its own derivative must give it back.
-            us = [_between_one_and_two(out).requires_grad_() for out in outs]
-            pulled = torch.autograd.grad(outs, [plain[k] for k in moving], us, create_graph=True, allow_unused=True)
-            known = [(p, v.to(p.dtype)) for p, v in zip(pulled, moving.values(), strict=True) if p is not None]
-            jvs = torch.autograd.grad([p for p, _ in known], us, [v for _, v in known])
-        pairs_of_us = zip(us, jvs, strict=True)
-        there, back = (sum(float(inner(a, b).sum()) for a, b in both) for both in (pairs_of_us, known))
-        size = sum(float(inner(p, v).abs().sum()) for p, v in known)
-        if abs(there - back) > max(1e-3, *(16 * torch.finfo(out.dtype).eps for out in outs)) * size:
-            raise RuntimeError("its backward hides part of what it computes")
-        tangents = iter(jvs)
-        duals = [
-            _pack(t.detach(), next(tangents).detach()) if isinstance(t, Tensor) and t.requires_grad else t
-            for t in results
-        ]
-        return tree_unflatten(duals, shape)
 
     def primal(self, t: Tensor) -> Tensor:
         return _unpack(t)[0].detach()  # as unpacked it is a view, which would keep the tangent alive
@@ -360,6 +377,21 @@ def _leaf(t: Tensor, clone: bool) -> tuple[Tensor, Tensor]:
         return leaf, leaf.clone() if clone else leaf
 
 
+#: These multiply where they scatter, if asked to: torch's tangent is 0 where a factor is.
+_SCATTERS: set[Callable[..., Any]] = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
+
+#: Functions whose tangent in torch is another than their backward's, at a kink or at zeros: these go by their backward.
+_UNEQUAL: set[Callable[..., Any]] = {F.prelu, Tensor.prelu, torch.fmax, Tensor.fmax, *_SCATTERS}
+
+
+def check_tangent(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ``NotImplementedError`` if torch's tangent of a call is not its backward's."""
+    if fn in _UNEQUAL and (
+        fn not in _SCATTERS or any(type(a) is str and a == "prod" for a in (*args, *kwargs.values()))
+    ):
+        raise NotImplementedError("forward AD has another derivative than backward")
+
+
 _FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -368,10 +400,6 @@ TREATMENTS: dict[Callable[..., Any], str] = {
     **dict.fromkeys(_FUSED, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
     F.scaled_dot_product_attention: "runs by the explicit formula: the fused kernels have no forward derivative",
 }
-
-
-#: Found to have no forward derivative.
-WITHOUT_FORWARD: set[Callable[..., Any]] = set()
 
 
 def is_foreign(fn: Callable[..., Any]) -> bool:
@@ -502,6 +530,10 @@ class FuncLevel(Level):
             t = torch._C._functorch.get_unwrapped(t)
         return t
 
+    def _pair(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        primal, tangent = _unpack(t)
+        return self.plain(primal), None if tangent is None else self.plain(tangent)
+
     def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
         ty = self._scalar(y) * y
         if not in_place:
@@ -527,6 +559,7 @@ class FuncLevel(Level):
             return leaf, self.plain(leaf)
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        check_tangent(fn, args, kwargs)
         if not writes or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
         if fn in (F.batch_norm, F.instance_norm):

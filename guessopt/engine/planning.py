@@ -176,9 +176,8 @@ def layouts_of(
     given: int | None,
     seed: int = 0,
     known: Found | None = None,
-    thorough: bool = True,
 ) -> Found:
-    """Probe the closure for where its examples lie. ``known``, ``thorough``: see ``find_layouts``."""
+    """Probe the closure for where its examples lie. ``known``: see ``find_layouts``."""
     graph = analysis.graph(list(sites), {}, 1, segments=False)
     frozen, witness = make_level().frozen_statistics, Witness(analysis)
     together = not graph.shared_writes
@@ -235,7 +234,6 @@ def layouts_of(
             doubtful=frozenset(site.value for site in sites if may_hold_no_examples(analysis, site)),
             seed=seed,
             known=known,
-            thorough=thorough,
         )
     except _Carried as carried:
         raise carried.error from None
@@ -358,13 +356,13 @@ def reprobe(
         plan.given,
         plan.uses,
         plan.found,
-        thorough=False,
     )
     changed = (found.batch, found.layouts, found.ends) != (plan.found.batch, plan.found.layouts, plan.found.ends)
     plan.found = found
     if changed:
         new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream, ends=found.ends)
-        plan.graph = replace(new, constants={v: graph.constants.get(v, t) for v, t in new.constants.items()})
+        plan.graph = replace(new, constants={**new.constants, **graph.constants})  # the tape has forgotten its batch
+        object.__setattr__(plan.graph, "early", graph.early)
         plan.guesses = None
     plan.due = False
 

@@ -112,7 +112,6 @@ def find_layouts(
     doubtful: frozenset[int] = frozenset(),
     seed: int = 0,
     known: Found | None = None,
-    thorough: bool = True,
 ) -> Found:
     """Search; see the module's docstring.
 
@@ -123,12 +122,11 @@ def find_layouts(
         doubtful: values of sites that may hold no examples (positions). They have no say in which N it is.
         seed: of the splits; another one later sees what this one may have missed.
         known: found earlier: one run confirms it, or the search begins anew.
-        thorough: confirm ``known`` on several splits, not on one half.
     """
     search = _Search(sites, cuts, push, coupled, doubtful, seed)
     if known is not None and all(cut.value in known.ends for cut in cuts):
         trial = _Trial(known.batch, search.completed(known), known.ends)
-        if search.keep_apart([trial], search.splits if thorough else search.half)[0]:
+        if search.keep_apart([trial], search.splits)[0]:
             return search.result(trial)
     candidates = batch_candidates(search.core, cuts, given, others)
     found: list[_Trial] = []

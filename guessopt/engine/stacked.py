@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from guessopt.engine.levels import FastLevel, Level, _pack, _unpack
+from guessopt.engine.levels import FastLevel, Level, _pack, _unpack, check_tangent
 from guessopt.rng import RandomState, draws
 from guessopt.rules.attention import stacked_attention
 from guessopt.rules.base import is_in_place, tangent_for
@@ -119,7 +119,13 @@ class StackedLevel(FastLevel):
         return torch.stack([f([None if t is None else t[k] for t in tensors]) for k in range(self.count)])
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise RuntimeError("takes one tangent at a time")
+        moving = {id(t): v for t in tensors_in(args, kwargs) if (v := self.tangent(t)) is not None}
+        if not moving:
+            return fn(*args, **kwargs)
+        out, results = self._in_turn(fn, args, kwargs, moving, False)
+        for t, tangent in results:
+            self._attach(t, tangent)
+        return out
 
     # --- one operation ------------------------------------------------------------------------------------------------
 
@@ -207,6 +213,7 @@ class StackedLevel(FastLevel):
 
     def _by_jvp(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving) -> Found:
         """Torch's own rule: tangents batched by ``vmap``, the primal not."""
+        check_tangent(fn, args, kwargs)
         duals: dict[int, Tensor] = {}
         with _vmap(self.count) as level, _jvp() as inner:
 
@@ -254,7 +261,12 @@ class StackedLevel(FastLevel):
 
             with fw.dual_level():
                 call_args, call_kwargs = _mapped(args, dual), _mapped(kwargs, dual)
-                out = FastLevel.call(self, fn, call_args, call_kwargs, writes=writes)
+                try:
+                    out = FastLevel.call(self, fn, call_args, call_kwargs, writes=writes)
+                except NotImplementedError:
+                    if writes or is_in_place(fn):
+                        raise
+                    out = Level.through_backward(self, fn, call_args, call_kwargs)
                 results = tensors_in((out if out is not None else call_args[0],))
                 pairs = [_unpack(t) for t in results]
                 if not k:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
@@ -56,12 +57,13 @@ class ActivationMixing(Estimator):
         layout = _layout_of(x, local)
         rows = _rows(x, layout, local.examples)
         a = local.noise((rows.shape[0], rows.shape[0]), self.noise).to(rows.dtype)
-        y = local.pull_back(_unrows(a @ rows, layout, tuple(x.shape)))  # n m, m j -> n j
+        u = a @ rows  # n m, m j -> n j
+        y = local.pull_back(_unrows(u, layout, tuple(x.shape)))
         if not self.normalise:
             return y
         each = _rows(y, local.site.layout, local.examples)
         norm = each.norm(dim=1, keepdim=True)
-        scale = each.shape[1] ** 0.5 / norm.masked_fill(norm == 0, 1.0)
+        scale = (each.shape[1] ** 0.5 / norm).masked_fill(norm <= _rounding(u, local.s), 0.0)
         return _unrows(each * scale, local.site.layout, tuple(y.shape))
 
     def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
@@ -73,6 +75,14 @@ class ActivationMixing(Estimator):
         layout = _layout_of(x, local)
         rows, v = (_rows(t, layout, local.examples) for t in (x, local.push_forward(g)))
         return local.pull_back(_unrows((v @ rows.T) @ rows, layout, tuple(x.shape)))
+
+
+def _rounding(u: Tensor, s: Tensor) -> Tensor:
+    """The size, an example, of what is left where activations or a mixture of them cancel (a mean of what has been
+    normalised): no direction to be normalised, and another one in every pass. A layer's scale may be as small in half
+    precision, and nearly so in float32."""
+    share = {torch.float64: 1e-10, torch.float32: 5e-7}.get(u.dtype, 0.0)
+    return torch.maximum(u.norm(), s.norm().to(u.dtype)) * (share / max(len(u), 1) ** 0.5)
 
 
 def _layout_of(x: Tensor, local: Local) -> Layout:
@@ -91,7 +101,7 @@ def _rows(t: Tensor, layout: Layout, n: int) -> Tensor:
         return t.reshape(n, -1)
     if layout is Layout.FLAT_T:
         return t.reshape(-1, n, *t.shape[1:]).transpose(0, 1).reshape(n, -1)
-    return t.reshape(t.shape[0] if t.dim() > 1 else 1, -1)
+    return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
 
 
 def _unrows(rows: Tensor, layout: Layout, shape: Shape) -> Tensor:

@@ -222,6 +222,15 @@ def silu(x: Tensor, dx: Tensor, inplace: bool = False, *, known: Known | None = 
     return F.silu(x) if known is None else known.out, torch.ops.aten.silu_backward(dx, x)
 
 
+@register_tangent(F.prelu, duals=2)
+def prelu(xw: Pair, tangents: Pair) -> Any:
+    """``ds = dx`` where ``x > 0``, else ``w dx + x dw``: at 0 as autograd has it (torch's tangent: ``dx``)."""
+    (x, w), (dx, dw) = xw, tangents
+    shape = () if w.numel() == 1 else (-1, *(1,) * (x.dim() - 2))
+    ds = torch.zeros_like(x) if dx is None else torch.where(x > 0, dx, w.reshape(shape) * dx)
+    return F.prelu(x, w), ds if dw is None else ds + torch.where(x > 0, 0, x) * dw.reshape(shape)
+
+
 @register_tangent(
     torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide, Tensor.__truediv__,
     duals=2,

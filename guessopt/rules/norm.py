@@ -27,6 +27,9 @@ _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
 }
 
+#: Normalisations whose weight lies along dimension 1, whatever follows it.
+CHANNELS_SECOND = (F.batch_norm, F.group_norm)
+
 
 @register_rule(F.batch_norm, F.layer_norm, F.group_norm, F.rms_norm)
 class NormRule(Rule):
@@ -46,7 +49,7 @@ class NormRule(Rule):
         """``v_w xhat + v_b``, of each example's own weight and bias."""
         bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
         tensors = [name for name, value in bound.items() if isinstance(value, Tensor)]
-        inner = (1,) * (bound["input"].dim() - 2) if fn in (F.batch_norm, F.group_norm) else ()
+        inner = (1,) * (bound["input"].dim() - 2) if fn in CHANNELS_SECOND else ()
         placed = {tensors[k]: place(v.reshape(*v.shape, *inner)) for k, v in zip(wanted, vs, strict=True)}
         if "weight" not in placed:
             return placed["bias"]
@@ -66,7 +69,7 @@ class NormRule(Rule):
         tensors = [name for name, value in bound.items() if isinstance(value, Tensor)]
         x = bound["input"]
         shape = bound["weight"].shape if isinstance(bound.get("weight"), Tensor) else bound["bias"].shape
-        channel_first = fn in (F.batch_norm, F.group_norm)
+        channel_first = fn in CHANNELS_SECOND
         dims = [d for d in range(g.dim()) if d != 1] if channel_first else list(range(g.dim() - len(shape)))
         gradients: list[Tensor | None] = []
         if fn is F.batch_norm and bound.get("training", False) and x.dtype is g.dtype:

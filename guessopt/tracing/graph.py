@@ -12,6 +12,7 @@ from torch import Tensor
 
 from guessopt.rules.base import MatrixRule, Rule, rule_for
 from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
+from guessopt.rules.norm import CHANNELS_SECOND
 from guessopt.sites import (
     Call,
     Cut,
@@ -66,6 +67,7 @@ class Analysis:
         tape = self.tape
         self.active = tape.active
         self.blocked: dict[int, str] = {}
+        self.without_forward: set[Callable[..., Any]] = set()
         self._next_inputs: dict[tuple[int, ...], int | None] = {}
         self._expressions: dict[tuple[tuple[int, ...], int], int] = {}
         self.useful = self._ancestors()
@@ -454,6 +456,7 @@ class Analysis:
             blocked={site.index: self.blocked[site.value] for site in sites if site.value in self.blocked},
             stream=found,
             joints=self._joints(final) if segments else (),
+            without_forward=self.without_forward,
         )  # fmt: skip
 
     def _kind(self, c: int, calls_of_sites: set[int]) -> Kind:
@@ -551,7 +554,9 @@ class Analysis:
             return False
         shapes = [self.tape.shapes[site.call.inputs[k]] for k in self.tape.mine[site.call.index]]
         dims = len(site.shape) - (2 if layout is Layout.BATCH_SECOND else 1)
-        fits = all(len(shape) <= dims or (len(shape) <= dims + 1 and shape[0] == 1) for shape in shapes)
+        if site.call.fn in CHANNELS_SECOND:
+            dims -= len(site.shape) - 2
+        fits = all(len(shape) <= dims or (len(shape) <= dims + 1 and shape[:1] == (1,)) for shape in shapes)
         entries = numel(site.shape) // (1 if layout is Layout.COUPLED else batch)
         return fits and entries >= OUTNUMBERED * sum(numel(shape) for shape in shapes)
 

@@ -5,7 +5,7 @@ Letters: s the site's output, x the next matrix site's input, u a cotangent of x
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -369,9 +369,13 @@ class Stretch:
 
     def pull_back(self, goals: tuple[int, ...], us: list[Tensor], variables: list[int]) -> list[Tensor]:
         """``J^T u``: from the goals to each of the variables."""
-        outs, ends = [self.values[goal] for goal in goals], [self.ends[v] for v in variables]
-        us = [u.to(out.dtype) for u, out in zip(us, outs, strict=True)]
-        found = torch.autograd.grad(outs, [end.edge for end in ends], us, allow_unused=True, retain_graph=True)
+        ends = [self.ends[v] for v in variables]
+        pairs = [(self.values[goal], u) for goal, u in zip(goals, us, strict=True)]
+        pairs = [(out, u.to(out.dtype)) for out, u in pairs if out.requires_grad]  # others depend on nothing here
+        found: Sequence[Tensor | None] = [None] * len(ends)
+        if pairs:
+            outs, given = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outs, [end.edge for end in ends], given, allow_unused=True, retain_graph=True)
         return [
             us[0].new_zeros(end.shape, dtype=end.dtype) if g is None else g for g, end in zip(found, ends, strict=True)
         ]

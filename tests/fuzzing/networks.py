@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tests.fuzzing.losses
-import tests.fuzzing.operations  # noqa: F401  (they fill the tables)
+import tests.fuzzing.operations_layers
+import tests.fuzzing.operations_sequences
+import tests.fuzzing.operations_shapes
+import tests.fuzzing.operations_values  # noqa: F401  (they fill the tables)
 from tests.fuzzing.parts import ANY, LOSSES, OPERATIONS, Built, Maker, Network, Op, Unfit, need
 
 Pick = Callable[[Sequence[Any]], Any]

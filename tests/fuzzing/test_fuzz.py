@@ -25,7 +25,7 @@ TRIES = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    phases=(Phase.generate,),
+    phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
 
@@ -34,7 +34,6 @@ def wrong(network: Network, *names: str) -> list[Finding]:
     return [finding for finding in check(network, *names) if finding.kind in ("wrong", "obscure")]
 
 
-@pytest.mark.xfail(strict=False, reason="kinds of wrong answers that are known and not yet put right")
 @pytest.mark.parametrize("block", range(NETWORKS // BLOCK))
 def test_networks(block: int) -> None:
     """Exactness and a change between steps for each network; two of the other oracles in turn."""
@@ -79,14 +78,14 @@ def test_a_seed_makes_one_network_and_its_repr_makes_it_again() -> None:
 
 def off_by_a_little(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
     """Every estimate of an optimizer for which ``when`` is true is 1% too long."""
-    right = GuessGradOptimizer._estimate
+    right = GuessGradOptimizer._estimated
 
     def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
         wrong = when(self)
         loss, gradients = right(self, *args, **kwargs)
         return loss, {k: g * 1.01 for k, g in gradients.items()} if wrong else gradients
 
-    monkeypatch.setattr(GuessGradOptimizer, "_estimate", estimate)
+    monkeypatch.setattr(GuessGradOptimizer, "_estimated", estimate)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +109,14 @@ def test_an_oracle_notices_a_wrong_estimate(monkeypatch: pytest.MonkeyPatch, nam
 def test_the_oracles_of_scale_and_of_state_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network((Op("linear", "module"), Op("activation", "tanh")), ("mse",))
     assert check(network, "scaling", "plain") == []
-    right, made = GuessGradOptimizer._estimate, []
+    right, made = GuessGradOptimizer._estimated, []
 
     def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
         made.append(self)
         loss, gradients = right(self, *args, **kwargs)
         return loss + 1, {k: g + 0.1 for k, g in gradients.items()}
 
-    monkeypatch.setattr(GuessGradOptimizer, "_estimate", estimate)
+    monkeypatch.setattr(GuessGradOptimizer, "_estimated", estimate)
     found = check(network, "scaling", "plain")
     assert made and [finding.oracle for finding in found] == ["scaling", "plain"]
     assert "the loss is" in found[1].message
