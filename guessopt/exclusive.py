@@ -9,6 +9,7 @@ takes it back.
 
 from __future__ import annotations
 
+import _signal  # what ``signal`` is made of, without the enums that a step would pay for four times
 import os
 import signal
 import threading
@@ -24,6 +25,8 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from guessopt.errors import ClosureError
 
 Handler = Callable[[int, Any], Any]
+
+SIGINT = int(signal.SIGINT)
 
 
 class _Modes:
@@ -80,20 +83,20 @@ class _Interrupts:
     def installed(cls) -> _Interrupts | None:
         if threading.current_thread() is not threading.main_thread():
             return None
-        before = signal.getsignal(signal.SIGINT)
+        before = _signal.getsignal(SIGINT)
         if not callable(before) or isinstance(getattr(before, "__self__", None), _Interrupts):
             return None  # ignored, or not Python's to handle
         found = cls(before)
-        signal.signal(signal.SIGINT, found.heard)
+        _signal.signal(SIGINT, found.heard)
         return found
 
     def removed(self) -> None:
         """The handler as before; then whatever has waited."""
-        if signal.getsignal(signal.SIGINT) == self.heard:
-            signal.signal(signal.SIGINT, self.before)
+        if _signal.getsignal(SIGINT) == self.heard:
+            _signal.signal(SIGINT, self.before)
         if self.waits:
             self.waits = False
-            self.before(signal.SIGINT, None)
+            self.before(SIGINT, None)
 
 
 class _Turn:

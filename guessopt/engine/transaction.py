@@ -185,13 +185,12 @@ class Transaction:
                 self._walk(node, depth)
 
     def _walk_module(self, module: nn.Module) -> None:
-        if isinstance(module, torch.jit.ScriptModule):  # has its attributes elsewhere
-            return
-        state = module.__dict__
-        hooked = state["_forward_pre_hooks"] or state["_forward_hooks"]
-        if not hooked and _is_torchs(cast(Any, type(module))):
+        kind, state = cast(Any, type(module)), module.__dict__
+        if _is_torchs(kind) and not state["_forward_pre_hooks"] and not state["_forward_hooks"]:
             if state["_modules"]:
                 self._walk_children(state["_modules"])
+            return
+        if isinstance(module, torch.jit.ScriptModule):  # has its attributes elsewhere
             return
         self._homes.add(_root(module))
         self._walk_attributes(module)
@@ -200,9 +199,18 @@ class Transaction:
             self._walk(forward, _DEPTH)
 
     def _walk_children(self, modules: dict[str, nn.Module | None]) -> None:
+        seen = self._seen
         for module in modules.values():
-            if module is not None and id(module) not in self._seen:
-                self._seen[id(module)] = module
+            if module is None or id(module) in seen:
+                continue
+            seen[id(module)] = module
+            state = module.__dict__
+            if (  # torch's own layer, of which most networks have many
+                not _is_torchs(cast(Any, type(module)))
+                or state["_modules"]
+                or state["_forward_pre_hooks"]
+                or state["_forward_hooks"]
+            ):
                 self._walk_module(module)
 
     def _walk_attributes(self, module: nn.Module) -> None:
@@ -218,7 +226,7 @@ class Transaction:
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             if state[name]:
                 self._walk_each(state[name].values(), 0)
-        for name in state.keys() - _INTERNAL:
+        for name in [name for name in state if name not in _INTERNAL] if len(state) > len(_INTERNAL) else ():
             value = state[name]
             if type(value) not in _STATELESS:
                 self._walk(value, 0)

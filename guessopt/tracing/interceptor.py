@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Number
 from types import FunctionType
 from typing import Any
 
@@ -55,7 +56,7 @@ def _collect(node: Any, found: list[Tensor]) -> None:
 
 def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
     """The tensors among arguments, in order, and the arguments' outline: nested lists with ``Tensor`` (the class) where
-    a tensor stands and everything else as it is.
+    a tensor stands, numbers, names and the like as they are, and of other objects the kind, which keeps none alive.
 
     >>> split((torch.zeros(1), (2, torch.ones(1))), {"dim": 0})
     ([tensor([0.]), tensor([1.])], [<class 'torch.Tensor'>, [2, <class 'torch.Tensor'>], ['dim', 0]])
@@ -67,10 +68,16 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor
     return tensors, outline
 
 
+#: Kinds of arguments that are most often met, and that hold nothing else.
+_ATOMS: set[type] = {bool, int, float, str, type(None), torch.dtype, torch.device, type(...)}
+
+
 def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
     found: list[Any] = []
     for item in node:
-        if isinstance(item, Tensor):
+        if type(item) in _ATOMS:
+            found.append(item)
+        elif isinstance(item, Tensor):
             tensors.append(item)
             found.append(Tensor)
         elif isinstance(item, (tuple, list)):
@@ -78,7 +85,7 @@ def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
         elif isinstance(item, dict):
             found.append(_outline_of_dict(item, tensors))
         else:
-            found.append(item)
+            found.append(item if type(item) in _COMPARED or _is_number(type(item)) else type(item))
     return found
 
 
@@ -86,24 +93,18 @@ def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any
     found: list[Any] = []
     for key, item in node.items():
         found.append(key)
-        found += _outline((item,), tensors)
+        if type(item) in _ATOMS:
+            found.append(item)
+        else:
+            found += _outline((item,), tensors)
     return found
 
 
-#: Kinds of arguments that are kept to be compared; of others only the kind is.
+#: Kinds of arguments that are kept to be compared, beside numbers; of others only the kind is.
 _COMPARED: tuple[type, ...] = (
     bool, int, float, complex, str, type(None), type(...), slice,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-
-
-def recordable(outline: list[Any]) -> list[Any]:
-    """An outline that keeps nothing alive: objects of other kinds than numbers, names and the like give way to their
-    kind."""
-    return [
-        recordable(item) if type(item) is list else item if item is Tensor or type(item) in _COMPARED else type(item)
-        for item in outline
-    ]
 
 
 def compared(outline: list[Any], recorded: list[Any]) -> bool | None:
@@ -141,14 +142,14 @@ def _compared(given: Any, known: Any) -> bool | None:
         return True if given == known or (given != given and known != known) else None
     if kind in _COMPARED:
         return kind is type(known) and bool(given == known)
-    return kind is known
+    return False
 
 
 def _is_number(kind: type) -> bool:
-    return kind is not bool and issubclass(kind, (int, float, complex))
+    return kind is not bool and issubclass(kind, Number)  # numpy's too
 
 
-class _NoGrad:
+class NoGrad:
     """``torch.no_grad()`` at a fraction of its cost, which a pass would pay at every call."""
 
     def __init__(self) -> None:
@@ -181,7 +182,7 @@ class Interceptor(TorchFunctionMode):
         self.enabled = True
         #: Whether gradients are being handed on: an error is then none of the closure's.
         self.delivering = False
-        self.no_grad: AbstractContextManager[Any] = _NoGrad()
+        self.no_grad: AbstractContextManager[Any] = NoGrad()
 
     def __torch_function__(
         self, fn: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -199,7 +200,7 @@ class Interceptor(TorchFunctionMode):
         if fn is F.multi_head_attention_forward:
             with self:  # its projections are ordinary calls
                 return _attention(*args, **kwargs)
-        if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
+        if type(fn) is _GETTER and fn.__name__ == "__get__" and not isinstance(out := fn(*args), Tensor):
             return self._requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
         if torch.is_inference_mode_enabled():
             raise ClosureError(
@@ -399,6 +400,8 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
     """The autocast in force for the tensor's device, if any."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = t.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return (kind, torch.get_autocast_dtype(kind)) if enabled else None
@@ -434,6 +437,8 @@ def dense(w: Tensor) -> Tensor:
 
 
 _FREEZING: set[Callable[..., Any]] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+
+_GETTER = type(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
-from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, recordable, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient, tensors_in
 from guessopt.tracing.writes import Writes
 
 
@@ -128,7 +128,7 @@ class Tape(Interceptor):
                 index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place,
                 aliases=(in_place and (len(outputs) > 1 or written != [0])) or any(v in self.active for _, v in moves),
                 autocast=autocast_of(tensors[0]) if tensors else None,
-                reads=reads, outline=recordable(outline), direct=len(results),
+                reads=reads, outline=outline, direct=len(results),
                 target=next((k for k in written if results and tensors[k] is results[0]), None), moves=moves, held=held,
                 sources=(*inputs, *(old for old, new in (*moves, *held) if new in self.active)), stopped=stopped,
                 writes=self.writes.of(index)[0], hidden=self.writes.of(index)[1],
