@@ -150,7 +150,7 @@ class Pass(Interceptor):
             self.random[index] = RandomState.before(args, kwargs, fn)
         out = self._run(index, kind, fn, args, kwargs, tensors)
 
-        results = _results(out, tensors)
+        results = [out] if isinstance(out, Tensor) else _results(out, tensors)
         if len(results) != call.direct:
             raise Departure(index, f"{_name(fn)} returned {len(results)} tensors in place of {call.direct}")
         for k, value in leaving:
@@ -380,16 +380,16 @@ class Pass(Interceptor):
         return AS_IT_IS if index in self.level.reverses else self.no_grad
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = self.known.pop(index, None)
+        known = self.known.pop(index, None) if self.known else None
         if known is not None and known.serves(args, kwargs):
             out = self.level.resume(fn, args, kwargs, known)
             if out is not NotImplemented:
                 return out
         targets = self.graph.mutations.get(index, ())
         hidden = self.graph.hidden.get(index, ())
-        retried = hidden or (targets and fn is not F.batch_norm and not is_in_place(fn))
-        before = Memory() if retried else None
-        if before is not None:
+        before = None
+        if hidden or (targets and fn is not F.batch_norm and not is_in_place(fn)):
+            before = Memory()
             own = tensors_in(args, kwargs)
             with self.level.outside():
                 for t in (*hidden, *(own[k] for k in targets)):

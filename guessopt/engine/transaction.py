@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,14 +185,15 @@ class Transaction:
                 self._walk(node, depth)
 
     def _walk_module(self, module: nn.Module) -> None:
-        kind, state = cast(Any, type(module)), module.__dict__
+        kind: Any = type(module)
+        state = module.__dict__
         if _is_torchs(kind) and not state["_forward_pre_hooks"] and not state["_forward_hooks"]:
             if state["_modules"]:
                 self._walk_children(state["_modules"])
             return
         if isinstance(module, torch.jit.ScriptModule):  # has its attributes elsewhere
             return
-        self._homes.add(_root(module))
+        self._homes.add(_package(kind))
         self._walk_attributes(module)
         forward = getattr(type(module), "forward", None)
         if isinstance(forward, FunctionType):
@@ -204,12 +205,10 @@ class Transaction:
             if module is None or id(module) in seen:
                 continue
             seen[id(module)] = module
+            kind: Any = type(module)
             state = module.__dict__
             if (  # torch's own layer, of which most networks have many
-                not _is_torchs(cast(Any, type(module)))
-                or state["_modules"]
-                or state["_forward_pre_hooks"]
-                or state["_forward_hooks"]
+                not _is_torchs(kind) or state["_modules"] or state["_forward_pre_hooks"] or state["_forward_hooks"]
             ):
                 self._walk_module(module)
 
@@ -218,10 +217,13 @@ class Transaction:
         if id(state) in self._seen:
             return
         self._seen[id(state)] = state
-        self._keep(state, dict(state), _put_dict)
-        self._keep(state["_parameters"], dict(state["_parameters"]), _put_dict)
-        self._keep(state["_buffers"], dict(state["_buffers"]), _put_dict)
-        self._keep(state["_non_persistent_buffers_set"], set(state["_non_persistent_buffers_set"]), _put_set)
+        params, buffers, passing = state["_parameters"], state["_buffers"], state["_non_persistent_buffers_set"]
+        self._kept += (
+            (state, state.copy(), _put_dict),
+            (params, params.copy() if params else _NOTHING, _put_dict),
+            (buffers, buffers.copy() if buffers else _NOTHING, _put_dict),
+            (passing, passing.copy() if passing else _NOTHING, _put_set),
+        )
         self._walk_children(state["_modules"])
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             if state[name]:
@@ -302,12 +304,18 @@ _DEPTH = 3
 _MOST = 20_000
 _ABSENT: Any = object()
 _CONTAINERS = {list, dict, set, deque}
+_NOTHING: Any = {}
 _INTERNAL = nn.Module().__dict__.keys()
 _STATELESS: set[Any] = {
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), object, slice, range, type, ModuleType, Tensor,
     nn.Parameter, torch.Size, torch.dtype, torch.device, torch.layout, type(len), type(str.join), property, CodeType,
     type(torch.relu), type(Tensor.add),
 }  # fmt: skip
+
+
+@lru_cache(1024)
+def _package(kind: Any) -> str:
+    return str(kind.__module__).partition(".")[0]
 
 
 @lru_cache(1024)

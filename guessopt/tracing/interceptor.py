@@ -75,17 +75,18 @@ _ATOMS: set[type] = {bool, int, float, str, type(None), torch.dtype, torch.devic
 def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
     found: list[Any] = []
     for item in node:
-        if type(item) in _ATOMS:
-            found.append(item)
-        elif isinstance(item, Tensor):
+        kind = type(item)
+        if kind is Tensor or (kind not in _ATOMS and isinstance(item, Tensor)):
             tensors.append(item)
             found.append(Tensor)
+        elif kind in _ATOMS:
+            found.append(item)
         elif isinstance(item, (tuple, list)):
             found.append(_outline(item, tensors))
         elif isinstance(item, dict):
             found.append(_outline_of_dict(item, tensors))
         else:
-            found.append(item if type(item) in _COMPARED or _is_number(type(item)) else type(item))
+            found.append(item if kind in _COMPARED or _is_number(kind) else kind)
     return found
 
 
