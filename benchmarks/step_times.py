@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from time import process_time
 from typing import IO, Any
 
@@ -134,7 +133,6 @@ def audited(opt: GuessGradOptimizer, step: Callable[[], object], count: int) -> 
 def serve(lines: IO[str], answers: IO[str]) -> None:
     """One version's side."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     made: dict[tuple[Any, ...], tuple[GuessGradOptimizer, Callable[[], object]]] = {}
     for line in lines:
         what, network, options, audit, count = json.loads(line)
@@ -178,7 +176,7 @@ class Side:
 @dataclass(frozen=True)
 class Times:
     """A case: milliseconds of the quickest step of each block, the least of them (``before``: of the other version);
-    ``over``: the median, over blocks in turn, of the ratio. ``audits``: their share of a thousand steps."""
+    ``over``: the ratio of the two. ``audits``: their share of a thousand steps."""
 
     now: float
     before: float | None
@@ -194,8 +192,8 @@ def measured(
     for _ in range(blocks):
         for side, found in times.items():
             found.append(min(side.ask("ordinary", network, options, False, count)))
-    over = None if before is None else median(a / b for a, b in zip(times[now], times[before], strict=True))
     least = {side: min(found) for side, found in times.items()}
+    over = None if before is None else least[now] / least[before]
     share = None
     if audits:
         now.ask("audited", network, options, True, 1)  # what is done once in a process
@@ -208,4 +206,5 @@ def measured(
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     serve(sys.stdin, sys.stdout)
