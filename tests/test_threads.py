@@ -141,10 +141,11 @@ def test_ctrl_c_at_any_time_is_before_a_step_or_after_it(engine: str, memory: st
     mean = (time.perf_counter() - begin) / 12
     pause, interrupted = torch.Generator().manual_seed(0), 0
     for _ in range(40):
-        signal.setitimer(signal.ITIMER_REAL, max(1e-5, float(torch.rand((), generator=pause)) * mean))
+        delay = max(1e-5, float(torch.rand((), generator=pause)) * mean)
         previous = signal.signal(signal.SIGALRM, lambda *_: _thread.interrupt_main())
         steps = optimizer._steps
         try:
+            signal.setitimer(signal.ITIMER_REAL, delay)
             optimizer.step(closure)
         except KeyboardInterrupt:
             interrupted += 1
