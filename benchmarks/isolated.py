@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ def fresh(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _alone(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    gc.freeze()  # what was imported: a collection need not look through it again
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore", GuessWarning)  # which guess a site gets is no matter of memory

@@ -1,6 +1,8 @@
 """Step time over a backprop step and over a checkpointed one, and where a W-perp step's time goes.
 
-With ``--guesses K`` instead: what K guesses in one pass cost, as a multiple of what one costs (``GuessCost``).
+With ``--guesses K`` instead: what K guesses in one pass cost, as a multiple of what one costs (``GuessCost``). With
+``--single`` instead: steps of small networks, and what audits cost in a thousand of them; with ``--against DIR`` beside
+the steps of another version of the package, whose checkout is there.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from benchmarks import step_times
 from benchmarks.measure import Ratio, Step, Stopwatch, interleaved, ratio, seconds
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
@@ -120,6 +123,7 @@ PROBLEMS = {
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 LR = 1e-4
+ROOT = Path(__file__).parents[1]
 DEFAULT_ENGINE: str = inspect.signature(GuessGradOptimizer).parameters["engine"].default
 MATH_ATTENTION = "unfused attention with engine {}, which has no forward-mode rule for the fused one"
 
@@ -388,6 +392,42 @@ def run_guesses(args: argparse.Namespace, out: Path) -> None:
     )
 
 
+# --- small networks ---------------------------------------------------------------------------------------------------
+
+
+def run_single(args: argparse.Namespace, out: Path) -> None:
+    """``step_times.Times`` of each small network and each way to make its steps: a table, and ``steps.json``."""
+    networks = list(step_times.NETWORKS)[:1] if args.quick else list(step_times.NETWORKS)
+    blocks, count = (2, 2) if args.quick else (args.rounds or 12, 5)
+    now, before = step_times.Side(ROOT), step_times.Side(args.against) if args.against else None
+    found: dict[str, dict[str, step_times.Times]] = {}
+    try:
+        for network in networks:
+            found[network] = {
+                options: step_times.measured(network, options, now, before, blocks, count)
+                for options in tqdm(step_times.OPTIONS, desc=f"{network:>14}", leave=False, disable=None)
+            }
+    finally:
+        now.close()
+        if before is not None:
+            before.close()
+    figures = {network: {options: asdict(t) for options, t in each.items()} for network, each in found.items()}
+    write_json(out / "steps.json", args, seeds=[0], settings={"blocks": blocks, "steps": count}, figures=figures)
+    print_table(
+        "Milliseconds of a step (the least), and audits' share of 1,000 steps",
+        ["network, method", "before", "now", "now / before", "audits"],
+        [
+            [f"{network}, {options}", *(shown(x) for x in (t.before, t.now)), shown(t.over), shown(t.audits, "%")]
+            for network, each in found.items()
+            for options, t in each.items()
+        ],
+    )
+
+
+def shown(x: float | None, unit: str = "") -> str:
+    return "-" if x is None else f"{100 * x:.1f}%" if unit else f"{x:.3f}"
+
+
 # --- the experiment ---------------------------------------------------------------------------------------------------
 
 
@@ -412,10 +452,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default=DEFAULT_ENGINE, help="of the consecutive steps (default: the optimizer's)")
     parser.add_argument("--reference", action="store_true", help="the engine torch.func.jvp as well")
     parser.add_argument("--guesses", type=int, metavar="K", help="measure only what K guesses in one pass cost (CPU)")
+    parser.add_argument("--single", action="store_true", help="measure only steps of small networks, and audits (CPU)")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="the same, beside another version's checkout")
 
 
 def run(args: argparse.Namespace) -> None:
     out = args.out or (SCRATCH if args.quick else COMMITTED)
+    if args.single or args.against:
+        run_single(args, out)
+        return
     if args.guesses:
         before = torch.get_num_threads()
         torch.set_num_threads(args.threads)

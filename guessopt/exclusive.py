@@ -9,6 +9,7 @@ has ended: an interrupt must not come between a change and its undoing.
 
 from __future__ import annotations
 
+import _signal  # what ``signal`` is made of, without the enums that a step would pay for four times
 import os
 import signal
 import threading
@@ -26,6 +27,8 @@ from torch.utils import _python_dispatch
 from guessopt.errors import ClosureError
 
 Handler = Callable[[int, Any], Any]
+
+SIGINT = int(signal.SIGINT)
 
 
 #: What a step replaces in torch.
@@ -139,20 +142,20 @@ class Interrupts:
     def installed(cls) -> Interrupts | None:
         if threading.current_thread() is not threading.main_thread():
             return None
-        before = signal.getsignal(signal.SIGINT)
+        before = _signal.getsignal(SIGINT)
         if not callable(before) or isinstance(getattr(before, "__self__", None), Interrupts):
             return None  # ignored, or not Python's to handle
         found = cls(before)
-        signal.signal(signal.SIGINT, found.heard)
+        _signal.signal(SIGINT, found.heard)
         return found
 
     def removed(self) -> None:
         """Put back the handler from before; then call it if Ctrl-C has waited."""
-        if signal.getsignal(signal.SIGINT) == self.heard:
-            signal.signal(signal.SIGINT, self.before)
+        if _signal.getsignal(SIGINT) == self.heard:
+            _signal.signal(SIGINT, self.before)
         if self.waits:
             self.waits = False
-            self.before(signal.SIGINT, None)
+            self.before(SIGINT, None)
 
 
 class _Turn:

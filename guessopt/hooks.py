@@ -61,7 +61,11 @@ def hooked(g: Tensor, p: Tensor, hooks: Hooks, name: str) -> Tensor:
 def accumulates(p: Tensor) -> bool:
     """Whether the parameter has hooks of ``register_post_accumulate_grad_hook``."""
     hooks = p._post_accumulate_grad_hooks
-    return bool(hooks) and any(hook is not _by_backward for hook in hooks.values())
+    if hooks:
+        for hook in hooks.values():
+            if hook is not _by_backward:
+                return True
+    return False
 
 
 def fire(p: Tensor) -> None:

@@ -429,6 +429,20 @@ class Kind(enum.IntEnum):
     IDLE = 5
 
 
+#: A call, its function, its kind, positions of the tensors to save before it; values (with their positions) to keep
+#: before and after it, those of which the level takes note; values that are needed no longer after it.
+Handling = tuple[
+    Call,
+    Callable[..., Any],
+    Kind,
+    "tuple[int, ...] | None",
+    list[tuple[int, int]],
+    list[tuple[int, int]],
+    list[tuple[int, int]],
+    tuple[int, ...],
+]
+
+
 @dataclass(frozen=True)
 class SiteGraph:
     """All that a trace found: enough to run the closure again in one forward-mode pass.
@@ -528,6 +542,19 @@ class SiteGraph:
             self.derived[key] = make()
         found: T = self.derived[key]
         return found
+
+    @cached_property
+    def handling(self) -> tuple[Handling, ...]:
+        """What every pass does at each call."""
+        found = []
+        for call, kind in zip(self.calls, self.kinds, strict=True):
+            c = call.index
+            entering, leaving = ([e[1:] for e in self.watch.get(c, ()) if e[0] == where] for where in ("in", "out"))
+            noted = [entry[1:] for entry in self.noted.get(c, ())]
+            found.append(
+                (call, call.fn, kind, self.mutations.get(c), entering, leaving, noted, self.release.get(c, ()))
+            )
+        return tuple(found)
 
     @cached_property
     def direct(self) -> frozenset[int]:

@@ -42,7 +42,7 @@ from guessopt.rng import NoiseSource, RandomState
 from guessopt.rules.base import Known
 from guessopt.rules.drawing import draws_now
 from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
-from guessopt.tracing.interceptor import without_autocast
+from guessopt.tracing.interceptor import NoGrad, without_autocast
 from guessopt.tracing.local import JointLocal, Local, Random, centred, draw, walked
 from guessopt.update import Updates, base_step, only, together
 
@@ -743,7 +743,7 @@ class Stepping:
             noise = centred(estimator.noise)
             drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(round.count)]
             return [_stacked(each, round.count) for each in zip(*drawn, strict=True)]
-        with torch.no_grad():
+        with NoGrad():
             state = self._prepared(site, estimator, key, local)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
@@ -994,7 +994,8 @@ def _users_frame() -> int:
 
 def _laid_out(g: Tensor, p: Tensor) -> Tensor:
     """The gradient in the parameter's dtype, and in its memory layout, which torch's fused updates take for granted."""
-    g = g.to(p.dtype)
+    if g.dtype is not p.dtype:
+        g = g.to(p.dtype)
     if g.layout is not torch.strided or g.stride() == p.stride():
         return g
     return torch.empty_like(p, requires_grad=False).copy_(g)
@@ -1036,7 +1037,7 @@ def _let_go(graph: SiteGraph, locals: dict[int, Local], visit: Visit) -> None:
 
 def _typed(y: Any, s: Tensor) -> Any:
     """The guess in the dtype of the site's output: the next weight may have another one."""
-    return y.to(s.dtype) if isinstance(y, Tensor) else y
+    return y.to(s.dtype) if isinstance(y, Tensor) and y.dtype is not s.dtype else y
 
 
 def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:

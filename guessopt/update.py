@@ -74,7 +74,9 @@ class Undo:
         dicts = [vars(base), state, *base.param_groups, *own]
         found.containers = [(each, dict(each)) for each in dicts]
         found.containers += [(group["params"], list(group["params"])) for group in base.param_groups]
-        found.versions = [*params, *grads, *(t for each in own for t in each.values() if isinstance(t, Tensor))]
+        found.versions = [*params, *grads]
+        for each in own:
+            found.versions += [t for t in each.values() if isinstance(t, Tensor)]
         found.before = [t._version for t in found.versions]
         return found
 

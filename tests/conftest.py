@@ -1,5 +1,6 @@
 """What every test starts from: fixed random states, and a torchvision that imports beside a CPU-only torch."""
 
+import gc
 import random
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -38,3 +39,8 @@ def _seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: collections in the tests need not look through it."""
+    gc.freeze()

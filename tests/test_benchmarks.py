@@ -1,8 +1,10 @@
 """The experiments, end to end in their quick versions on data made here: files with the declared keys, finite
 figures."""
 
+import io
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
+from benchmarks import step_times
 from benchmarks.__main__ import experiments, main
 from benchmarks.coverage import complain
 from benchmarks.measure import Stopwatch
@@ -105,6 +108,16 @@ def test_speed(tmp_path: Path) -> None:
     assert "w_perp, func" in content["figures"]["cnn"]["seconds"]
     assert content["environment"]["threads"] == 1
     assert torch.get_num_threads() == before
+
+
+def test_times_of_single_steps() -> None:
+    asked = [["ordinary", "LSTM", "w_perp", False, 2], ["audited", "LSTM", "w_perp", True, 1]]
+    answers = io.StringIO()
+    with warnings.catch_warnings():
+        step_times.serve(io.StringIO("\n".join(map(json.dumps, asked))), answers)
+    plain, audits = map(json.loads, answers.getvalue().splitlines())
+    assert len(plain) == 2 and len(audits) == len(step_times.AUDITED)
+    assert min(audits) > min(plain) > 0  # an audit runs the closure more often
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from benchmarks.problems import relu_mlp
 from .test_benchmarks import result
 
 
-def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LIMITED", ("backprop", "w_perp_stream"))  # each takes a process of a process
     figures = result("memory", tmp_path, "--problems", "mlp12", "mlp24")["figures"]
     for name in ("mlp12", "mlp24"):
         for method in LEARNERS:

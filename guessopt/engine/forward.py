@@ -16,7 +16,7 @@ from guessopt.engine.levels import Level, inner, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws, replayed
-from guessopt.rules.base import Known, is_in_place
+from guessopt.rules.base import Known, is_in_place, moves_statistics
 from guessopt.sites import Call, ForwardRecord, Kind, Site, SiteGraph, Value, Visit
 from guessopt.tracing.interceptor import (
     AS_IT_IS,
@@ -114,6 +114,7 @@ class Pass(Interceptor):
         if graph.stream is not None:
             self.random = dict.fromkeys(graph.stream.redrawn if level.reverses else graph.stream.drawing)
         self._answers = iter(graph.answers)
+        self.handling = graph.handling
         self._seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.known)
         self._moved: dict[int, int] = {}
 
@@ -129,11 +130,10 @@ class Pass(Interceptor):
         tensors: list[Tensor],
         outline: list[Any],
     ) -> Any:
-        graph = self.graph
-        if index >= len(graph.calls):
+        if index >= len(self.handling):
             raise Departure(index, f"{_name(fn)} is called after the last call of the earlier run")
-        call, kind = graph.calls[index], graph.kinds[index]
-        if call.fn != fn:
+        call, expected, kind, mutations, entering, leaving, noted, release = self.handling[index]
+        if expected is not fn and expected != fn:
             raise Departure(index, f"{_name(fn)} is called in place of {_name(call.fn)}")
         if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
             raise Departure(index, f"{_name(fn)} is called {'with' if kind is Kind.STOPPED else 'without'} gradients")
@@ -142,32 +142,29 @@ class Pass(Interceptor):
             self._check_arguments(call, args, kwargs, outline)
         if self.replaced and any(id(t) in self.replaced for t in tensors):
             args, kwargs, tensors = self._newest(args), self._newest(kwargs), self._newest(tensors)
-        if index in graph.mutations:
-            self._save(graph.mutations[index], tensors, args, kwargs)
-        watch = graph.watch.get(index, ())
-        for where, k, value in watch:
-            if where == "in":
-                self._keep(value, tensors[k])
+        if mutations is not None:
+            self._save(mutations, tensors, args, kwargs)
+        for k, value in entering:
+            self._keep(value, tensors[k])
 
         if index in self.random:
             self.random[index] = RandomState.before(args, kwargs, fn)
         out = self._run(index, kind, fn, args, kwargs, tensors)
 
-        results = tensors_in((out,)) if out is not None else tensors[:1]
+        results = [out] if isinstance(out, Tensor) else _results(out, tensors)
         if len(results) != call.direct:
             raise Departure(index, f"{_name(fn)} returned {len(results)} tensors in place of {call.direct}")
         if call.target is None and tensors and any(t is tensors[0] for t in results):
             out, results = self._copied(call, kind, out, results, tensors[0])
-        for where, k, value in watch:
-            if where == "out":
-                self._keep(value, results[k])
-                out = self._replace(out, results, k, tensors, self.level.mark(value, results[k], False))
-        for _, k, value in graph.noted.get(index, ()):
+        for k, value in leaving:
+            self._keep(value, results[k])
+            out = self._replace(out, results, k, tensors, self.level.mark(value, results[k], False))
+        for k, value in noted:
             after = self.level.note(value, results[k], clone=self._is_fragile(value))
             out = self._replace(out, results, k, tensors, after)
         self._register(call, results, tensors)
         if not self.keeps:
-            for value in graph.release.get(index, ()):
+            for value in release:
                 self.values.pop(value, None)
         return out
 
@@ -175,11 +172,12 @@ class Pass(Interceptor):
 
     def _check_tensors(self, call: Call, tensors: list[Tensor]) -> None:
         """Raise ``Departure`` unless each tensor is the value that the trace found in its place."""
-        if len(tensors) != len(call.reads):
+        reads = call.reads
+        if len(tensors) != len(reads):
             raise Departure(call.index, f"{call.op} takes {len(tensors)} tensors in place of {len(call.reads)}")
         seen, moved = self._seen, self._moved
-        for t, expected in zip(tensors, call.reads, strict=True):
-            entry = seen.get(id(t))
+        for k, t in enumerate(tensors):
+            entry, expected = seen.get(id(t)), reads[k]
             value = expected if expected >= 0 else ~expected
             if entry is not None and entry[1] == value and entry[0]() is t and value not in moved:
                 continue
@@ -242,12 +240,12 @@ class Pass(Interceptor):
 
     def _register(self, call: Call, results: list[Tensor], tensors: list[Tensor]) -> None:
         """Note the values of the tensors that the call has returned or written."""
-        outputs = call.outputs
+        outputs, inputs, seen = call.outputs, call.inputs, self._seen
         for k, t in enumerate(results):
             value = outputs[k]
-            if value in call.inputs and not self._is_argument(value, t, tensors):
+            if value in inputs and not self._is_argument(value, t, tensors):
                 raise Departure(call.index, f"{call.op} returned another tensor than its argument")
-            self._seen[id(t)] = ref(t), value
+            seen[id(t)] = ref(t), value
         if call.target is not None:
             self._seen[id(tensors[call.target])] = ref(tensors[call.target]), outputs[0]
         if call.moves:
@@ -298,7 +296,8 @@ class Pass(Interceptor):
         self.values[value] = primal.clone() if self._is_fragile(value) else primal
 
     def _is_fragile(self, value: int) -> bool:
-        return self.graph.stream is not None and value in self.graph.stream.fragile
+        stream = self.graph.stream
+        return stream is not None and value in stream.fragile
 
     # --- one call -----------------------------------------------------------------------------------------------------
 
@@ -325,7 +324,7 @@ class Pass(Interceptor):
             apart = self.level.wraps and all(self.plain(t) is t for t in tensors)
             with self.level.outside() if apart else AS_IT_IS:  # a transform refuses some operations on parameters alone
                 out = fn(*args, **kwargs)
-            results = tensors_in((out,)) if out is not None else tensors[:1]
+            results = _results(out, tensors)
             self.express(results, mine)
             if self.duals and any(self.plain(t).requires_grad for t in results):
                 with replayed(state):  # the same noise in both
@@ -404,16 +403,16 @@ class Pass(Interceptor):
         return AS_IT_IS if index in self.level.reverses else self.no_grad
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = self.known.pop(index, None)
+        known = self.known.pop(index, None) if self.known else None
         if known is not None and known.serves(args, kwargs):
             out = self.level.resume(fn, args, kwargs, known)
             if out is not NotImplemented:
                 return out
         targets = self.graph.mutations.get(index, ())
         hidden = self.graph.hidden.get(index, ())
-        retried = hidden or (targets and fn is not F.batch_norm and not is_in_place(fn))
-        before = Memory() if retried else None
-        if before is not None:
+        before = None
+        if hidden or (targets and fn is not F.batch_norm and not is_in_place(fn)):
+            before = Memory()
             own = tensors_in(args, kwargs)
             with self.level.outside():
                 for t in (*hidden, *(own[k] for k in targets)):
@@ -461,7 +460,7 @@ class Pass(Interceptor):
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
-        results = tensors_in((out,)) if out is not None else tensors[:1]
+        results = _results(out, tensors)
         for where, k, value in self.graph.watch.get(index, ()) if len(results) > 1 else ():
             if where == "out":  # a guess for one output may need the others (an LSTM cell's two states)
                 self._keep(value, results[k])
@@ -487,16 +486,22 @@ class Pass(Interceptor):
         site: Site,
     ) -> Visit | None:
         """The call's record for its parameter gradients; None if no parameter needs one."""
-        wanted = [k for k, t in enumerate(tensors) if any(t is m for m in mine) and not self._is_directed(t)]
+        wanted = list(self.graph.mine[site.call.index])
+        if self.directions:
+            wanted = [k for k in wanted if not self._is_directed(tensors[k])]
         if not wanted:
             return None
         variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
         if site.call.index in self.direct:
             self.visited[site.call.index] = Visit(site.call, (), {}, wanted, variables)
             return None
-        primal: Callable[[Tensor], Tensor] = self.level.primal
-        args, kwargs = _map(args, primal, tensors, mine), _map(kwargs, primal, tensors, mine)
-        if site.call.writes and fn is not F.batch_norm:  # the call may be made once more for the gradients
+        own, bare = {id(t) for t in mine}, self.level.primal
+
+        def primal(t: Tensor) -> Tensor:
+            return t if id(t) in own else bare(t)
+
+        args, kwargs = _map(args, primal), _map(kwargs, primal) if kwargs else kwargs
+        if site.call.writes and not moves_statistics(fn):  # the call may be made once more for the gradients
             args, kwargs = copied(args, kwargs, [k for k in site.call.writes if k not in wanted])
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
@@ -675,15 +680,22 @@ def _put(out: Any, old: Tensor, new: Tensor) -> Any:
     return out
 
 
-def _map(
-    node: Any, f: Callable[[Tensor], Tensor], tensors: list[Tensor] | None = None, keep: list[Tensor] | None = None
-) -> Any:
-    """Apply to every tensor but those to keep."""
+def _results(out: Any, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors that a call has returned; without any, the one that it has written."""
+    if isinstance(out, Tensor):
+        return [out]
+    return tensors_in((out,)) if out is not None else tensors[:1]
+
+
+def _map(node: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """Apply to every tensor."""
     if isinstance(node, Tensor):
-        return node if keep is not None and any(node is k for k in keep) else f(node)
+        return f(node)
     if isinstance(node, (tuple, list)):
-        items = [_map(item, f, tensors, keep) for item in node]
+        items = [f(item) if isinstance(item, Tensor) else _map(item, f) for item in node]
+        if type(node) is tuple:
+            return tuple(items)
         return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
     if isinstance(node, dict):
-        return {key: _map(item, f, tensors, keep) for key, item in node.items()}
+        return {key: _map(item, f) for key, item in node.items()}
     return node

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from guessopt.errors import refusal, refused
 from guessopt.rng import replayed
 from guessopt.sites import ForwardRecord, Site, SiteGraph, Visit
+from guessopt.tracing.interceptor import AS_IT_IS
 from guessopt.tracing.writes import kept
 
 
@@ -42,7 +42,9 @@ def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
     tensor.
     """
     d = site.layout.spread(d, site.shape)
-    return y.float() * d.float() if y.dtype is torch.float16 else y * d.to(y.dtype)
+    if y.dtype is torch.float16:
+        return y.float() * d.float()
+    return y * (d if d.dtype is y.dtype else d.to(y.dtype))
 
 
 def parameter_gradients(
@@ -121,10 +123,11 @@ class Gradients:
             if site.dtype is torch.float16 and g.dtype is torch.float32:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
                 g = (g / unit).half()  # the largest entry one: the rule's products stay within range
-            autocast = torch.autocast(*visit.autocast) if visit.autocast else nullcontext()
-            hidden = kept(visit.call.hidden) if visit.call.hidden else nullcontext()
+            autocast = torch.autocast(*visit.autocast) if visit.autocast else AS_IT_IS
+            hidden = kept(visit.call.hidden) if visit.call.hidden else AS_IT_IS
+            state = replayed(visit.random) if visit.random is not None else AS_IT_IS
             try:
-                with replayed(visit.random), autocast, hidden:
+                with state, autocast, hidden:
                     gradients = site.rule.gradients(
                         visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g
                     )

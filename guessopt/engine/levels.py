@@ -26,6 +26,8 @@ from guessopt.sites import End, Graphs, Stream, is_differentiable
 
 T = TypeVar("T")
 
+_AS_IT_IS = nullcontext[None]()
+
 
 class Level(ABC):
     """One forward-mode pass. ``tangents`` holds those of the cuts, by number, and ``notes`` those of the values noted,
@@ -97,7 +99,7 @@ class Level(ABC):
 
     def outside(self) -> AbstractContextManager[Any]:
         """Where ordinary tensors are worked on as if no pass were under way."""
-        return nullcontext()
+        return _AS_IT_IS
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
@@ -212,7 +214,8 @@ class DualLevel(Level):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         check_tangent(fn, args, kwargs)
         out = super().call(fn, args, kwargs, writes=writes)
-        return _same_dtype(out) if torch.is_autocast_enabled(_device_type(args)) else out
+        autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(_device_type(args))
+        return _same_dtype(out) if autocast else out
 
     def tangent(self, t: Tensor) -> Tensor | None:
         return _unpack(t)[1]
@@ -272,10 +275,14 @@ class FastLevel(DualLevel):
         if entry is None or len(args) < entry[1]:
             return NotImplemented
         rule, duals = entry
-        pairs = [_unpack_any(t) for t in args[:duals]]
-        for x, _ in pairs:
-            if isinstance(x, Tensor) and x.is_complex():
+        pairs: list[tuple[Any, Any]] = []
+        for t in args[:duals]:
+            if not isinstance(t, Tensor):
+                pairs.append(_unpack_any(t))
+            elif t.is_complex():
                 return NotImplemented  # the rules are written for real numbers
+            else:
+                pairs.append((t, None) if type(t) is torch.nn.Parameter else _unpack(t))
         if _carries_tangent(args[duals:], kwargs):
             return NotImplemented
         if all(pair[1] is None for pair in pairs):
@@ -448,21 +455,14 @@ def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _unpack(t: Tensor) -> tuple[Tensor, Tensor | None]:
     """``fw.unpack_dual`` without its checks: a level is known to be open, and levels do not nest."""
-    if not _may_move(t):
-        return t, None
-    pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0)
-    return pair
-
-
-def _may_move(t: Tensor) -> bool:
-    """Whether a tensor can carry a tangent: differentiable, and not sparse."""
-    return (t.is_floating_point() or t.is_complex()) and t.layout is torch.strided
+    if (t.is_floating_point() or t.is_complex()) and t.layout is torch.strided:  # what can carry a tangent
+        pair: tuple[Tensor, Tensor | None] = torch._unpack_dual(t, level=0)
+        return pair
+    return t, None
 
 
 def _unpack_any(node: Any) -> tuple[Any, Any]:
-    """Of a list of tensors the lists; None in place of tangents where there is none."""
-    if isinstance(node, Tensor):
-        return _unpack(node)
+    """Of what is no tensor: of a list of tensors the lists; None in place of tangents where there is none."""
     if not isinstance(node, (tuple, list)) or not all(isinstance(t, Tensor) for t in node):
         return node, None
     pairs = [_unpack(t) for t in node]

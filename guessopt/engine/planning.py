@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -411,7 +412,7 @@ def check_finite(loss: Tensor, d: Tensor | None = None) -> None:
     if loss.numel() == 0:
         raise ClosureError("the closure returned no losses (shape [0]): the batch is empty; skip it")
     both = loss.sum() if d is None else loss.sum() + d.sum().to(loss.device)
-    if bool(torch.isfinite(both)):
+    if math.isfinite(both.item()):
         return
     if bool(torch.isfinite(loss).all()):
         raise ClosureError(

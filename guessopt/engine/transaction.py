@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,24 +188,31 @@ class Transaction:
                 self._walk(node, depth)
 
     def _walk_module(self, module: nn.Module) -> None:
-        if isinstance(module, torch.jit.ScriptModule):  # has its attributes elsewhere
-            return
+        kind: Any = type(module)
         state = module.__dict__
-        hooked = state["_forward_pre_hooks"] or state["_forward_hooks"]
-        if not hooked and _is_torchs(cast(Any, type(module))):
+        if _is_torchs(kind) and not state["_forward_pre_hooks"] and not state["_forward_hooks"]:
             if state["_modules"]:
                 self._walk_children(state["_modules"])
             return
-        self._homes.add(_root(module))
+        if isinstance(module, torch.jit.ScriptModule):  # has its attributes elsewhere
+            return
+        self._homes.add(_package(kind))
         self._walk_attributes(module)
         forward = getattr(type(module), "forward", None)
         if isinstance(forward, FunctionType):
             self._walk(forward, _DEPTH)
 
     def _walk_children(self, modules: dict[str, nn.Module | None]) -> None:
+        seen = self._seen
         for module in modules.values():
-            if module is not None and id(module) not in self._seen:
-                self._seen[id(module)] = module
+            if module is None or id(module) in seen:
+                continue
+            seen[id(module)] = module
+            kind: Any = type(module)
+            state = module.__dict__
+            if (  # torch's own layer, of which most networks have many
+                not _is_torchs(kind) or state["_modules"] or state["_forward_pre_hooks"] or state["_forward_hooks"]
+            ):
                 self._walk_module(module)
 
     def _walk_attributes(self, module: nn.Module) -> None:
@@ -213,15 +220,18 @@ class Transaction:
         if id(state) in self._seen:
             return
         self._seen[id(state)] = state
-        self._keep(state, dict(state), _put_dict)
-        self._keep(state["_parameters"], dict(state["_parameters"]), _put_dict)
-        self._keep(state["_buffers"], dict(state["_buffers"]), _put_dict)
-        self._keep(state["_non_persistent_buffers_set"], set(state["_non_persistent_buffers_set"]), _put_set)
+        params, buffers, passing = state["_parameters"], state["_buffers"], state["_non_persistent_buffers_set"]
+        self._kept += (
+            (state, state.copy(), _put_dict),
+            (params, params.copy() if params else _NOTHING, _put_dict),
+            (buffers, buffers.copy() if buffers else _NOTHING, _put_dict),
+            (passing, passing.copy() if passing else _NOTHING, _put_set),
+        )
         self._walk_children(state["_modules"])
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             if state[name]:
                 self._walk_each(state[name].values(), 0)
-        for name in state.keys() - _INTERNAL:
+        for name in [name for name in state if name not in _INTERNAL] if len(state) > len(_INTERNAL) else ():
             value = state[name]
             if type(value) not in _STATELESS:
                 self._walk(value, 0)
@@ -297,12 +307,18 @@ _DEPTH = 3
 _MOST = 20_000
 _ABSENT: Any = object()
 _CONTAINERS = {list, dict, set, deque}
+_NOTHING: Any = {}
 _INTERNAL = nn.Module().__dict__.keys()
 _STATELESS: set[Any] = {
     bool, int, float, complex, str, bytes, type(None), type(Ellipsis), object, slice, range, type, ModuleType, Tensor,
     nn.Parameter, torch.Size, torch.dtype, torch.device, torch.layout, type(len), type(str.join), property, CodeType,
     type(torch.relu), type(Tensor.add),
 }  # fmt: skip
+
+
+@lru_cache(1024)
+def _package(kind: Any) -> str:
+    return str(kind.__module__).partition(".")[0]
 
 
 @lru_cache(1024)

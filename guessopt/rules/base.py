@@ -104,7 +104,7 @@ class Rule:
             return list(torch.autograd.grad(out, variables, g.to(out.dtype), allow_unused=True))
 
 
-#: Positions of the running statistics, which these operations move.
+#: Positions of the running statistics, which these operations move where their sixth argument is true.
 _STATISTICS: dict[Callable[..., Any], tuple[int, int]] = {
     F.batch_norm: (1, 2), F.instance_norm: (1, 2), torch.batch_norm: (3, 4), torch.instance_norm: (3, 4),
 }  # fmt: skip
@@ -117,11 +117,17 @@ def without_side_effects(fn: Callable[..., Any]) -> Callable[..., Any]:
     places, names = _STATISTICS[fn], ("running_mean", "running_var")
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(a.clone() if k in places and isinstance(a, Tensor) else a for k, a in enumerate(args))
-        kwargs = {k: a.clone() if k in names and isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        if args[5] if len(args) > 5 else kwargs.get("training", kwargs.get("use_input_stats", fn is F.instance_norm)):
+            args = tuple(None if k in places else a for k, a in enumerate(args))  # which it would not read
+            kwargs = {k: None if k in names else a for k, a in kwargs.items()}
         return fn(*args, **kwargs)
 
     return run
+
+
+def moves_statistics(fn: Callable[..., Any]) -> bool:
+    """Whether an operation's only side effect is on running statistics."""
+    return fn in _STATISTICS
 
 
 class MatrixRule(Rule):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Number
 from types import FunctionType
 from typing import Any
 
@@ -67,18 +68,25 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor
     return tensors, outline
 
 
+#: Kinds of arguments that are most often met, and that hold nothing else.
+_ATOMS: set[type] = {bool, int, float, str, type(None), torch.dtype, torch.device, type(...)}
+
+
 def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
     found: list[Any] = []
     for item in node:
-        if isinstance(item, Tensor):
+        kind = type(item)
+        if kind is Tensor or (kind not in _ATOMS and isinstance(item, Tensor)):
             tensors.append(item)
             found.append(Tensor)
+        elif kind in _ATOMS:
+            found.append(item)
         elif isinstance(item, (tuple, list)):
             found.append(_outline(item, tensors))
         elif isinstance(item, dict):
             found.append(_outline_of_dict(item, tensors))
         else:  # of other objects (an array of numpy, a profiler's record) the type: they may not be compared
-            found.append(item if type(item) in _COMPARED else _recorded(item))
+            found.append(item if kind in _COMPARED else _recorded(item))
     return found
 
 
@@ -95,7 +103,10 @@ def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any
     found: list[Any] = []
     for key, item in node.items():
         found.append(key)
-        found += _outline((item,), tensors)
+        if type(item) in _ATOMS:
+            found.append(item)
+        else:
+            found += _outline((item,), tensors)
     return found
 
 
@@ -140,14 +151,14 @@ def _compared(given: Any, known: Any) -> bool | None:
         return True if given == known or (given != given and known != known) else None
     if kind in _COMPARED:
         return kind is type(known) and bool(given == known)
-    return kind is known
+    return False
 
 
 def _is_number(kind: type) -> bool:
-    return kind is not bool and issubclass(kind, (int, float, complex))
+    return kind is not bool and issubclass(kind, Number)  # numpy's too
 
 
-class _NoGrad:
+class NoGrad:
     """``torch.no_grad()`` at a fraction of its cost, which a pass would pay at every call."""
 
     def __init__(self) -> None:
@@ -183,7 +194,7 @@ class Interceptor(TorchFunctionMode):
         #: Whether the run has ended with an error of the closure's own, and not of a torch call.
         self.raised = False
         self._failed: Exception | None = None
-        self.no_grad: AbstractContextManager[Any] = _NoGrad()
+        self.no_grad: AbstractContextManager[Any] = NoGrad()
         self._interrupts: Interrupts | None = None
 
     def __torch_function__(
@@ -211,7 +222,7 @@ class Interceptor(TorchFunctionMode):
         if fn is F.multi_head_attention_forward:
             with self:  # its projections are ordinary calls
                 return _attention(*args, **kwargs)
-        if getattr(fn, "__name__", "") == "__get__" and not isinstance(out := fn(*args), Tensor):
+        if type(fn) is _GETTER and fn.__name__ == "__get__" and not isinstance(out := fn(*args), Tensor):
             return self._requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
         if torch.is_inference_mode_enabled():
             raise ClosureError(
@@ -428,6 +439,8 @@ _CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
 
 def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
     """The autocast in force for the tensor's device, if any."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = t.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return (kind, torch.get_autocast_dtype(kind)) if enabled else None
@@ -463,6 +476,8 @@ def dense(w: Tensor) -> Tensor:
 
 
 _FREEZING: set[Callable[..., Any]] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+
+_GETTER = type(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
 
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 

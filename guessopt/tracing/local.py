@@ -6,7 +6,7 @@ Letters: s the site's output, x the next matrix site's input, u a cotangent of x
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guessopt.errors import refusal, refused
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.base import PULLED_BACK, RESUMED, Known, push, without_side_effects
+from guessopt.rules.base import PULLED_BACK, RESUMED, Known, moves_statistics, push, without_side_effects
 from guessopt.rules.drawing import draws_now
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
 from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Segment, Shape, Site, Value
@@ -80,7 +80,7 @@ class Local:
     @property
     def _has_drawn(self) -> bool:
         """Whether the segment's draws are known."""
-        return any(self._random[c] is not None for c in self._draws)
+        return bool(self._random) and any(self._random[c] is not None for c in self._draws)
 
     @cached_property
     def _draws(self) -> tuple[int, ...]:
@@ -399,18 +399,16 @@ def _run(
         args, kwargs = _fill(call.args, values), _fill(call.kwargs, values)
         if call.in_place:
             args = (args[0].clone(), *args[1:])
-        elif call.writes:
+        elif call.writes and not moves_statistics(fn):
             args, kwargs = copied(args, kwargs, call.writes)
-        own = kept(call.hidden) if call.hidden else AS_IT_IS
-        without = torch.no_grad() if call.stopped else AS_IT_IS
-        with without, _autocasting(call, values), AS_IT_IS if state is None else replayed(state), own:
-            run = PULLED_BACK.get(fn) if state is None else None
-            try:
+        run = PULLED_BACK.get(fn) if state is None else None
+        try:
+            with _around(call, values, state):
                 out = (run or without_side_effects(fn))(*args, **kwargs)
-            except RuntimeError as error:
-                if (why := refusal(error)) is None:
-                    raise
-                raise refused(fn, why) from error
+        except RuntimeError as error:
+            if (why := refusal(error)) is None:
+                raise
+            raise refused(fn, why) from error
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
             if known is not None and fn in RESUMED and not (call.in_place or call.writes or call.hidden):
@@ -433,6 +431,22 @@ def _hold(call: Call, values: dict[int, Tensor]) -> None:
         call.fn(*_fill(call.args, plain), **_fill(call.kwargs, plain))
     old, new = call.held[0]
     values[new] = values[old] + (first - values[old].detach())
+
+
+def _around(call: Call, values: dict[int, Tensor], state: RandomState | None) -> AbstractContextManager[Any]:
+    """A call's surroundings, as the closure made it: gradients, autocast, random state; what it hides is put back."""
+    autocast = _autocasting(call, values)
+    if autocast is AS_IT_IS and state is None and not call.hidden and not call.stopped:
+        return AS_IT_IS
+    stack = ExitStack()
+    for context in (
+        torch.no_grad() if call.stopped else AS_IT_IS,
+        autocast,
+        AS_IT_IS if state is None else replayed(state),
+        kept(call.hidden) if call.hidden else AS_IT_IS,
+    ):
+        stack.enter_context(context)
+    return stack
 
 
 def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManager[Any]:

@@ -125,7 +125,11 @@ def _nothing(t: Any) -> None:
 
 def generators_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Generator]:
     """The generators among a call's arguments."""
-    return [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+    values = (*args, *kwargs.values()) if kwargs else args
+    return [a for a in values if type(a) not in _NO_GENERATORS and isinstance(a, torch.Generator)]
+
+
+_NO_GENERATORS: set[type] = {Tensor, torch.nn.Parameter, bool, int, float, str, type(None), tuple, list, torch.Size}
 
 
 def copied(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Collection[int]) -> Any:
