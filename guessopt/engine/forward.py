@@ -321,7 +321,7 @@ class Pass(Interceptor):
             return self._loss(index, fn, args, kwargs, tensors)
         if kind is Kind.EXPRESSION:
             state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
-            apart = self.level.wraps and all(self.plain(t) is t for t in tensors)
+            apart = self.level.wraps and all(self.plain(t) is t for t in tensors) and not self._is_written(index)
             with self.level.outside() if apart else AS_IT_IS:  # a transform refuses some operations on parameters alone
                 out = fn(*args, **kwargs)
             results = _results(out, tensors)
@@ -331,6 +331,11 @@ class Pass(Interceptor):
                     self._express_duals(index, fn, args, kwargs, out)
             return out
         return self._apart(index, fn, args, kwargs, tensors)
+
+    def _is_written(self, index: int) -> bool:
+        """Whether a call writes in place, or a later one into what it makes."""
+        call = self.graph.calls[index]
+        return call.in_place or not self.graph.overwritten.isdisjoint(call.outputs)
 
     def _apart(
         self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
