@@ -179,7 +179,7 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         traced.append(
             trace(
                 closure, opt._by_position, opt._ids, opt._names, opt._level, transaction,
-                finite=opt.check_finite, stream=opt._streams,
+                finite=opt.check_finite, stream=opt._streams, together=False,
             )
         )  # fmt: skip
         opt._check_plan(traced[0])
@@ -195,8 +195,9 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         opt._noise.restore(noise)
         opt._steps = steps
 
-    def step(mode: str, number: int = moving) -> None:
+    def step(mode: str, number: int = moving, uses: int = 16) -> None:
         restart()
+        traced[0].uses = uses
         opt.memory, opt._steps = mode, number
         if mode == "stream":
             found, records = opt._derivatives(closure, transaction)
@@ -214,7 +215,7 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
             continue
         opt._cache.restore({})
         try:
-            peak = max(floor, peak_of(lambda: step(mode))[1])  # noqa: B023 (called here)
+            peak = max(floor, peak_of(lambda: step(mode, uses=0))[1])  # noqa: B023 (called here); a first step's
             if learns:  # by what the first step has taught
                 peak = max(peak, peak_of(lambda: step(mode))[1])  # noqa: B023
             seconds = _seconds(lambda: step(mode), opt._devices)  # noqa: B023

@@ -448,7 +448,7 @@ class Stepping:
         for last in (False, True):  # a first run may have filled caches that later ones read
             plan = trace(
                 closure, self._by_position, self._ids, self._names, self._level, transaction,
-                finite=self.check_finite, stream=self._streams,
+                finite=self.check_finite, stream=self._streams, together=self.memory not in ("replay", "stream"),
             )  # fmt: skip
             self._check_plan(plan)
             if self._plans:
@@ -599,7 +599,7 @@ class Stepping:
         plan.observe(run)
         plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
         if audited and not plan.stale:  # a stale pass is made again
-            self._audit(plan, record, before, closure, transaction)
+            self._audit(plan, record, before, closure, transaction, light=not keeps)
         record.noise, record.lessons = before, lessons
         if keeps:
             record.locals = round.locals
@@ -635,7 +635,13 @@ class Stepping:
         return self._asked is not None or (self.audit and uses & (uses - 1) == 0)
 
     def _audit(
-        self, plan: Plan, record: ForwardRecord, before: Any, closure: Callable[[], Any], transaction: Transaction
+        self,
+        plan: Plan,
+        record: ForwardRecord,
+        before: Any,
+        closure: Callable[[], Any],
+        transaction: Transaction,
+        light: bool,
     ) -> None:
         """Raise ``AuditError`` unless plain runs show that the loss moves as the pass's tangents say. Buffers and
         random states are as the pass has left them."""
@@ -643,12 +649,19 @@ class Stepping:
             report = AuditReport(float(record.d.sum()), skipped=(why,))
         else:
             lane = 0 if record.count > 1 else self._noise.lane
-            guesses = partial(self._guessed_again, plan, record, before, lane)
-            audit = Audit(
-                closure, plan.graph, guesses, self._ids, self._by_position, transaction, record, plan.tolerance
-            )
+            guesses = partial(self._white if light else self._guessed_again, plan, record, before, lane)
             with transaction.ahead():
                 try:
+                    if light:
+                        transaction.rewind()
+                        guess, directions = guesses()
+                        level = self._level()
+                        run = Pass(self._ids, plan.graph, level, guess, directions, transaction, keeps=False)
+                        record = run.execute(closure, self._by_position)
+                    audit = Audit(
+                        closure, plan.graph, guesses, self._ids, self._by_position, transaction, record,
+                        plan.tolerance, light=light,
+                    )  # fmt: skip
                     report = audit.report(calls=self._asked is not None)
                 except Departure as departure:
                     raise unstable(departure) from None
@@ -690,6 +703,19 @@ class Stepping:
         source, directions = self._again(before, 1, lane)
         round = Round(1, source, None)
         return _forgetting(partial(self._guess, plan, round), round.locals), directions
+
+    def _white(self, plan: Plan, record: ForwardRecord, before: Any, lane: int) -> tuple[Guess, Mapping[int, Tensor]]:
+        """White noise in place of the pass's guesses: the same in every run, whatever the network computes."""
+        source, directions = self._again(before, 1, lane)
+        guessed = self._guesses_of(plan).keys()
+
+        def noise(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+            if site.index not in guessed or 0 in s.shape:
+                return None
+            y = draw(source, "normal", tuple(s.shape), s.dtype, s.device)
+            return y if site.reach is None else site.reach.restrict(y)
+
+        return noise, directions
 
     def audited(self, closure: Callable[[], Any]) -> AuditReport:
         """The report for ``guessopt.audit``; everything is as before, afterwards."""

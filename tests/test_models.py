@@ -280,10 +280,11 @@ def test_a_model_from_none_of_the_lists() -> None:
     assert any("gate" in note and "backward" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("guesses", [1, 3])
 @pytest.mark.parametrize("op", [hidden, bare])
-def test_what_it_cannot_differentiate_is_named(op: Any) -> None:
+def test_what_it_cannot_differentiate_is_named(op: Any, guesses: int) -> None:
     subject = odd(op)
-    opt = GuessGradOptimizer(subject.named(), lr=0.1)
+    opt = GuessGradOptimizer(subject.named(), lr=0.1, guesses=guesses, audit=False)
     with pytest.raises(ClosureError, match=rf"{op._name.rpartition('::')[2]}.*no derivative in forward mode"):
         opt.step(subject.closure)
     opt = GuessGradOptimizer(subject.named(), lr=0.1, engine="func")  # which cannot go by the backward either

@@ -68,6 +68,8 @@ TANGENTS = [
     Case("linear", F.linear, (M(2, 3, 4), C(5, 4), C(5))),
     Case("linear-no-bias", F.linear, (M(3, 4), C(5, 4))),
     Case("linear-kwargs", F.linear, (M(3, 4),), {"weight": C(5, 4), "bias": C(5)}),
+    Case("prelu", torch.prelu, (M(2, 3, 4), C(3))),
+    Case("prelu-one-slope", torch.prelu, (M(2, 3), C(1))),
     Case("matmul", torch.matmul, (M(2, 3, 4), C(4, 5))),
     Case("x@w", Tensor.matmul, (M(3, 4), C(4, 5))),
     Case("w@x", Tensor.matmul, (C(3, 4), M(4, 5))),

@@ -201,6 +201,7 @@ class _Memo:
     ratios: list[Tensor] = field(default_factory=list)
     moved: bool = False
     bits: int = 64
+    light: bool = False
 
     @cached_property
     def scale(self) -> float:
@@ -329,7 +330,7 @@ class _Run(Pass):
         entry = _Entry()
         name = _name(fn)
         if name in _RECTIFIERS:
-            entry.mask = tensors[0] > 0
+            entry.mask = None if self.memo.light else tensors[0] > 0
         elif _is_linearised(fn, name, tensors):
             entry.inputs = _copied(args), _copied(kwargs)
         versions = [_version(t) for t in tensors]
@@ -529,6 +530,8 @@ class Audit:
     Args:
         guesses: called before every run; returns the pass's guess function and its ``directions``.
         record: of the pass; of several guesses the first is tested.
+        light: keep as little as possible: the guesses do not depend on what the network computes and are made again in
+            each run, and a rectifier's kinks count as curvature.
         rtol: relative difference of the loss that other kernels may cause.
     """
 
@@ -542,6 +545,7 @@ class Audit:
     rtol: float = 0.0
     memo: _Memo = field(default_factory=_Memo)
     #: The guesses of the first run, by site, for the later runs. From values that have moved, other guesses would come.
+    light: bool = False
     made: dict[int, Any] = field(default_factory=dict)
 
     @cached_property
@@ -581,6 +585,9 @@ class Audit:
     def _run(self, relative: float) -> _Run:
         self.transaction.rewind()
         guess, directions = self.guesses()
+        self.memo.light = self.light
+        if self.light:
+            return _Run(self.ids, self.graph, guess, directions, self.transaction, self.memo, relative)
 
         def same(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
             if relative == 0.0 or site.index not in self.made:

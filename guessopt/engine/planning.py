@@ -43,6 +43,7 @@ class Plan:
         keeps_graphs: whether a pass may keep the reverse graphs of a stream's blocks.
         found: where the examples lie, and through which calls no tangent has come yet.
         mixing: the operation after which examples interact; "" if none.
+        together: whether probes may carry several tangents in one run.
         modules, elsewhere: modules and tensors that a ``Transaction`` must watch beside those that it finds itself.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     failures: int = 0
     ways: dict[int, bool] = field(default_factory=dict)
     stream: bool = False
+    together: bool = True
     keeps_graphs: bool = True
     joints: dict[int, Joint] = field(default_factory=dict)
     modules: tuple[torch.nn.Module, ...] = ()
@@ -105,11 +107,13 @@ def trace(
     *,
     finite: bool,
     stream: bool = False,
+    together: bool = True,
 ) -> Plan:
     """Make a plan: run the closure once to record it, and again to probe it. Everything is as before, afterwards.
 
     Args:
         stream: whether an estimator asks for the residual stream.
+        together: whether probes may carry several tangents in one run, for the memory that they take.
 
     Raises:
         ClosureError: the closure returns no loss, or no parameter has a part in the loss.
@@ -139,7 +143,9 @@ def trace(
         transaction.rewind()
         given = int(loss.shape[0]) if loss.dim() == 1 else None
         try:
-            found = layouts_of(closure, analysis, sites, params, ids, make_level, transaction, given, known=found)
+            found = layouts_of(
+                closure, analysis, sites, params, ids, make_level, transaction, given, known=found, together=together
+            )
         except Departure as departure:
             if departed:
                 raise unstable(departure) from None
@@ -156,7 +162,7 @@ def trace(
     plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
     plan.tolerance = precision(analysis)
     plan.modules, plan.elsewhere = tuple(changing.values()), tuple(tape.writes.elsewhere)
-    plan.found, plan.stream = found, stream
+    plan.found, plan.stream, plan.together = found, stream, together
     plan.mixing = mixing_of(closure, analysis, graph, found, params, ids, make_level, transaction)
     plan.compiled = tape.compiled
     plan.routes = analysis.routes_by_data()
@@ -177,11 +183,12 @@ def layouts_of(
     given: int | None,
     seed: int = 0,
     known: Found | None = None,
+    together: bool = True,
 ) -> Found:
     """Probe the closure for where its examples lie. ``known``: see ``find_layouts``."""
     graph = analysis.graph(list(sites), {}, 1, segments=False)
     frozen, witness = make_level().frozen_statistics, Witness(analysis)
-    together = not graph.shared_writes
+    together = together and not graph.shared_writes
 
     def prepared(tangents: Mapping[int, Tangents], level: Level, lanes: Sequence[int]) -> WatchedPass:
         def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
@@ -357,6 +364,7 @@ def reprobe(
         plan.given,
         plan.uses,
         plan.found,
+        plan.together,
     )
     changed = (found.batch, found.layouts, found.ends) != (plan.found.batch, plan.found.layouts, plan.found.ends)
     plan.found = found

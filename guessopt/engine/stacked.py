@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from guessopt.engine.levels import FastLevel, Level, _pack, _unpack, check_tangent
+from guessopt.engine.levels import FastLevel, Level, _pack, _unpack, check_tangent, is_foreign
 from guessopt.rng import RandomState, draws
 from guessopt.rules.attention import stacked_attention
 from guessopt.rules.base import is_in_place, tangent_for
@@ -262,6 +262,8 @@ class StackedLevel(FastLevel):
             with fw.dual_level():
                 call_args, call_kwargs = _mapped(args, dual), _mapped(kwargs, dual)
                 try:
+                    if is_foreign(fn):
+                        raise NotImplementedError("forward AD passes it by")
                     out = FastLevel.call(self, fn, call_args, call_kwargs, writes=writes)
                 except NotImplementedError:
                     if writes or is_in_place(fn):
