@@ -233,7 +233,7 @@ class _ValueLevel(PlainLevel):
         if self.memo is not None:
             self.memo.moved = True
             self.memo.bits = min(self.memo.bits, _bits(s.dtype))
-            sizes = (torch.linalg.vector_norm(t.detach().double()) for t in (s, y))
+            sizes = (torch.linalg.vector_norm(t.detach().abs().double()) for t in (s, y))
             self.memo.ratios.append(torch.div(*sizes))
 
 
