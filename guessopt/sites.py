@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -508,6 +508,7 @@ class SiteGraph:
             at.setdefault(site.call.index, []).append(site)
         object.__setattr__(self, "sites_at", at)
         object.__setattr__(self, "early", frozenset(self.constants))
+        object.__setattr__(self, "fragile", self._fragile(at))
         object.__setattr__(self, "cut_of", {cut.value: number for number, cut in enumerate(self.cuts)})
         object.__setattr__(
             self,
@@ -524,6 +525,16 @@ class SiteGraph:
         states = self.stream.shapes if self.stream is not None else {}
         noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
         object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
+
+    def _fragile(self, calls: Iterable[int]) -> dict[int, tuple[int, ...]]:
+        found = {}
+        for c in calls:
+            call = self.calls[c]
+            own = {*self.mine[c], *call.writes}
+            positions = tuple(k for k, v in enumerate(call.inputs) if v in self.overwritten and k not in own)
+            if positions:
+                found[c] = positions
+        return found
 
     def forget(self) -> None:
         """Let go of the last batch's tensors; the parameters stay."""
@@ -590,6 +601,8 @@ class SiteGraph:
     sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
     #: The values of ``constants``, which are there until ``forget``.
     early: frozenset[int] = field(init=False, repr=False, compare=False)
+    #: By call of a site, positions of the inputs into which the closure writes before the gradients are formed.
+    fragile: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     cut_of: dict[int, int] = field(init=False, repr=False, compare=False)
     #: By call, which of its tensors derivatives reach.
     moving: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)

@@ -118,6 +118,9 @@ class Pass(Interceptor):
         self._seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.known)
         self._moved: dict[int, int] = {}
 
+    def moves(self, t: Tensor) -> bool:
+        return self._value(t) in self.graph.active
+
     def requires_grad(self, answer: bool) -> bool:
         return next(self._answers, answer)  # as in the trace: code may branch on it
 
@@ -501,9 +504,12 @@ class Pass(Interceptor):
             self.visited[site.call.index] = Visit(site.call, (), {}, wanted, variables)
             return None
         own, bare = {id(t) for t in mine}, self.level.primal
+        fragile = {id(tensors[k]) for k in self.graph.fragile.get(site.call.index, ())}
 
         def primal(t: Tensor) -> Tensor:
-            return t if id(t) in own else bare(t)
+            if id(t) in own:
+                return t
+            return bare(t).clone() if id(t) in fragile else bare(t)
 
         args, kwargs = _map(args, primal), _map(kwargs, primal) if kwargs else kwargs
         if site.call.writes and not moves_statistics(fn):  # the call may be made once more for the gradients

@@ -194,6 +194,8 @@ class Interceptor(TorchFunctionMode):
         #: Whether the run has ended with an error of the closure's own, and not of a torch call.
         self.raised = False
         self._failed: Exception | None = None
+        #: What was refused: it stands although the closure may have caught it.
+        self.refused: ClosureError | None = None
         self.no_grad: AbstractContextManager[Any] = NoGrad()
         self._interrupts: Interrupts | None = None
 
@@ -201,13 +203,17 @@ class Interceptor(TorchFunctionMode):
         self, fn: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         interrupts = self._interrupts
-        if interrupts is None or interrupts.busy:
-            return self._handle(fn, args, kwargs or {})
-        interrupts.busy = True
+        frees = interrupts is not None and not interrupts.busy
+        if interrupts is not None:
+            interrupts.busy = True
         try:
             return self._handle(fn, args, kwargs or {})
+        except ClosureError as error:
+            self.refused = error
+            raise
         finally:
-            interrupts.free()
+            if frees and interrupts is not None:
+                interrupts.free()
 
     def _handle(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if fn in _CONTROL:
@@ -218,11 +224,14 @@ class Interceptor(TorchFunctionMode):
                     f"the closure sets requires_grad = False for a parameter of shape {list(args[0].shape)} that the "
                     "optimizer trains; freeze it before the step"
                 )
-            return _CONTROL[fn](fn, args, kwargs)
+            out = _CONTROL[fn](fn, args, kwargs)
+            return _IN_NO_GRAPH if out is None and fn == _GRAD_FN and self.moves(args[0]) else out
         if fn is F.multi_head_attention_forward:
             with self:  # its projections are ordinary calls
                 return _attention(*args, **kwargs)
         if type(fn) is _GETTER and fn.__name__ == "__get__" and not isinstance(out := fn(*args), Tensor):
+            if fn == _IS_LEAF:
+                return out and not self.moves(args[0])
             return self._requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
         if torch.is_inference_mode_enabled():
             raise ClosureError(
@@ -268,6 +277,10 @@ class Interceptor(TorchFunctionMode):
         """The answer when the closure asks for ``activation.requires_grad``."""
         return answer
 
+    def moves(self, t: Tensor) -> bool:
+        """Whether derivatives reach the tensor, so that in ordinary training it would be no leaf of a graph."""
+        return False
+
     def positions(self, tensor: Tensor) -> frozenset[int]:
         """The optimizer's parameters that ``tensor`` is, or is computed from."""
         position = self.params.get(id(tensor))
@@ -292,7 +305,10 @@ class Interceptor(TorchFunctionMode):
         modes = torch._C._len_torch_function_stack()
         try:
             with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
-                return running(closure)
+                result = running(closure)
+            if self.refused is not None:
+                raise self.refused
+            return result
         except Exception as error:
             if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
                 raise error.__context__ from None  # it came while torch had taken a mode away
@@ -412,7 +428,7 @@ def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
     asks = sys._getframe(3)
     where = asks.f_globals.get("__name__") if torch.is_grad_enabled() else None
-    if where == "torch.nn.modules.module":
+    if where == "torch.nn.modules.module" and asks.f_code.co_name not in ("register_parameter", "__setattr__"):
         raise _module_hook(asks.f_locals.get("self"))
     if where == "torch.autograd.graph":
         _refuse_hook(torch.autograd.graph.register_multi_grad_hook, args, kwargs)
@@ -479,6 +495,17 @@ _FREEZING: set[Callable[..., Any]] = {Tensor.requires_grad_, Tensor.requires_gra
 
 _GETTER = type(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
 
+
+class _InNoGraph:
+    """Stands for ``h.grad_fn`` of an activation, for code that asks whether there is one."""
+
+    def name(self) -> str:
+        return "none: guessopt keeps no graph of the network"
+
+
+_IN_NO_GRAPH = _InNoGraph()
+_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 _STOPPING: set[Callable[..., Any]] = {

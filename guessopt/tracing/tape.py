@@ -153,6 +153,8 @@ class Tape(Interceptor):
         self._check_seen(t, fn)
         self.first_use[v] = (index, position)
         self.outside[v] = t
+        if t.numel() and not isinstance(t, torch.nn.Parameter):
+            self._memory.setdefault(_memory(t), set()).add(v)
         return ~v
 
     def _made(
@@ -235,6 +237,9 @@ class Tape(Interceptor):
         if isinstance(loss, Tensor) and loss not in self._values:
             self._check_seen(loss, None)
         return loss
+
+    def moves(self, t: Tensor) -> bool:
+        return self._values.get(t) in self.active
 
     def requires_grad(self, answer: bool) -> bool:
         self.answers.append(answer)
