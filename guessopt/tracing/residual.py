@@ -38,9 +38,9 @@ class Chain:
 
     def stream(self, sites: tuple[Site, ...]) -> Stream | None:
         """None where no block has a skip around a matrix site, where a block is too deep or the head holds more than
-        one matrix site, or where a site lies outside the chain."""
+        one matrix site, where a site lies outside the chain, or where the loss reads no activation in one piece."""
         tape = self.tape
-        if any(tape.calls[c].aliases or tape.calls[c].held for c in self.calls):
+        if not self.cuts or any(tape.calls[c].aliases or tape.calls[c].held for c in self.calls):
             return None
         blocks = _merged(self._pieces())
         if len(blocks) < 2 or not any(block.matrices and self._is_free(block.skip) for block in blocks[:-1]):

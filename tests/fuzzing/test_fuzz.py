@@ -49,6 +49,19 @@ def test_networks(block: int) -> None:
     right()
 
 
+def test_no_value_between_network_and_loss() -> None:
+    """No value lies between the network and the loss here: the search for a chain of blocks finds none."""
+    network = Network(
+        ops=(Op("pool_positions", "mean", 3), Op("residual", "pre", 2)),
+        losses=("square",),
+        inputs="tokens_padded",
+        batch=1,
+        width=2,
+        seed=314,
+    )
+    assert not wrong(network, "engines")
+
+
 # --- the fuzzer itself -----------------------------------------------------------------------------------------------
 
 
