@@ -571,7 +571,7 @@ def page(content: Mapping[str, Any]) -> str:
         lines += ["", "## Kinds of wrong answers and of errors without a remedy", ""]
         for kind in bad:
             message = " ".join(kind["message"].split())[:200]
-            lines += [f"{kind['count']} of `{kind['oracle']}`: {message}", "", "```python", snippet(kind), "```", ""]
+            lines += [f"{kind['count']} of `{kind['oracle']}`: {message}", "", "```", snippet(kind), "```", ""]
     if refused:
         lines += ["", "## Refusals", "", "| times | message |", "|--:|---|"]
         messages: Counter[str] = Counter()
