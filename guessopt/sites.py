@@ -24,6 +24,11 @@ Shape = tuple[int, ...]
 T = TypeVar("T")
 
 
+def name_of(fn: Callable[..., Any]) -> str:
+    """An operation's name, as a user would write it: ``mul`` of ``Tensor.__mul__``."""
+    return str(getattr(fn, "__name__", fn)).strip("_")
+
+
 def is_differentiable(t: Tensor | torch.dtype) -> bool:
     """Whether a tensor (or one of this dtype) can carry a derivative: floating-point or complex.
 
@@ -158,7 +163,7 @@ class Call:
     @property
     def op(self) -> str:
         """The operation's name, as a user would write it."""
-        return str(getattr(self.fn, "__name__", self.fn)).strip("_")
+        return name_of(self.fn)
 
 
 @dataclass(frozen=True)

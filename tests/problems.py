@@ -42,6 +42,42 @@ def learned(opt: GuessGradOptimizer) -> dict[str, Any]:
     return {key: entry["state"] for key, entry in cache.items() if key.startswith("learned: ")}
 
 
+class Cube(torch.autograd.Function):
+    """With a ``jvp``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x * x * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * g * x * x
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * t * x * x
+
+
+class PassedThrough(torch.autograd.Function):
+    """A base for functions whose derivative is taken to be the identity, in both modes."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor) -> Tensor:
+        return v.clone()
+
+
 def mlp() -> Problem:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     x = torch.randn(7, 4, dtype=torch.float64)

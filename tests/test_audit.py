@@ -18,7 +18,7 @@ from guessopt.engine import audit as engine
 from guessopt.engine.forward import Pass
 from guessopt.engine.levels import FastLevel
 from guessopt.tracing.tape import Tape
-from tests.problems import PROBLEMS, build, labels
+from tests.problems import PROBLEMS, PassedThrough, build, labels
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 Case = Callable[[torch.dtype], tuple[nn.Module, Callable[[], Tensor]]]
@@ -28,24 +28,12 @@ def optimizer(model: nn.Module, estimator: Any = "w_perp", **options: Any) -> Gu
     return GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, estimator, lr=1e-3, seed=0, **options)
 
 
-class Rounding(torch.autograd.Function):
+class Rounding(PassedThrough):
     """Straight-through."""
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         return (x * 4).round() / 4
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-    @staticmethod
-    def jvp(ctx: Any, v: Tensor) -> Tensor:
-        return v.clone()
 
 
 class Clipped(torch.autograd.Function):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.sites import Layout
 
-from .problems import Attention, Problem, Transformer, labels, of
+from .problems import Attention, Cube, Problem, Transformer, labels, of
 from .test_exactness import Summing, sum_over_one_hots
 
 pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")  # some of these couple the examples
@@ -523,26 +523,6 @@ def checkpointed(use_reentrant: bool) -> Problem:
         block=net(nn.Linear(4, 4), nn.Tanh()),
         head=nn.Linear(4, 2),
     )
-
-
-class Cube(torch.autograd.Function):
-    """With a ``jvp``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        return x * x * x
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * g * x * x
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * t * x * x
 
 
 class StraightThrough(torch.autograd.Function):

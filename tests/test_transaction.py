@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError, preflight
 from guessopt.diagnostics import variance
+from tests.problems import PassedThrough
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::guessopt.GuessWarning"),
@@ -206,25 +207,13 @@ def by_set(m: Any, h: Tensor) -> None:
         m.mean.set_(m.mean + detached(m, h))
 
 
-class Tracking(torch.autograd.Function):
+class Tracking(PassedThrough):
     mean: Tensor
 
     @staticmethod
     def forward(t: Tensor) -> Tensor:
         Tracking.mean.add_(t.detach().mean(0))  # not among the arguments
         return t.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-    @staticmethod
-    def jvp(ctx: Any, v: Tensor) -> Tensor:
-        return v.clone()
 
 
 def by_own_function(m: Any, h: Tensor) -> Tensor:

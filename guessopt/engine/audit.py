@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.engine.forward import Guess, Pass
+from guessopt.engine.forward import Guess, Pass, results_of
 from guessopt.engine.levels import DualLevel, FastLevel, Level, PlainLevel, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import AuditError
@@ -49,6 +49,7 @@ from guessopt.rng import RandomState
 from guessopt.rules.base import is_in_place
 from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph
 from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, tensors_in
+from guessopt.tracing.tape import memory_of, version_of
 
 #: Operations whose derivative is one-sided, or one of several, or of a smooth stand-in: by name, without underscores.
 _KINKED = frozenset((
@@ -276,7 +277,7 @@ class _Run(Pass):
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         if self.first:
-            self.moving.add(_memory(s))
+            self.moving.add(memory_of(s))
         return super().inject(site, s, in_place)
 
     def _run(
@@ -301,9 +302,9 @@ class _Run(Pass):
                     if unlisted:
                         out = self._move(index, out, tensors)
                     if self.first:
-                        self.moving.update(map(_memory, _results(out, tensors)))
+                        self.moving.update(map(memory_of, results_of(out, tensors)))
         if self.digests is not None:
-            self.digests[index] = [_digest(t) for t in _results(out, tensors) if _is_smooth(t)]
+            self.digests[index] = [_digest(t) for t in results_of(out, tensors) if _is_smooth(t)]
         return out
 
     def _move(self, index: int, out: Any, tensors: list[Tensor]) -> Any:
@@ -333,9 +334,9 @@ class _Run(Pass):
             entry.mask = None if self.memo.light else tensors[0] > 0
         elif _is_linearised(fn, name, tensors):
             entry.inputs = _copied(args), _copied(kwargs)
-        versions = [_version(t) for t in tensors]
+        versions = [version_of(t) for t in tensors]
         out = self._plain(fn, args, kwargs)
-        written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+        written = [t for t, version in zip(tensors, versions, strict=True) if version_of(t) != version]
         self._check_writes(fn, written, kwargs)
         results, entry.spec = _flat(out)
         entry.targets = _identities(results, tensors)
@@ -347,7 +348,7 @@ class _Run(Pass):
             self.memo.entries[index] = entry
         for t in (*results, *written, *(tensors[:1] if out is None else ())):
             if isinstance(t, Tensor) and _is_smooth(t):
-                self.moving.add(_memory(t))
+                self.moving.add(memory_of(t))
                 if t.is_floating_point():
                     self.memo.bits = min(self.memo.bits, _bits(t.dtype))
         return out
@@ -401,10 +402,10 @@ class _Run(Pass):
                 values = [v.clone() if isinstance(v, Tensor) and k not in entry.targets else v
                           for k, v in enumerate(values)]  # fmt: skip
             return tree_unflatten(values, entry.spec)
-        versions = [_version(t) for t in tensors]
+        versions = [version_of(t) for t in tensors]
         if not self._moves(tensors):
             out = fn(*args, **kwargs)
-            written = [t for t, version in zip(tensors, versions, strict=True) if _version(t) != version]
+            written = [t for t, version in zip(tensors, versions, strict=True) if version_of(t) != version]
             self._check_writes(fn, written, kwargs)
             return out
         entry = _Entry()
@@ -412,20 +413,20 @@ class _Run(Pass):
             writes = is_in_place(fn) or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
             before = {k: t.clone() for k, t in enumerate(tensors)} if writes else {}
             out = fn(*args, **kwargs)
-            changed = [k for k, t in enumerate(tensors) if _version(t) != versions[k]]
+            changed = [k for k, t in enumerate(tensors) if version_of(t) != versions[k]]
             self._check_writes(fn, [tensors[k] for k in changed], kwargs)
             for k in changed:
                 if k not in before:
                     raise NotAuditable(f"{_label(fn)} writes into its arguments without gradient")
-                moves = _memory(tensors[k]) in self.moving and _is_smooth(tensors[k])
+                moves = memory_of(tensors[k]) in self.moving and _is_smooth(tensors[k])
                 entry.change[k] = moves, tensors[k] - before[k] if moves else tensors[k].clone()
             results, entry.spec = _flat(out)
             entry.targets = {k: p for k, p in _identities(results, tensors).items() if p in entry.change}
-            read = {_memory(t) for t in tensors}
+            read = {memory_of(t) for t in tensors}
             for k, t in enumerate(results):
-                if isinstance(t, Tensor) and k not in entry.targets and _memory(t) in read and _is_smooth(t):
+                if isinstance(t, Tensor) and k not in entry.targets and memory_of(t) in read and _is_smooth(t):
                     results[k] = t.clone()
-                    self.fakes.add(_memory(results[k]))
+                    self.fakes.add(memory_of(results[k]))
             entry.values = [_kept(t) if k not in entry.targets else None for k, t in enumerate(results)]
             entry.random = RandomState.capture(self._devices(tensors))
         if _name(fn) == "detach" and is_in_place(fn):
@@ -439,13 +440,13 @@ class _Run(Pass):
         self._alive = [*getattr(self, "_alive", ()), *(t for t in results if isinstance(t, Tensor))]
 
     def _moves(self, tensors: list[Tensor]) -> bool:
-        return any(_memory(t) in self.moving for t in tensors) or any(
+        return any(memory_of(t) in self.moving for t in tensors) or any(
             t is moved for moved in self.duals.values() for t in tensors
         )
 
     def _check_writes(self, fn: Callable[..., Any], written: list[Tensor], kwargs: dict[str, Any]) -> None:
         writes = is_in_place(fn) or kwargs.get("inplace") or kwargs.get("out") is not None
-        if self.fakes and writes and any(_memory(t) in self.fakes for t in written):
+        if self.fakes and writes and any(memory_of(t) in self.fakes for t in written):
             raise NotAuditable(f"{_label(fn)} writes through an alias made by detach() or under no_grad")
 
     @staticmethod
@@ -469,7 +470,7 @@ class _Tangents(Pass):
         tensors: list[Tensor],
     ) -> Any:
         out = super()._run(index, kind, fn, args, kwargs, tensors)
-        results = [t for t in _results(out, tensors) if _is_smooth(t)]
+        results = [t for t in results_of(out, tensors) if _is_smooth(t)]
         if kind in (Kind.PLAIN, Kind.SITE, Kind.STOPPED) and results:
             tangents = [fw.unpack_dual(t).tangent for t in results]
             self.digests[index] = [None if tangent is None else _digest(tangent) for tangent in tangents]
@@ -490,7 +491,7 @@ def linearised(
     def body() -> Any:
         packed = [
             fw.make_dual(b, (t.detach() - b).to(b.dtype))
-            if isinstance(b, Tensor) and _is_smooth(b) and not _is_wrapper(b)
+            if isinstance(b, Tensor) and _is_smooth(b) and not is_traceable_wrapper_subclass(b)
             else b
             for b, t in zip(bases, there, strict=True)
         ]
@@ -765,25 +766,10 @@ def _kept(value: Any) -> Any:
 
 def _copied(node: Any) -> Any:
     leaves, spec = tree_flatten(node)
-    copies = [t.detach().clone() if isinstance(t, Tensor) and not _is_wrapper(t) else t for t in leaves]
+    copies = [
+        t.detach().clone() if isinstance(t, Tensor) and not is_traceable_wrapper_subclass(t) else t for t in leaves
+    ]
     return tree_unflatten(copies, spec)
-
-
-def _is_wrapper(t: Tensor) -> bool:
-    return bool(is_traceable_wrapper_subclass(t))
-
-
-def _memory(t: Tensor) -> int:
-    hidden = t.layout is not torch.strided or is_traceable_wrapper_subclass(t)
-    return id(t) if hidden else t.untyped_storage().data_ptr() or id(t)
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
-
-
-def _results(out: Any, tensors: list[Tensor]) -> list[Tensor]:
-    return tensors[:1] if out is None else tensors_in((out,))
 
 
 def _flat(out: Any) -> Any:

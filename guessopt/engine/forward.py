@@ -17,13 +17,14 @@ from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.rules.base import Known, is_in_place, moves_statistics
-from guessopt.sites import Call, ForwardRecord, Kind, Site, SiteGraph, Value, Visit
+from guessopt.sites import Call, ForwardRecord, Kind, Site, SiteGraph, Value, Visit, name_of
 from guessopt.tracing.interceptor import (
     AS_IT_IS,
     CustomFunction,
     Interceptor,
     autocast_of,
     compared,
+    map_tensors,
     stops_gradient,
     tensors_in,
 )
@@ -134,12 +135,12 @@ class Pass(Interceptor):
         outline: list[Any],
     ) -> Any:
         if index >= len(self.handling):
-            raise Departure(index, f"{_name(fn)} is called after the last call of the earlier run")
+            raise Departure(index, f"{name_of(fn)} is called after the last call of the earlier run")
         call, expected, kind, mutations, entering, leaving, noted, release = self.handling[index]
         if expected is not fn and expected != fn:
-            raise Departure(index, f"{_name(fn)} is called in place of {_name(call.fn)}")
+            raise Departure(index, f"{name_of(fn)} is called in place of {call.op}")
         if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
-            raise Departure(index, f"{_name(fn)} is called {'with' if kind is Kind.STOPPED else 'without'} gradients")
+            raise Departure(index, f"{name_of(fn)} is called {'with' if kind is Kind.STOPPED else 'without'} gradients")
         self._check_tensors(call, tensors)
         if outline != call.outline:
             self._check_arguments(call, args, kwargs, outline)
@@ -154,9 +155,9 @@ class Pass(Interceptor):
             self.random[index] = RandomState.before(args, kwargs, fn)
         out = self._run(index, kind, fn, args, kwargs, tensors)
 
-        results = [out] if isinstance(out, Tensor) else _results(out, tensors)
+        results = results_of(out, tensors)
         if len(results) != call.direct:
-            raise Departure(index, f"{_name(fn)} returned {len(results)} tensors in place of {call.direct}")
+            raise Departure(index, f"{name_of(fn)} returned {len(results)} tensors in place of {call.direct}")
         if call.target is None and tensors and any(t is tensors[0] for t in results):
             out, results = self._copied(call, kind, out, results, tensors[0])
         for k, value in leaving:
@@ -237,7 +238,7 @@ class Pass(Interceptor):
         def recorded(_: Any) -> Any:
             return Value(next(values))
 
-        call.renew(_map(args, recorded), _map(kwargs, recorded), outline)
+        call.renew(map_tensors(args, recorded), map_tensors(kwargs, recorded), outline)
         self.changed.append(-1 - call.index)
         self.stale = self.stale or call.index in self.graph.ahead
 
@@ -290,7 +291,7 @@ class Pass(Interceptor):
         def newest(t: Tensor) -> Tensor:
             return self.replaced[id(t)][1] if id(t) in self.replaced else t
 
-        return _map(node, newest)
+        return map_tensors(node, newest)
 
     def _keep(self, value: int, t: Tensor) -> None:
         if self.level.needs is not None and value not in self.level.needs:
@@ -327,7 +328,7 @@ class Pass(Interceptor):
             apart = self.level.wraps and all(self.plain(t) is t for t in tensors) and not self._is_written(index)
             with self.level.outside() if apart else AS_IT_IS:  # a transform refuses some operations on parameters alone
                 out = fn(*args, **kwargs)
-            results = _results(out, tensors)
+            results = results_of(out, tensors)
             self.express(results, mine)
             if self.duals and any(self.plain(t).requires_grad for t in results):
                 with replayed(state):  # the same noise in both
@@ -357,7 +358,7 @@ class Pass(Interceptor):
             return plain.get(id(t), t)
 
         with self.no_grad, self.level.outside():
-            out = fn(*_map(args, swap), **_map(kwargs, swap))
+            out = fn(*map_tensors(args, swap), **map_tensors(kwargs, swap))
         for t in moving:
             out = _put(out, plain[id(t)], t)
         return out
@@ -384,7 +385,7 @@ class Pass(Interceptor):
         def swap(t: Tensor) -> Tensor:
             return swapped.get(id(t), t)
 
-        out = fn(*_map(args, swap), **_map(kwargs, swap))
+        out = fn(*map_tensors(args, swap), **map_tensors(kwargs, swap))
         if written:
             self.standins[call.outputs[0]] = result = swapped[id(target)]
             self._write_back(target, result)
@@ -468,7 +469,7 @@ class Pass(Interceptor):
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
-        results = _results(out, tensors)
+        results = results_of(out, tensors)
         for where, k, value in self.graph.watch.get(index, ()) if len(results) > 1 else ():
             if where == "out":  # a guess for one output may need the others (an LSTM cell's two states)
                 self._keep(value, results[k])
@@ -511,7 +512,7 @@ class Pass(Interceptor):
                 return t
             return bare(t).clone() if id(t) in fragile else bare(t)
 
-        args, kwargs = _map(args, primal), _map(kwargs, primal) if kwargs else kwargs
+        args, kwargs = map_tensors(args, primal), map_tensors(kwargs, primal) if kwargs else kwargs
         if site.call.writes and not moves_statistics(fn):  # the call may be made once more for the gradients
             args, kwargs = copied(args, kwargs, [k for k in site.call.writes if k not in wanted])
         if site.call.in_place:
@@ -566,7 +567,7 @@ class Pass(Interceptor):
         def swap(t: Tensor) -> Tensor:
             return self.duals.get(id(t), t)
 
-        return _map(args, swap), _map(kwargs, swap)
+        return map_tensors(args, swap), map_tensors(kwargs, swap)
 
     def _express_duals(
         self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -657,10 +658,6 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
 _STRUCTURAL = {torch.cat, torch.concat, torch.concatenate, F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.dropout}
 
 
-def _name(fn: Any) -> str:
-    return str(getattr(fn, "__name__", fn)).strip("_")
-
-
 def _described(shape: Any, dtype: torch.dtype) -> str:
     return f"a tensor {list(shape)} of {dtype}"
 
@@ -691,22 +688,8 @@ def _put(out: Any, old: Tensor, new: Tensor) -> Any:
     return out
 
 
-def _results(out: Any, tensors: list[Tensor]) -> list[Tensor]:
+def results_of(out: Any, tensors: list[Tensor]) -> list[Tensor]:
     """The tensors that a call has returned; without any, the one that it has written."""
     if isinstance(out, Tensor):
         return [out]
     return tensors_in((out,)) if out is not None else tensors[:1]
-
-
-def _map(node: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """Apply to every tensor."""
-    if isinstance(node, Tensor):
-        return f(node)
-    if isinstance(node, (tuple, list)):
-        items = [f(item) if isinstance(item, Tensor) else _map(item, f) for item in node]
-        if type(node) is tuple:
-            return tuple(items)
-        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-    if isinstance(node, dict):
-        return {key: _map(item, f) for key, item in node.items()}
-    return node

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from guessopt.rules.attention import drops_out
 from guessopt.rules.base import Known, tangent_for
 from guessopt.sites import End, Graphs, Stream, is_differentiable
+from guessopt.tracing.writes import plain
 
 T = TypeVar("T")
 
@@ -526,9 +527,7 @@ class FuncLevel(Level):
         return outside
 
     def plain(self, t: Tensor) -> Tensor:
-        while torch._C._functorch.is_functorch_wrapped_tensor(t):
-            t = torch._C._functorch.get_unwrapped(t)
-        return t
+        return plain(t)
 
     def _pair(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
         primal, tangent = _unpack(t)

@@ -26,7 +26,7 @@ from guessopt.rules.base import is_in_place, tangent_for
 from guessopt.rules.elementwise import ADDITION, RELU, UNARY, relu_pull_back
 from guessopt.rules.linear import linear
 from guessopt.sites import ForwardRecord, Layout, SiteGraph, Visit, is_differentiable
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tracing.interceptor import map_tensors, tensors_in
 
 T = TypeVar("T")
 
@@ -227,7 +227,7 @@ class StackedLevel(FastLevel):
                 return made
 
             origins: dict[int, Tensor] = {}
-            call_args, call_kwargs = _mapped(args, dual), _mapped(kwargs, dual)
+            call_args, call_kwargs = map_tensors(args, dual), map_tensors(kwargs, dual)
             out = Level.call(self, fn, call_args, call_kwargs, writes=False)
             found: dict[int, tuple[Tensor, Tensor | None]] = {}
             for t in tensors_in((out if out is not None else call_args[0],)):
@@ -260,7 +260,7 @@ class StackedLevel(FastLevel):
                 return _pack(t.clone() if is_in_place(fn) else t, v[k].clone())
 
             with fw.dual_level():
-                call_args, call_kwargs = _mapped(args, dual), _mapped(kwargs, dual)
+                call_args, call_kwargs = map_tensors(args, dual), map_tensors(kwargs, dual)
                 try:
                     if is_foreign(fn):
                         raise NotImplementedError("forward AD passes it by")
@@ -376,21 +376,10 @@ def _unbatched(t: Tensor) -> Tensor:
     return t
 
 
-def _mapped(node: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(node, Tensor):
-        return f(node)
-    if isinstance(node, (tuple, list)):
-        items = [_mapped(item, f) for item in node]
-        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-    if isinstance(node, dict):
-        return {key: _mapped(item, f) for key, item in node.items()}
-    return node
-
-
 def _swapped(out: Any, found: dict[int, tuple[Tensor, Tensor | None]]) -> Found:
     """``out`` with ordinary tensors in place of those with tangents."""
     results = [(t, v) for t, v in found.values() if v is not None and is_differentiable(t)]
-    return _mapped(out, lambda t: found[id(t)][0]), results
+    return map_tensors(out, lambda t: found[id(t)][0]), results
 
 
 # --- from K guesses to one estimate -----------------------------------------------------------------------------------

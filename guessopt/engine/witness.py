@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.engine.forward import Pass
 from guessopt.engine.levels import Level
-from guessopt.sites import Call
+from guessopt.sites import Call, name_of
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.interceptor import tensors_in
 
@@ -78,7 +78,7 @@ class Witness:
 
     def __init__(self, analysis: Analysis) -> None:
         calls = [analysis.tape.calls[c] for c in analysis.useful - analysis.loss]
-        self._awake = {call.index for call in calls if name_of(call.fn) in _FLAT}
+        self._awake = {call.index for call in calls if call.op in _FLAT}
         self._open = {call.index for call in calls if analysis.active.intersection(call.sources)}
         self._asleep: set[int] = set()
 
@@ -157,11 +157,6 @@ def before(analysis: Analysis, calls: Collection[int]) -> set[int]:
 
 def described(call: Call, shape: tuple[int, ...]) -> str:
     return f"{call.op} (output {list(shape)})"
-
-
-def name_of(fn: Callable[..., Any]) -> str:
-    """``mul`` of ``Tensor.__mul__``."""
-    return str(getattr(fn, "__name__", fn)).strip("_")
 
 
 def _is_zero(t: Tensor) -> bool:

@@ -54,6 +54,20 @@ def _collect(node: Any, found: list[Tensor]) -> None:
             _collect(item, found)
 
 
+def map_tensors(node: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    """``node`` with ``f(t)`` in place of each tensor ``t``, in nested tuples, lists and dicts."""
+    if isinstance(node, Tensor):
+        return f(node)
+    if isinstance(node, (tuple, list)):
+        items = [f(item) if isinstance(item, Tensor) else map_tensors(item, f) for item in node]
+        if type(node) is tuple:
+            return tuple(items)
+        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+    if isinstance(node, dict):
+        return {key: map_tensors(item, f) for key, item in node.items()}
+    return node
+
+
 def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
     """The tensors among arguments, in order; and the arguments' outline: nested lists in which the class ``Tensor``
     replaces each tensor, numbers and names stay, and the type replaces any other object.

@@ -17,7 +17,7 @@ from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
 from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient, tensors_in
-from guessopt.tracing.writes import Writes
+from guessopt.tracing.writes import Writes, plain
 
 
 class Tape(Interceptor):
@@ -89,7 +89,7 @@ class Tape(Interceptor):
             )
 
         origins = frozenset().union(*(self.positions(m) for m in mine))
-        versions = [_version(t) for t in tensors]
+        versions = [version_of(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
             kind = Kind.STOPPED
@@ -111,7 +111,7 @@ class Tape(Interceptor):
                 out = fn(*args, **kwargs)
         self.writes.end()
         in_place = is_in_place(fn)
-        written = [k for k, t in enumerate(tensors) if _version(t) != versions[k] or (not k and in_place)]
+        written = [k for k, t in enumerate(tensors) if version_of(t) != versions[k] or (not k and in_place)]
         results = tensors_in((out,)) if out is not None else list(tensors[:1])
         in_place = in_place or any(r is tensors[k] for r in results for k in written)
         if kind is Kind.EXPRESSION:
@@ -154,20 +154,20 @@ class Tape(Interceptor):
         self.first_use[v] = (index, position)
         self.outside[v] = t
         if t.numel() and not isinstance(t, torch.nn.Parameter):
-            self._memory.setdefault(_memory(t), set()).add(v)
+            self._memory.setdefault(memory_of(t), set()).add(v)
         return ~v
 
     def _made(
         self, index: int, kind: Kind, flows: bool, results: list[Tensor], tensors: list[Tensor]
     ) -> tuple[int, ...]:
         """The values of the results of a call that wrote nothing."""
-        places = {_memory(t): self._views[self.value(t)] for t in reversed(tensors) if t.numel()}
+        places = {memory_of(t): self._views[self.value(t)] for t in reversed(tensors) if t.numel()}
         outputs: list[int] = []
         for t in results:
             if any(t is argument for argument in tensors):
                 outputs.append(self.value(t))
                 continue
-            v, place = self._new(t, index), _memory(t)
+            v, place = self._new(t, index), memory_of(t)
             outputs.append(v)
             if place in places:
                 self._memory.setdefault(place, set()).add(v)
@@ -191,7 +191,7 @@ class Tape(Interceptor):
             The values of the results, then of the other tensors; the pairs (old, new) of the other tensors; the pairs
             of those whose derivative stays as it was.
         """
-        places = {_memory(t) for t in targets}
+        places = {memory_of(t) for t in targets}
         views = {self._views[self.value(t)] for t in targets}
         touched = [t for t in list(self._values.keys()) if any(t is s for s in targets) or self._lies_in(t, places)]
         # A parameter keeps its value: every run reads it anew.
@@ -204,7 +204,7 @@ class Tape(Interceptor):
         for t in [*results, *extra]:
             if not any(t is other for other in touched):  # a result in new memory
                 outputs.append(v := self._new(t, index))
-                self._memory[_memory(t)] = {v}
+                self._memory[memory_of(t)] = {v}
                 if flows:
                     self._activate(t, v)
                 continue
@@ -214,7 +214,7 @@ class Tape(Interceptor):
                 continue
             outputs.append(v := self._new(t, index))
             self._views[v] = self._views[old]
-            self._memory.setdefault(_memory(t), set()).add(v)
+            self._memory.setdefault(memory_of(t), set()).add(v)
             if not any(t is r for r in results):
                 moves.append((old, v))
                 self.aliased.add(v)
@@ -229,7 +229,7 @@ class Tape(Interceptor):
         return tuple(outputs), tuple(moves), tuple(held)
 
     def _lies_in(self, t: Tensor, places: set[int]) -> bool:
-        return t.numel() > 0 and _memory(t) in places
+        return t.numel() > 0 and memory_of(t) in places
 
     def run(self, closure: Callable[[], Any]) -> Any:
         with self.writes:
@@ -257,8 +257,7 @@ class Tape(Interceptor):
         """Raise ``ClosureError`` if derivatives pass through a call inside a transform, or a higher-order operation."""
         name = getattr(fn, "__name__", str(fn))
         for t in tensors:
-            while torch._C._functorch.is_functorch_wrapped_tensor(t):
-                t = torch._C._functorch.get_unwrapped(t)
+            t = plain(t)
             if id(t) in self.params or id(t) in self.expressions or self._values.get(t) in self.active:
                 if isinstance(fn, HigherOrderOperator):
                     raise ClosureError(
@@ -322,15 +321,16 @@ def _within_compiled_code() -> bool:
     return False
 
 
-def _memory(t: Tensor) -> int:
+def memory_of(t: Tensor) -> int:
+    """A number for the memory that ``t`` lies in; its own where it has none that can be seen."""
     hidden = (
         t.layout is not torch.strided
         or torch._C._functorch.is_functorch_wrapped_tensor(t)
         or is_traceable_wrapper_subclass(t)
     )
-    return id(t) if hidden else t.untyped_storage().data_ptr()
+    return id(t) if hidden else t.untyped_storage().data_ptr() or id(t)
 
 
-def _version(t: Tensor) -> int:
+def version_of(t: Tensor) -> int:
     """The number of writes to the memory of ``t``."""
     return 0 if t.is_inference() else t._version

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fuzzing.parts import ANY, FEATURES, SPATIAL, Fn, Maker, family, need
+from tests.problems import Cube
 
 
 @family("twice transposed sum_of_uses bias_twice", FEATURES)
@@ -248,26 +249,6 @@ def complex_(m: Maker, h: Tensor, variant: str, size: int) -> Fn:
         "round_trip": lambda h: torch.fft.irfft(torch.fft.rfft(h), n=d),
         "polar": lambda h: torch.polar(h.abs() + 0.1, h).imag,
     }[variant]
-
-
-class Cube(torch.autograd.Function):
-    """With a forward derivative of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * g * x * x
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * t * x * x
 
 
 @family("cube")
