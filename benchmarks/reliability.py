@@ -6,7 +6,6 @@ import argparse
 import gc
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import random
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import reliability_resume
 from benchmarks.report import COMMITTED, SCRATCH, print_table, write_json
 from guessopt import GuessGradOptimizer, GuessWarning
 
@@ -257,8 +257,6 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def audit(steps: int) -> Figures:
     """What the audit adds to the steps' time: over the same steps, in turn with and without it."""
-    if "audit" not in inspect.signature(GuessGradOptimizer.__init__).parameters:
-        return {"ratio": NOT_RUN}
     spent: dict[bool, float] = {}
     for on in (False, True, False, True):
         model, x, y = tiny()
@@ -271,14 +269,9 @@ def audit(steps: int) -> Figures:
 
 
 def resume() -> Figures:
-    """What ``reliability_resume`` finds, where there is such a module."""
-    try:
-        module = importlib.import_module("benchmarks.reliability_resume")
-    except ModuleNotFoundError:
-        return {"mismatches": NOT_RUN}
-    found = module.resume_mismatches()
-    listed = list(found) if not isinstance(found, int) else [""] * found
-    return {"mismatches": len(listed), "examples": [str(item) for item in listed[:EXAMPLES]]}
+    """What ``reliability_resume`` finds."""
+    found = reliability_resume.resume_mismatches()
+    return {"mismatches": len(found), "examples": found[:EXAMPLES]}
 
 
 # --- running them -----------------------------------------------------------------------------------------------------

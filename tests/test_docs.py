@@ -1,7 +1,7 @@
 """The Python blocks of README.md and docs/ run as they stand: all blocks of a page one after the other, in one module.
 
 What a page takes for given (a model, an optimizer) is in a comment of the page that starts with ``<!-- python``, which
-readers do not see.
+readers do not see. ``<!-- setup -->`` stands for ``SETUP``, which several pages share.
 """
 
 from __future__ import annotations
@@ -21,6 +21,23 @@ from guessopt.estimators.base import _ESTIMATORS
 from guessopt.rules.base import _RULES, _TANGENTS
 
 ROOT = Path(__file__).parents[1]
+SETUP = """import torch
+import torch.nn.functional as F
+from torch.optim import AdamW
+
+import guessopt
+from guessopt import GuessGradOptimizer, LearnedFeedback
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+x, y = torch.randn(32, 8), torch.randint(2, (32,))
+batches = [(x, y)]
+opt = GuessGradOptimizer(model.parameters(), lr=1e-3)
+
+
+def closure():
+    return F.cross_entropy(model(x), y)
+"""
 BLOCK = re.compile(r"^(?:```python|<!-- python)\n(.*?)^(?:```|-->)$", re.DOTALL | re.MULTILINE)
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
 
@@ -32,6 +49,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     module = ModuleType(f"blocks_of_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look there
     text = page.read_text()
+    if "<!-- setup -->" in text:
+        exec(compile(SETUP, "setup", "exec"), vars(module))
     before = [(registry, dict(registry)) for registry in (_ESTIMATORS, _RULES, _TANGENTS)]
     try:
         for block in BLOCK.finditer(text):

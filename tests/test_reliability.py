@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from benchmarks import reliability
+from benchmarks import reliability, reliability_resume
 from benchmarks.__main__ import main
 from benchmarks.reliability import figures_of, page, results_of, shorten, snippet, soak, summary
 from guessopt import GuessGradOptimizer
@@ -62,15 +62,13 @@ def test_growth_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["tensors"] >= calm["tensors"] + 160 and found["python_bytes"] > calm["python_bytes"] + 500
 
 
-def test_shapes_and_audit_and_resume_say_what_they_ran() -> None:
+def test_shapes_and_audit_say_what_they_ran() -> None:
     assert reliability.shapes(12)["shapes"] == 12
-    ratio = reliability.audit(3)["ratio"]
-    assert ratio == "not run" or ratio > 0
+    assert reliability.audit(3)["ratio"] > 0
 
 
 def test_resume_takes_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = type("module", (), {"resume_mismatches": staticmethod(lambda: ["w_perp, store"])})
-    monkeypatch.setitem(__import__("sys").modules, "benchmarks.reliability_resume", module)
+    monkeypatch.setattr(reliability_resume, "resume_mismatches", lambda: ["w_perp, store"])
     assert reliability.resume() == {"mismatches": 1, "examples": ["w_perp, store"]}
 
 
