@@ -31,14 +31,14 @@ from tqdm import tqdm
 
 from benchmarks import reliability_resume
 from benchmarks.report import COMMITTED, SCRATCH, print_table, write_json
-from guessopt import GuessGradOptimizer, GuessWarning
+from guessopt import GuessGradOptimizer
 
 PAGE = Path("docs/reliability.md")
 NOT_RUN = "not run"
 CHUNK = 20
 """Networks of one task."""
 SECONDS = 120
-"""A network that takes longer is given up and counted as a fault."""
+"""A check that takes longer is given up, and counts as an error without a remedy."""
 EXAMPLES = 3
 """Of each kind of finding and each task, how many are kept."""
 PARTS = ("networks", "operations", "faults", "interrupts", "soak", "shapes", "audit", "resume")
@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="try again what an earlier run has tried")
 
 
-# --- tasks, each in a process of its own ------------------------------------------------------------------------------
+# --- tasks, run in worker processes -----------------------------------------------------------------------------------
 
 Task = Callable[[], Figures]
 
@@ -319,7 +319,7 @@ def _work(job: tuple[str, Task]) -> tuple[str, Figures]:
 
 
 def results_of(tasks: Mapping[str, Task], path: Path, workers: int, fresh: bool) -> dict[str, Figures]:
-    """Each task's result, each from a new process, and kept in ``path`` as it comes."""
+    """Each task's result, made in a worker process (a new one after 20 tasks), and kept in ``path`` as it comes."""
     done: dict[str, Figures] = json.loads(path.read_text()) if path.is_file() and not fresh else {}
     missing = [(name, task) for name, task in tasks.items() if name not in done]
     if len(missing) < len(tasks):
@@ -411,7 +411,6 @@ def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("hypothesis") is None or importlib.util.find_spec("tests") is None:
         raise SystemExit("reliability: needs hypothesis and the folder tests; run it from the project's root")
     _quiet()
-    warnings.simplefilter("ignore", GuessWarning)
     tasks = tasks_of(args, settings, parts)
     results = results_of(tasks, (args.out or SCRATCH) / "reliability_progress.json", args.workers, args.fresh)
     figures = figures_of(results)

@@ -19,6 +19,7 @@ from benchmarks.isolated import fresh
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.estimators import estimator_names, make_estimator
 from guessopt.stepping import MODES
+from guessopt.tracing.interceptor import tensors_in
 
 #: Steps before saving, and after.
 BEFORE, AFTER = 3, 3
@@ -151,18 +152,9 @@ def trained(model: nn.Module, opt: GuessGradOptimizer, closure: Callable[[], Ten
     digest = hashlib.sha256()
     state = opt.state_dict()
     for part in (model.state_dict(), state["state"], state["guessopt"]["cache"], state["guessopt"]["noise"]):
-        for tensor in tensors_of(part):
+        for tensor in tensors_in(part):
             digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return losses, digest.hexdigest()
-
-
-def tensors_of(value: Any) -> Iterable[Tensor]:
-    """Those in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_of(part)
 
 
 def stopped(case: Case, folder: Path) -> tuple[list[float], str]:

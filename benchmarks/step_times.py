@@ -116,13 +116,13 @@ def ordinary(opt: GuessGradOptimizer, step: Callable[[], object], count: int) ->
     return found
 
 
-def audited(opt: GuessGradOptimizer, step: Callable[[], object], count: int) -> list[float]:
+def audited(opt: GuessGradOptimizer, step: Callable[[], object]) -> list[float]:
     """The times of the steps in which an audit is due; those between the later ones are left out."""
     found: list[float] = []
     for number in range(1, AUDITED[-1] + 1):
-        if number > FIRST and opt._plans[0].uses + 1 < AUDITED[-1] and number & (number - 1):
-            continue
         if number > FIRST:
+            if number & (number - 1):
+                continue
             opt._plans[0].uses = number - 1
         seconds = timed(step)
         if number in AUDITED:
@@ -137,7 +137,7 @@ def serve(lines: IO[str], answers: IO[str]) -> None:
     for line in lines:
         what, network, options, audit, count = json.loads(line)
         if what == "audited":
-            found = audited(*build(network, options, audit), count)
+            found = audited(*build(network, options, audit))
         else:
             key = network, options, audit
             if key not in made:

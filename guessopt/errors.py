@@ -51,7 +51,9 @@ class PartialUpdateError(RuntimeError):
 
 
 class GuessWarning(UserWarning):
-    """Something works, but less well than a user would expect; issued once per optimizer.
+    """Something works, but less well than a user would expect.
+
+    An optimizer issues each message once; ``save`` and ``load`` issue theirs at every call.
 
     >>> issubclass(GuessWarning, UserWarning)
     True

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from guessopt.estimators.base import plain
+from guessopt.update import base_step
 
 
 def tensors_of(params: Any) -> Iterable[Any]:
@@ -34,16 +35,26 @@ def groups_of(params: Any, default: dict[str, Any]) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = [dict(item) for item in items] if isinstance(items[0], dict) else [{"params": items}]
     seen: list[Any] = []
     for group in groups:
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = listed(group["params"])
         group["estimator"] = plain(group.get("estimator", default))
         seen += tensors_of(group["params"])
     check_tensors(seen)
-    if not any(p.requires_grad for p in seen):
+    check_trainable(seen)
+    return groups
+
+
+def listed(params: Any) -> list[Any]:
+    """A group's parameters: one, or several."""
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def check_trainable(params: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` if no parameter requires a gradient."""
+    if not any(p.requires_grad for p in params):
         raise ValueError(
-            f"params: none of the {len(seen)} parameters requires a gradient: all are frozen; set "
+            f"params: none of the {len(params)} parameters requires a gradient: all are frozen; set "
             "requires_grad_(True) on those to train"
         )
-    return groups
 
 
 def check_tensors(tensors: Sequence[Any]) -> None:
@@ -111,9 +122,7 @@ def with_fused(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any]) 
         t.grad = torch.zeros_like(t)
     try:
         made = base(trials, **kwargs, fused=True)
-        step = type(made).step
-        with torch.no_grad():
-            getattr(step, "__wrapped__", step)(made)  # without the hooks that users have set for every optimizer
+        base_step(made)  # without the hooks that users have set for every optimizer
     except RuntimeError:  # not on this device, not for this dtype (complex), or not with these options
         return kwargs
     return {**kwargs, "fused": True}

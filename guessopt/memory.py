@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from guessopt.engine.planning import trace
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
-from guessopt.tracing.interceptor import Interceptor, read_by, tensors_in
+from guessopt.tracing.interceptor import Interceptor, read_by, results_of, tensors_in
 
 if TYPE_CHECKING:
     from guessopt.stepping import Stepping
@@ -185,7 +185,6 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         opt._check_plan(traced[0])
 
     _, floor = peak_of(look)
-    traced[0].uses = 16  # past the probes of the first steps
     opt._plans = traced
     period = max(e.period(traced[0].graph) for e in opt._estimators)
     moving = -(-steps // period) * period  # a step with a forward-mode pass
@@ -195,7 +194,7 @@ def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: 
         opt._noise.restore(noise)
         opt._steps = steps
 
-    def step(mode: str, number: int = moving, uses: int = 16) -> None:
+    def step(mode: str, number: int = moving, uses: int = 16) -> None:  # 16 is past the probes of the first steps
         restart()
         traced[0].uses = uses
         opt.memory, opt._steps = mode, number
@@ -315,7 +314,7 @@ class _Saved(Interceptor):
         results = [t for t in tensors_in((out,)) if t.requires_grad]
         self.made.append(sum(t.nbytes for t in results))
         if mine and len(mine) == len(tensors):
-            self.express(tensors_in((out,)) if out is not None else tensors[:1], mine)
+            self.express(results_of(out, tensors), mine)
         else:
             for t in results:
                 self._values[t] = len(self.spans)

@@ -22,10 +22,10 @@ from guessopt.engine.planning import (
 from guessopt.engine.replay import Journal
 from guessopt.estimators.base import Estimator, estimators_for, plain
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
-from guessopt.groups import build, check_tensors, groups_of, names_of, tensors_of, with_fused
+from guessopt.groups import build, check_tensors, check_trainable, groups_of, listed, names_of, tensors_of, with_fused
 from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
 from guessopt.memory import bytes_of
-from guessopt.rng import NoiseSource, RandomState
+from guessopt.rng import NoiseSource, RandomState, cuda_devices
 from guessopt.state import Before, check, described, load_base, moved, placement
 from guessopt.stepping import MODES, Stepping
 from guessopt.update import Updates
@@ -371,7 +371,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         refuse_in_closure("add_param_group()")
         group = dict(param_group)
         estimator = plain(group.pop("estimator", self._default))  # a key that some bases refuse
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = listed(group["params"])
         check_tensors(list(tensors_of(group["params"])))
         self.base.add_param_group(group)
         self.param_groups[-1]["estimator"] = estimator
@@ -454,11 +454,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         trainable = tuple(p.requires_grad for p in params)
         if trainable == self._trainable and all(map(operator.is_, params, self._params)):
             return
-        if not any(trainable):  # before anything is taken over: the next step must say so again
-            raise ValueError(
-                f"params: none of the {len(trainable)} parameters requires a gradient: all are frozen; set "
-                "requires_grad_(True) on those to train"
-            )
+        check_trainable(params)  # before anything is taken over: the next step must say so again
         self._params, self._trainable = params, trainable
         self._names = names_of(self.param_groups)
         self._by_position = {k: p for k, p in enumerate(self._params) if p.requires_grad}
@@ -474,8 +470,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         for position, p in self._by_position.items():
             entries[self._estimators[position]] = entries.get(self._estimators[position], 0) + p.numel()
         self._amplitudes = {estimator: estimator.amplitude(count) for estimator, count in entries.items()}
-        devices = {p.device.index for p in self._params if p.device.type == "cuda"}
-        self._devices = tuple(sorted(d for d in devices if d is not None))
+        self._devices = tuple(sorted(cuda_devices(self._params)))
         self._plans = []
         self._updates, self._together = Updates(self.base), None
         if self.foreign_gradients == "refuse":

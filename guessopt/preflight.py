@@ -143,11 +143,10 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
     for estimator in dict.fromkeys(estimator for estimator, _, _ in guesses.values()):
         own = tuple(site for site in graph.sites if site.index in guesses and guesses[site.index][0] == estimator)
         forms |= estimator.forms(own, graph)
-    read = {k for site in graph.sites for k in site.params} | set(graph.loss_params)
     return Preflight(
         sites=tuple(_report(opt, site, guesses, forms, graph.blocked.get(site.index)) for site in graph.sites),
         batch=graph.batch,
-        unread=tuple(opt._names[k] for k in opt._by_position if k not in read),
+        unread=tuple(opt._unread(graph)),
         coupled=tuple(
             f"{opt._names[site.params[0]]} ({site.op})" for site in graph.sites if site.layout is Layout.COUPLED
         ),

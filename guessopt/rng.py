@@ -88,7 +88,7 @@ class RandomState:
 
 
 def cuda_devices(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Those on which any of the tensors lies."""
+    """Indices of the CUDA devices that hold any of the tensors."""
     return tuple({t.device.index for t in tensors if t.is_cuda})
 
 

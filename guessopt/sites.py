@@ -468,7 +468,8 @@ class SiteGraph:
         ahead: calls that segments make before the closure does.
         returned: the loss's value.
         loss_params: positions of the parameters that the loss itself reads.
-        keeps_graph: whether sites read the expressions of these parameters too.
+        keeps_graph: whether the loss reads parameters through expressions (``W.t()``). Sites may read these too, so the
+            loss's reverse pass must keep their graphs.
         blocked: by site, why it has no segment.
         answers: the answers to the closure's questions ``activation.requires_grad``, in order.
         shared_writes: operations of the network that write into memory which other tensors share.
@@ -583,6 +584,11 @@ class SiteGraph:
         sites that no graph holds, since they read the network's input alone."""
         entries = (site.value for site in self.sites if site.call.index not in self.direct)
         return frozenset() if self.stream is None else self.stream.origins.union(entries)
+
+    @cached_property
+    def loss_writes(self) -> bool:
+        """Whether a call of the loss writes in place: into a value of the network, perhaps through a view of it."""
+        return any(call.in_place for call, kind in zip(self.calls, self.kinds, strict=True) if kind is Kind.LOSS)
 
     @cached_property
     def rectified(self) -> dict[int, tuple[tuple[int, int], ...]]:

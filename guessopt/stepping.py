@@ -174,9 +174,15 @@ class Stepping:
                 return f"{e.name} does not go with memory={memory!r} here: {why}; or use memory='store'"
         return None
 
+    @property
+    def _frozen(self) -> bool:
+        """Whether batch statistics are taken for constants."""
+        return self.batch_norm == "frozen_statistics"
+
     @contextmanager
     def _atomic(self, closure: Callable[[], Any], transaction: Transaction | None = None) -> Iterator[Transaction]:
-        """Within, an exception undoes everything."""
+        """Within, an exception undoes everything. Of a ``PartialUpdateError`` with a journal, the updates stay;
+        ``finish`` makes the rest."""
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
         with exclusive("step() or estimate()"):
@@ -286,7 +292,7 @@ class Stepping:
                 guesses.append(self._shown(plan, record.lessons, "serve", round))
             else:
                 guesses.append(partial(self._guess, plan, round))
-        frozen = self.batch_norm == "frozen_statistics"
+        frozen = self._frozen
         run = Replay(
             self._ids, self._by_position, plan.graph, guesses, records, transaction,
             frozen_statistics=frozen, deliver=deliver, done=done,
@@ -308,7 +314,7 @@ class Stepping:
         random: Random,
     ) -> None:
         """An extra pass for estimators that must see all sites before they can guess, or predict, at one."""
-        level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
+        level = PlainLevel(frozen_statistics=self._frozen)
         source, directions = self._again(noise)
         guess = self._shown(plan, lessons, how, Round(1, source, None, random=random))
         Pass(self._ids, plan.graph, level, guess, directions, transaction, keeps=False).run(closure)
@@ -317,7 +323,7 @@ class Stepping:
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, random: dict[int, RandomState | None]
     ) -> None:
         """An extra pass that notes the random states before the network's own draws."""
-        level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
+        level = PlainLevel(frozen_statistics=self._frozen)
         run = Pass(self._ids, plan.graph, level, lambda *_: None, {}, transaction, keeps=False)
         run.random = random
         run.run(closure)
@@ -497,7 +503,7 @@ class Stepping:
 
     def _look(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> Tensor:
         """Run the closure to find the tensors that guesses need before the closure reads them; returns the loss."""
-        level = PlainLevel(frozen_statistics=self.batch_norm == "frozen_statistics")
+        level = PlainLevel(frozen_statistics=self._frozen)
         run = Pass(self._ids, plan.graph, level, lambda *site: None, {}, transaction, keeps=False)
         loss = run.run(closure)
         run.check_end(loss)
@@ -674,7 +680,7 @@ class Stepping:
         """Why a pass is not audited."""
         reasons = {
             "batch_norm='frozen_statistics' leaves a part of the derivative out by design": (
-                self.batch_norm == "frozen_statistics" and plan.normalises_batch
+                self._frozen and plan.normalises_batch
             ),
             "no guess is made in this step": self._rests(plan),
             "the guesses are replaced by their means": self._noise.means,
@@ -723,7 +729,6 @@ class Stepping:
         class Enough(Exception):
             pass
 
-        uses = {id(plan): plan.uses for plan in self._plans}
         found: list[AuditReport] = []
         self._asked = found
         try:
@@ -734,8 +739,6 @@ class Stepping:
             return found[-1]
         finally:
             self._asked = None
-            for plan in self._plans:
-                plan.uses = uses.get(id(plan), plan.uses)
 
     def _guess(
         self, plan: Plan, round: Round, site: Site, s: Tensor, values: dict[int, Tensor]
@@ -810,7 +813,7 @@ class Stepping:
     def _resting(self, plan: Plan) -> Level:
         """The level of a step without guesses: it takes the exact errors, and along a stream it keeps the blocks'
         reverse graphs unless they are made again later."""
-        frozen, stream = self.batch_norm == "frozen_statistics", plan.graph.stream
+        frozen, stream = self._frozen, plan.graph.stream
         lacks = not plan.keeps_graphs or any(cut.shared for cut in plan.graph.cuts)
         if stream is None or lacks or self.memory == "replay":
             return ErrorLevel(frozen_statistics=frozen)
@@ -951,7 +954,7 @@ class Stepping:
         warn_of_coupling(plan, self._warn)
         if self.orthogonal:
             self._check_orthogonal(plan)
-        if self.batch_norm == "frozen_statistics" and plan.normalises_batch:
+        if self._frozen and plan.normalises_batch:
             self._warn(
                 "batch_norm='frozen_statistics': batch statistics are taken for constants; the estimate leaves out "
                 "how examples act on each other through them, a bias that grows as batches shrink"
@@ -963,11 +966,14 @@ class Stepping:
             )
         if plan.compiled:
             self._warn("torch.compile'd code in the closure runs uncompiled: compiled code would lose the tangents")
-        read = {p for site in plan.graph.sites for p in site.params} | set(plan.graph.loss_params)
-        unread = [self._names[k] for k in self._by_position if k not in read]
-        if unread:
+        if unread := self._unread(plan.graph):
             few = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
             self._warn(f"the loss does not depend on {few}: no gradient will be estimated for them")
+
+    def _unread(self, graph: SiteGraph) -> list[str]:
+        """Parameters from which no derivative reaches the loss."""
+        read = {p for site in graph.sites for p in site.params} | set(graph.loss_params)
+        return [self._names[k] for k in self._by_position if k not in read]
 
     def _forgo_graphs(self, plan: Plan) -> None:
         plan.keeps_graphs = False

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from guessopt.errors import PartialUpdateError
 from guessopt.rng import RandomState, cuda_devices
+from guessopt.sites import is_differentiable
 
 #: Updates before which parameters and state are copied, and the most bytes that copies may take.
 COPIED, MOST = 8, 64 * 2**20
@@ -383,7 +384,7 @@ def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return False
     if a.layout is not torch.strided:
         a, b = a.to_dense(), b.to_dense()
-    if not (a.is_floating_point() or a.is_complex()):
+    if not is_differentiable(a):
         return torch.equal(a, b)
     a, b = a.detach(), b.detach()
     if a.numel() == 0:

@@ -3,11 +3,13 @@
 One row here exercises every test that is parametrised over ``PROBLEMS``.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,13 @@ class Problem:
 def of(model: nn.Module, closure: Callable[[nn.Module], Tensor], batch: int | None = None) -> Problem:
     model.double()
     return Problem(list(model.named_parameters()), lambda: closure(model), batch)
+
+
+def seeded(seed: int = 0) -> None:
+    """Sets the global random states of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def labels(n: int, classes: int) -> Tensor:

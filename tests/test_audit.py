@@ -18,7 +18,7 @@ from guessopt.engine import audit as engine
 from guessopt.engine.forward import Pass
 from guessopt.engine.levels import FastLevel
 from guessopt.tracing.tape import Tape
-from tests.problems import PROBLEMS, PassedThrough, build, labels
+from tests.problems import PROBLEMS, PassedThrough, build, labels, seeded
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 Case = Callable[[torch.dtype], tuple[nn.Module, Callable[[], Tensor]]]
@@ -143,13 +143,8 @@ LEGITIMATE: dict[str, Callable[[Tensor, Any], Tensor]] = {
 }
 
 
-#: The audit is right here: the tracer takes layers before these to have no part in the loss.
-LOST: set[str] = set()
-LOST_BY_THE_TRACER = pytest.mark.xfail(strict=True, raises=AssertionError, reason="the tracer loses these layers")
-
-
 @pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LOST_BY_THE_TRACER if n in LOST else ()) for n in LEGITIMATE])
+@pytest.mark.parametrize("name", LEGITIMATE)
 def test_legitimate_code_passes(name: str, dtype: torch.dtype) -> None:
     model, closure = network(LEGITIMATE[name], dtype, bn=nn.BatchNorm1d(8))
     for estimator in ("w_perp", "activation_perturbation", "directional_descent"):
@@ -203,10 +198,10 @@ def test_a_step_with_audit_equals_one_without(name: str, monkeypatch: pytest.Mon
     start, states = copy.deepcopy(model.state_dict()), []
     for audit in (True, False):
         model.load_state_dict(start)
-        torch.manual_seed(7)
+        seeded(7)
         opt = optimizer(model, **{"estimator": "w_perp", **OPTIONS[name]}, audit=audit)
         losses = [opt.step(closure).item() for _ in range(4)]
-        states.append([*losses, *model.state_dict().values(), torch.rand(1), random.random()][:-1])
+        states.append([*losses, *model.state_dict().values(), torch.rand(1), random.random()])
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*states, strict=True))
     assert reports and all(report.ok for report in reports)
     assert any(report.measured for report in reports)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, WPerp, stepping
+from tests.problems import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")  # BatchNorm couples the examples
 
@@ -41,12 +42,6 @@ def build_optimizer(model: nn.Module, **options: Any) -> GuessGradOptimizer:
 
 def good(model: nn.Module) -> Closure:
     return lambda: F.cross_entropy(model(X + np.random.rand() + random.random()), LABELS)
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 def flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -241,7 +236,7 @@ def test_an_exception_in_the_closure(method: str, at: int, late: bool, error: Ex
         return loss
 
     for step in range(at):  # a step runs the closure at least once
-        seed_everything(step)
+        seeded(step)
         optimizer.zero_grad()
         leave_grads(model)
         before = snapshot(model, optimizer)
@@ -252,15 +247,15 @@ def test_an_exception_in_the_closure(method: str, at: int, late: bool, error: Ex
             break
         other.zero_grad()
         leave_grads(twin)
-        seed_everything(step)
+        seeded(step)
         getattr(other, method)(good(twin))
     assert next(calls) == at + 1
     assert_same(before, snapshot(model, optimizer))
 
-    seed_everything(50)
+    seeded(50)
     optimizer.zero_grad()
     optimizer.step(good(model))
-    seed_everything(50)
+    seeded(50)
     other.zero_grad()
     other.step(good(twin))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))

@@ -252,3 +252,34 @@ def test_memory_modes_learn_the_same_from_noise(name: str) -> None:
     for params, random in found[1:]:
         torch.testing.assert_close(params, found[0][0])
         assert torch.equal(random, found[0][1])
+
+
+# --- torch.func draws what a plain pass draws -------------------------------------------------------------------------
+
+DROPOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda h: F.dropout(h, 0.5),
+    "torch.dropout": lambda h: torch.dropout(h, 0.5, True),
+    "in place": lambda h: F.dropout(h, 0.5, inplace=True),
+    "in place, the old name read": lambda h: (F.dropout(h, 0.5, inplace=True), h)[1],
+    "alpha_dropout": lambda h: F.alpha_dropout(h, 0.5, training=True),
+    "dropout2d": lambda h: F.dropout2d(h[None], 0.5)[0],
+}
+
+ORDERS = {"transposed": (1, 0, 2), "reversed": (2, 1, 0), "positions first": (1, 2, 0)}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_the_reference_engine_draws_the_masks_of_a_plain_pass(name: str, order: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 6)
+    x = torch.randn(3, 5, 4)
+
+    def closure() -> Tensor:
+        return DROPOUTS[name](net(x).permute(order)).square().sum()
+
+    torch.manual_seed(1)
+    expected = closure()
+    opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, "directional_descent", engine="func", lr=0.0)
+    torch.manual_seed(1)
+    torch.testing.assert_close(opt.step(closure), expected)

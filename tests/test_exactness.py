@@ -21,7 +21,7 @@ class OneHot(Estimator):
     name: ClassVar[str] = "one_hot"
     per_example_parameters: ClassVar[bool] = False
     at: tuple[int, int] = (-1, 0)
-    flips: dict[int, Layout]
+    batch: int
 
     def sample(self, state: Any, local: Any) -> Tensor:
         site, entry = self.at
@@ -68,7 +68,7 @@ class Summing:
         self.estimate((-1, 0), batch=1)
 
     def estimate(self, at: tuple[int, int], batch: int) -> dict[int, Tensor]:
-        self.estimator.at, self.estimator.batch = at, batch  # type: ignore[attr-defined]
+        self.estimator.at, self.estimator.batch = at, batch
         return self.opt._estimate(self.problem.closure)[1]
 
     def gradient(self) -> dict[str, Tensor]:

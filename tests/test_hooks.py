@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer, plan, preflight
 from guessopt.diagnostics import estimated_gradient, true_gradient
+from guessopt.stepping import MODES
 
 torch.manual_seed(0)
 X = torch.randn(8, 5, dtype=torch.float64)
 LABELS = torch.arange(8) % 3
-MODES = ["store", "replay", "stream"]
 Closure = Callable[[], Tensor]
 
 

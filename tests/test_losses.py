@@ -72,6 +72,29 @@ def test_every_loss_is_exact_and_keeps_the_examples_apart(name: str) -> None:
         torch.testing.assert_close(total[parameter], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=parameter)
 
 
+#: The loss writes into a view of the network's output. Nothing else holds the output any longer.
+WRITES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "a transpose": lambda m, x: F.cross_entropy(m(x).T.mul_(2).T, Y),
+    "some columns": lambda m, x: m(x)[:, 1:].mul_(3).square().sum(),
+    "dropout": lambda m, x: F.dropout(m(x).view(-1), 0.0, inplace=True).square().sum(),
+    "a rectifier": lambda m, x: F.relu(m(x).reshape(-1), inplace=True).mean(),
+}
+
+
+@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_loss_may_write_into_a_view_of_its_input(name: str, engine: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, C))
+    x = torch.randn(N, 3, dtype=torch.float64)
+    problem = of(model, lambda m: WRITES[name](m, x), N)
+    total, _ = sum_over_one_hots(problem, engine)
+    for (parameter, _), g in zip(
+        problem.named, torch.autograd.grad(problem.closure(), problem.parameters()), strict=True
+    ):
+        torch.testing.assert_close(total[parameter], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=parameter)
+
+
 def test_ctc_over_sequences() -> None:
     """Time comes first, and the loss has no derivative in forward mode: it needs none."""
     torch.manual_seed(0)

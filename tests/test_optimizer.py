@@ -19,6 +19,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, GuessWarning, WPerp, WTranspose
+from tests.problems import seeded
 
 ESTIMATORS = ["directional_descent", "activation_perturbation", "w_transpose", "w_perp"]
 ENGINES = ["fast", "dual", "func"]
@@ -64,12 +65,6 @@ def equal(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
 def assert_near(left: Iterable[Tensor], right: Iterable[Tensor], tolerance: float = 1e-12) -> None:
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
 
 
 # --------------------------------------------------------------------------------------------- construction
@@ -1044,9 +1039,9 @@ def test_random_streams_move_as_under_a_plain_forward(warm: int, seed: int | Non
     optimizer = sgd(model, seed=seed, engine=engine)
     for _ in range(warm):
         optimizer.step(closure)
-    seed_everything(5)
+    seeded(5)
     expected = float(closure().detach()), torch.rand(1).item(), np.random.rand(), random.random()
-    seed_everything(5)
+    seeded(5)
     loss = float(optimizer.step(closure))
     assert loss == pytest.approx(expected[0], rel=1e-12)
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected[1:]

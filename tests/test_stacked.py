@@ -25,8 +25,8 @@ S = (K,) * 3
 
 @dataclass(frozen=True)
 class Op:
-    """``shapes``: of the tensors that ``args`` begins with; ``moves``: whether each may have tangents. Every
-    combination of those that have is tried."""
+    """``shapes``: of the tensors that the arguments begin with; ``rest``: what follows them; ``listed``: the tensors go
+    in as one tuple."""
 
     fn: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
@@ -34,12 +34,11 @@ class Op:
     kwargs: tuple[tuple[str, Any], ...] = ()
     positive: bool = False
     listed: bool = False
-    fixed: int = 0
     dtype: torch.dtype = REAL
 
 
 def op(fn: Callable[..., Any], *shapes: tuple[int, ...], rest: tuple[Any, ...] = (), **options: Any) -> Op:
-    own = {key: options.pop(key) for key in ("positive", "listed", "fixed", "dtype") if key in options}
+    own = {key: options.pop(key) for key in ("positive", "listed", "dtype") if key in options}
     return Op(fn, shapes, rest, tuple(options.items()), **own)
 
 
@@ -91,7 +90,7 @@ OPS: dict[str, Op] = {
     "addmm [K, K]": op(torch.addmm, (K, K), (K, K), (K, K)),
     "bmm": op(torch.bmm, S, S),
     "baddbmm": op(torch.baddbmm, (K, 1, K), S, S),
-    "einsum": op(torch.einsum, S, (K, K), rest=(), listed=True),
+    "einsum": op(torch.einsum, S, (K, K), listed=True),
     "where": op(lambda a, b: torch.where(torch.eye(K, dtype=torch.bool), a, b), (K,), (K, K)),
     "transpose": op(torch.transpose, S, rest=(0, 2)),
     "expand": op(Tensor.expand, (K,), rest=(K, K, K)),
@@ -111,7 +110,7 @@ OPS: dict[str, Op] = {
     "logsumexp": op(torch.logsumexp, S, rest=(0,)),
     "norm": op(torch.linalg.vector_norm, S),
     "embedding": op(lambda w: F.embedding(torch.arange(K), w), (K, K)),
-    "layer_norm": op(F.layer_norm, S, (K,), (K,), rest=()),
+    "layer_norm": op(F.layer_norm, S, (K,), (K,)),
     "group_norm": op(lambda x, w, b: F.group_norm(x, K, w, b), (K, K, K), (K,), (K,)),
     "batch_norm": op(lambda x, w, b: F.batch_norm(x, None, None, w, b, True), S, (K,), (K,)),
     "conv1d": op(F.conv1d, S, S, (K,)),

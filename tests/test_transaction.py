@@ -22,7 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError, preflight
 from guessopt.diagnostics import variance
-from tests.problems import PassedThrough
+from guessopt.stepping import MODES
+from tests.problems import PassedThrough, seeded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::guessopt.GuessWarning"),
@@ -601,9 +602,7 @@ def optimizer(case: Case, memory: str, base: Any = torch.optim.SGD, **options: A
 
 
 def build(name: str) -> Case:
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+    seeded()
     return CASES[name]()
 
 
@@ -616,7 +615,6 @@ def plain_runs(name: str, steps: int) -> Iterator[tuple[float, Any]]:
 
 
 WRITE_PARAMETERS = {"weight_decay_by_hand", "clipping_by_hand"}
-MODES = ["store", "replay", "stream"]
 
 
 @pytest.mark.parametrize("memory", MODES)

@@ -41,14 +41,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.engine.forward import Guess, Pass, results_of
+from guessopt.engine.forward import Guess, Pass
 from guessopt.engine.levels import DualLevel, FastLevel, Level, PlainLevel, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import AuditError
-from guessopt.rng import RandomState
+from guessopt.rng import RandomState, cuda_devices
 from guessopt.rules.base import is_in_place
-from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph
-from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, tensors_in
+from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, is_differentiable
+from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, results_of, tensors_in
 from guessopt.tracing.tape import memory_of, version_of
 
 #: Operations whose derivative is one-sided, or one of several, or of a smooth stand-in: by name, without underscores.
@@ -268,6 +268,8 @@ class _Run(Pass):
         self.moving: set[int] = set()
         self.fakes: set[int] = set()
         self.digests: dict[int, list[Tensor]] | None = None
+        #: Copies that stand for aliases: their memory must not become another tensor's.
+        self._alive: list[Tensor] = []
 
     def loss(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> float:
         for p, v in self.directions.items():
@@ -304,7 +306,7 @@ class _Run(Pass):
                     if self.first:
                         self.moving.update(map(memory_of, results_of(out, tensors)))
         if self.digests is not None:
-            self.digests[index] = [_digest(t) for t in results_of(out, tensors) if _is_smooth(t)]
+            self.digests[index] = [_digest(t) for t in results_of(out, tensors) if is_differentiable(t)]
         return out
 
     def _move(self, index: int, out: Any, tensors: list[Tensor]) -> Any:
@@ -312,7 +314,7 @@ class _Run(Pass):
         that the loss does not depend on them."""
         leaves, spec = _flat(out)
         for k, t in enumerate(leaves):
-            if isinstance(t, Tensor) and _is_smooth(t) and t.numel():
+            if isinstance(t, Tensor) and is_differentiable(t) and t.numel():
                 self.memo.moved = True
                 noise = _signs(t.numel(), index).to(t.device).view(t.shape)
                 rms = torch.linalg.vector_norm(t.detach()) / math.sqrt(t.numel())
@@ -340,14 +342,14 @@ class _Run(Pass):
         self._check_writes(fn, written, kwargs)
         results, entry.spec = _flat(out)
         entry.targets = _identities(results, tensors)
-        held = [not _is_smooth(t) if isinstance(t, Tensor) else _is_number(t, name) for t in results]
+        held = [not is_differentiable(t) if isinstance(t, Tensor) else _is_number(t, name) for t in results]
         entry.values = [_kept(t) if hold else None for t, hold in zip(results, held, strict=True)]
         if results and all(held):
-            entry.random = RandomState.capture(self._devices(tensors))
+            entry.random = RandomState.capture(cuda_devices(tensors))
         if any(held) or entry.mask is not None or entry.inputs is not None:
             self.memo.entries[index] = entry
         for t in (*results, *written, *(tensors[:1] if out is None else ())):
-            if isinstance(t, Tensor) and _is_smooth(t):
+            if isinstance(t, Tensor) and is_differentiable(t):
                 self.moving.add(memory_of(t))
                 if t.is_floating_point():
                     self.memo.bits = min(self.memo.bits, _bits(t.dtype))
@@ -418,26 +420,22 @@ class _Run(Pass):
             for k in changed:
                 if k not in before:
                     raise NotAuditable(f"{_label(fn)} writes into its arguments without gradient")
-                moves = memory_of(tensors[k]) in self.moving and _is_smooth(tensors[k])
+                moves = memory_of(tensors[k]) in self.moving and is_differentiable(tensors[k])
                 entry.change[k] = moves, tensors[k] - before[k] if moves else tensors[k].clone()
             results, entry.spec = _flat(out)
             entry.targets = {k: p for k, p in _identities(results, tensors).items() if p in entry.change}
             read = {memory_of(t) for t in tensors}
             for k, t in enumerate(results):
-                if isinstance(t, Tensor) and k not in entry.targets and memory_of(t) in read and _is_smooth(t):
+                if isinstance(t, Tensor) and k not in entry.targets and memory_of(t) in read and is_differentiable(t):
                     results[k] = t.clone()
                     self.fakes.add(memory_of(results[k]))
             entry.values = [_kept(t) if k not in entry.targets else None for k, t in enumerate(results)]
-            entry.random = RandomState.capture(self._devices(tensors))
+            entry.random = RandomState.capture(cuda_devices(tensors))
         if _name(fn) == "detach" and is_in_place(fn):
             raise NotAuditable("detach_() stops gradients in place")
         self.memo.entries[index] = entry
-        self._keep_alive(results)
+        self._alive += (t for t in results if isinstance(t, Tensor))
         return tree_unflatten(results, entry.spec)
-
-    def _keep_alive(self, results: list[Any]) -> None:
-        """The copies that stand for aliases: their memory must not become another tensor's."""
-        self._alive = [*getattr(self, "_alive", ()), *(t for t in results if isinstance(t, Tensor))]
 
     def _moves(self, tensors: list[Tensor]) -> bool:
         return any(memory_of(t) in self.moving for t in tensors) or any(
@@ -448,10 +446,6 @@ class _Run(Pass):
         writes = is_in_place(fn) or kwargs.get("inplace") or kwargs.get("out") is not None
         if self.fakes and writes and any(memory_of(t) in self.fakes for t in written):
             raise NotAuditable(f"{_label(fn)} writes through an alias made by detach() or under no_grad")
-
-    @staticmethod
-    def _devices(tensors: list[Tensor]) -> tuple[int, ...]:
-        return tuple({t.device.index for t in tensors if t.is_cuda})
 
 
 class _Tangents(Pass):
@@ -470,7 +464,7 @@ class _Tangents(Pass):
         tensors: list[Tensor],
     ) -> Any:
         out = super()._run(index, kind, fn, args, kwargs, tensors)
-        results = [t for t in results_of(out, tensors) if _is_smooth(t)]
+        results = [t for t in results_of(out, tensors) if is_differentiable(t)]
         if kind in (Kind.PLAIN, Kind.SITE, Kind.STOPPED) and results:
             tangents = [fw.unpack_dual(t).tangent for t in results]
             self.digests[index] = [None if tangent is None else _digest(tangent) for tangent in tangents]
@@ -491,7 +485,7 @@ def linearised(
     def body() -> Any:
         packed = [
             fw.make_dual(b, (t.detach() - b).to(b.dtype))
-            if isinstance(b, Tensor) and _is_smooth(b) and not is_traceable_wrapper_subclass(b)
+            if isinstance(b, Tensor) and is_differentiable(b) and not is_traceable_wrapper_subclass(b)
             else b
             for b, t in zip(bases, there, strict=True)
         ]
@@ -511,7 +505,7 @@ def linearised(
             return out
         leaves, outs = _flat(out)
         for k, t in enumerate(leaves):
-            if isinstance(t, Tensor) and _is_smooth(t):
+            if isinstance(t, Tensor) and is_differentiable(t):
                 primal, tangent = fw.unpack_dual(t)
                 leaves[k] = primal.detach() if tangent is None else primal.detach() + tangent
         return tree_unflatten(leaves, outs)
@@ -545,8 +539,8 @@ class Audit:
     record: ForwardRecord
     rtol: float = 0.0
     memo: _Memo = field(default_factory=_Memo)
-    #: The guesses of the first run, by site, for the later runs. From values that have moved, other guesses would come.
     light: bool = False
+    #: By site, the guesses of the first run. Later runs use them again: from moved values other guesses would come.
     made: dict[int, Any] = field(default_factory=dict)
 
     @cached_property
@@ -748,10 +742,6 @@ def _is_linearised(fn: Callable[..., Any], name: str, tensors: list[Tensor]) -> 
         or is_foreign(fn)
         or any(is_traceable_wrapper_subclass(t) for t in tensors)
     )
-
-
-def _is_smooth(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
 
 
 def _is_number(value: Any, name: str) -> bool:

@@ -25,6 +25,7 @@ from guessopt.tracing.interceptor import (
     autocast_of,
     compared,
     map_tensors,
+    results_of,
     stops_gradient,
     tensors_in,
 )
@@ -327,7 +328,7 @@ class Pass(Interceptor):
             state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
             apart = self.level.wraps and all(self.plain(t) is t for t in tensors) and not self._is_written(index)
             with self.level.outside() if apart else AS_IT_IS:  # a transform refuses some operations on parameters alone
-                out = fn(*args, **kwargs)
+                out = self.level.without_tangent(fn, args, kwargs)
             results = results_of(out, tensors)
             self.express(results, mine)
             if self.duals and any(self.plain(t).requires_grad for t in results):
@@ -351,7 +352,7 @@ class Pass(Interceptor):
             moving = [t for t in moving if t is not tensors[0]]
         writes = fn in BINDING or index in self.graph.mutations
         if not moving:
-            return self.level.write(fn, args, kwargs) if writes else fn(*args, **kwargs)
+            return (self.level.write if writes else self.level.without_tangent)(fn, args, kwargs)
         plain = {id(t): self.level.primal(t) for t in moving}
 
         def swap(t: Tensor) -> Tensor:
@@ -376,16 +377,14 @@ class Pass(Interceptor):
             if value in self.standins:
                 swapped[id(t)] = self.standins[value]
         if not swapped:
-            return fn(*args, **kwargs)
+            return self.level.without_tangent(fn, args, kwargs)
         target = tensors[0]
         written = call.in_place and id(target) in swapped
-        if written and call.inputs[0] in graph.cut_of:
-            swapped[id(target)] = swapped[id(target)].clone()
 
         def swap(t: Tensor) -> Tensor:
             return swapped.get(id(t), t)
 
-        out = fn(*map_tensors(args, swap), **map_tensors(kwargs, swap))
+        out = self.level.without_tangent(fn, map_tensors(args, swap), map_tensors(kwargs, swap))
         if written:
             self.standins[call.outputs[0]] = result = swapped[id(target)]
             self._write_back(target, result)
@@ -401,7 +400,7 @@ class Pass(Interceptor):
             if cut.fragile:
                 t = self.level.call(Tensor.clone, (t,), {}, writes=False)
             used, self.leaves[number] = self.level.cut(number, t)
-        return used
+        return used.clone() if self.graph.loss_writes else used
 
     def _write_back(self, target: Tensor, result: Tensor) -> None:
         """The loss has written into a value of the network: write the result into the tensor that the user holds."""
@@ -686,10 +685,3 @@ def _put(out: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(out, list):
         return [_put(item, old, new) for item in out]
     return out
-
-
-def results_of(out: Any, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors that a call has returned; without any, the one that it has written."""
-    if isinstance(out, Tensor):
-        return [out]
-    return tensors_in((out,)) if out is not None else tensors[:1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,13 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.rules.attention import drops_out
-from guessopt.rules.base import Known, tangent_for
+from guessopt.rules.base import Known, tangent_for, without_side_effects
+from guessopt.rules.drawing import RECURRENT
 from guessopt.sites import End, Graphs, Stream, is_differentiable
+from guessopt.tracing.interceptor import AS_IT_IS
 from guessopt.tracing.writes import plain
 
 T = TypeVar("T")
-
-_AS_IT_IS = nullcontext[None]()
 
 
 class Level(ABC):
@@ -100,11 +100,11 @@ class Level(ABC):
 
     def outside(self) -> AbstractContextManager[Any]:
         """Where ordinary tensors are worked on as if no pass were under way."""
-        return _AS_IT_IS
+        return AS_IT_IS
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
-        if fn in _FUSED:  # oneDNN's fused recurrence has no forward derivative; the plain one has
+        if fn in RECURRENT:  # oneDNN's fused recurrence has no forward derivative; the plain one has
             with _without_mkldnn():
                 return fn(*args, **kwargs)
         if fn is F.scaled_dot_product_attention:  # only the plain formula has a forward derivative
@@ -112,6 +112,10 @@ class Level(ABC):
                 return fn(*args, **kwargs)
         if self.frozen_statistics and fn is F.batch_norm:
             return F.batch_norm(*self.with_frozen_statistics(*args, **kwargs))
+        return fn(*args, **kwargs)
+
+    def without_tangent(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation of the loss, or on tensors without tangents."""
         return fn(*args, **kwargs)
 
     def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -400,12 +404,9 @@ def check_tangent(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         raise NotImplementedError("forward AD has another derivative than backward")
 
 
-_FUSED: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-
-
 #: Operations that do not run as they stand, and what is done instead; told by ``preflight``.
 TREATMENTS: dict[Callable[..., Any], str] = {
-    **dict.fromkeys(_FUSED, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
+    **dict.fromkeys(RECURRENT, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
     F.scaled_dot_product_attention: "runs by the explicit formula: the fused kernels have no forward derivative",
 }
 
@@ -491,6 +492,11 @@ def _between_one_and_two(like: Tensor) -> Tensor:
     return numbers.to(like).view(like.shape)
 
 
+#: Inside ``torch.func`` these fill the mask of a tensor that is not contiguous in the order of its dimensions, and
+#: elsewhere in the order of its memory.
+_DROPOUTS: set[Callable[..., Any]] = {F.dropout, torch.dropout, torch.dropout_, F.alpha_dropout, torch.alpha_dropout}
+
+
 class FuncLevel(Level):
     """``torch.func.jvp``: the documented entry, and what every other level must equal."""
 
@@ -559,15 +565,27 @@ class FuncLevel(Level):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         check_tangent(fn, args, kwargs)
+        if not writes and fn in _DROPOUTS:
+            return self._in_order_of_memory(fn, *args, **kwargs)
         if not writes or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
         if fn in (F.batch_norm, F.instance_norm):
             self.write(fn, args, kwargs)
-            flag = "training" if fn is F.batch_norm else "use_input_stats"
-            names = ("input", "running_mean", "running_var", "weight", "bias", flag, "momentum", "eps")
-            bound = dict(zip(names, args, strict=False)) | kwargs
-            return fn(**(bound | {"running_mean": None, "running_var": None}))
+            return without_side_effects(fn)(*args, **kwargs)
         return self.write(fn, args, kwargs)
+
+    def without_tangent(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._in_order_of_memory(fn, *args, **kwargs) if fn in _DROPOUTS else fn(*args, **kwargs)
+
+    def _in_order_of_memory(self, fn: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Dropout of ``input`` with its dimensions ordered by stride: the mask is then the one of a plain run."""
+        with self.outside():
+            strides = torch.empty_like(self.plain(input)).stride()
+        order = sorted(range(input.dim()), key=lambda d: -strides[d])
+        if order == list(range(input.dim())):
+            return fn(input, *args, **kwargs)
+        back = sorted(range(input.dim()), key=lambda d: order[d])
+        return fn(input.permute(order), *args, **kwargs).permute(back)
 
     def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A transform refuses to write what it captured: write outside of it, from values without tangents.

@@ -17,7 +17,7 @@ from guessopt.engine.levels import FastLevel, Level
 from guessopt.engine.probe import Found, Tangents, find_layouts
 from guessopt.engine.stacked import StackedLevel
 from guessopt.engine.transaction import Transaction
-from guessopt.engine.witness import Mixing, WatchedPass, Witness, before
+from guessopt.engine.witness import Mixing, WatchedPass, Witness
 from guessopt.errors import ClosureError
 from guessopt.sites import Joint, Layout, Site, SiteGraph, is_differentiable
 from guessopt.tracing.graph import Analysis
@@ -50,7 +50,6 @@ class Plan:
     graph: SiteGraph
     analysis: Analysis | None
     sites: tuple[Site, ...]
-    coupled_before: frozenset[int]
     given: int | None
     loss: Tensor | None
     uses: int = 0
@@ -159,7 +158,7 @@ def trace(
     graph = analysis.graph(sites, found.layouts, found.batch, stream=stream, ends=found.ends)
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(names, graph))
-    plan = Plan(graph, None, tuple(sites), frozenset(), given, loss.detach().mean())
+    plan = Plan(graph, None, tuple(sites), given, loss.detach().mean())
     plan.tolerance = precision(analysis)
     plan.modules, plan.elsewhere = tuple(changing.values()), tuple(tape.writes.elsewhere)
     plan.found, plan.stream, plan.together = found, stream, together
@@ -246,7 +245,7 @@ def layouts_of(
     except _Carried as carried:
         raise carried.error from None
     asleep = witness.asleep if known is None else witness.asleep & known.asleep
-    unproven = before(analysis, asleep)
+    unproven = analysis.upstream(v for c in asleep for v in analysis.tape.calls[c].sources)
     coupled = frozenset(found.coupled)
     return replace(
         found,

@@ -327,11 +327,6 @@ def _is_torchs(kind: Any) -> bool:
     return bool(kind.__module__.startswith("torch.nn.modules."))
 
 
-def _names_in(slots: str | Iterable[str]) -> list[str]:
-    names = (slots,) if isinstance(slots, str) else slots
-    return [name for name in names if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
-
-
 def _root(node: Any) -> str:
     """The package that a function, or an object's class, comes from."""
     named = node if isinstance(node, (FunctionType, MethodType)) else type(node)

@@ -3,7 +3,7 @@ call after which examples interact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.engine.forward import Pass
 from guessopt.engine.levels import Level
-from guessopt.sites import Call, name_of
+from guessopt.sites import name_of
 from guessopt.tracing.graph import Analysis
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tracing.interceptor import results_of, tensors_in
 
 #: Called before a call with the level and the call's index, function and tensors. May return a function, which is then
 #: called with the tensors that the call has returned.
@@ -58,7 +58,7 @@ class WatchedPass(Pass):
                 self.failure = error
                 raise
             if see is not None:
-                see(tensors_in((out,)) if out is not None else read[:1])
+                see(results_of(out, read))
             return out
 
         ends = level.cut
@@ -141,22 +141,6 @@ class Mixing:
                 if float(each[rest].sum()) <= 1e-5 * float(each.max()):
                     return True
         return False
-
-
-def before(analysis: Analysis, calls: Collection[int]) -> set[int]:
-    """Values from which derivatives reach one of the calls."""
-    stack = [v for c in calls for v in analysis.tape.calls[c].sources]
-    found: set[int] = set()
-    while stack:
-        v = stack.pop()
-        if v in analysis.active and v not in found:
-            found.add(v)
-            stack += analysis.tape.calls[analysis.tape.producer[v]].sources
-    return found
-
-
-def described(call: Call, shape: tuple[int, ...]) -> str:
-    return f"{call.op} (output {list(shape)})"
 
 
 def _is_zero(t: Tensor) -> bool:

@@ -17,7 +17,7 @@ _DROPOUT: set[Callable[..., Any]] = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
 }  # fmt: skip
 
-_RECURRENT: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+RECURRENT: set[Callable[..., Any]] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
 def draws_now(call: Call) -> bool:
@@ -33,7 +33,7 @@ def draws_now(call: Call) -> bool:
     if call.fn in _DROPOUT:
         p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
         return p != 0 and bool(args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True)))
-    if call.fn in _RECURRENT and len(args) == 9:
+    if call.fn in RECURRENT and len(args) == 9:
         packed = not isinstance(args[3], bool)  # (data, batch_sizes, ...) in place of (input, ...)
         return args[5 + packed] != 0 and bool(args[6 + packed])
     return draws(call.fn)

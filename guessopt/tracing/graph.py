@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -620,14 +620,12 @@ class Analysis:
 
     def coupled_by_batch_norm(self) -> set[int]:
         """Values of sites upstream of a batch norm in training mode: its statistics make the examples interact."""
-        tape, seen = self.tape, set()
-        stack = [
-            v
-            for c in self.useful - self.loss
-            if _normalises_batch(tape.calls[c])
-            for v in tape.calls[c].inputs
-            if v in self.active
-        ]
+        calls = (self.tape.calls[c] for c in self.useful - self.loss)
+        return self.upstream(v for call in calls if _normalises_batch(call) for v in call.inputs)
+
+    def upstream(self, values: Iterable[int]) -> set[int]:
+        """Those of the values through which derivatives pass, and the values from which derivatives reach these."""
+        tape, seen, stack = self.tape, set[int](), list(values)
         while stack:
             v = stack.pop()
             if v not in seen and v in self.active:

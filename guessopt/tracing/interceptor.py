@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError, refusal, refused
 from guessopt.exclusive import Interrupts, interrupts_now, running
+from guessopt.sites import is_differentiable
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -52,6 +53,13 @@ def _collect(node: Any, found: list[Tensor]) -> None:
     elif isinstance(node, dict):
         for item in node.values():
             _collect(item, found)
+
+
+def results_of(out: Any, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors that a call has returned; without any, the one that it has written."""
+    if isinstance(out, Tensor):
+        return [out]
+    return tensors_in((out,)) if out is not None else tensors[:1]
 
 
 def map_tensors(node: Any, f: Callable[[Tensor], Tensor]) -> Any:
@@ -243,7 +251,8 @@ class Interceptor(TorchFunctionMode):
         if fn is F.multi_head_attention_forward:
             with self:  # its projections are ordinary calls
                 return _attention(*args, **kwargs)
-        if type(fn) is _GETTER and fn.__name__ == "__get__" and not isinstance(out := fn(*args), Tensor):
+        getter = type(fn) is _GETTER and fn.__name__ == "__get__" and fn not in _VIEWS
+        if getter and not isinstance(out := fn(*args), Tensor):
             if fn == _IS_LEAF:
                 return out and not self.moves(args[0])
             return self._requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
@@ -496,7 +505,7 @@ _SPARSE: set[Callable[..., Any]] = {
 def read_by(fn: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     """Those of a call's tensors on whose values its result depends."""
     if fn in _SPARSE:
-        return [t for t in tensors if t.is_floating_point() or t.is_complex()]
+        return [t for t in tensors if is_differentiable(t)]
     return tensors[:1] if fn in _AFTER_ANOTHER else tensors
 
 
@@ -521,6 +530,8 @@ _IN_NO_GRAPH = _InNoGraph()
 _GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 _IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+#: Attributes that are tensors: operations like any other.
+_VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data"))
 
 _STOPPING: set[Callable[..., Any]] = {
     Tensor.detach,

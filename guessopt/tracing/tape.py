@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from guessopt.errors import ClosureError
 from guessopt.rules.base import is_in_place
 from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
-from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient, tensors_in
+from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, results_of, stops_gradient
 from guessopt.tracing.writes import Writes, plain
 
 
@@ -112,7 +112,7 @@ class Tape(Interceptor):
         self.writes.end()
         in_place = is_in_place(fn)
         written = [k for k, t in enumerate(tensors) if version_of(t) != versions[k] or (not k and in_place)]
-        results = tensors_in((out,)) if out is not None else list(tensors[:1])
+        results = results_of(out, tensors)
         in_place = in_place or any(r is tensors[k] for r in results for k in written)
         if kind is Kind.EXPRESSION:
             self.express(results, mine)

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 
 from guessopt.errors import ClosureError
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tracing.interceptor import map_tensors, tensors_in
 
 
 class Writes(TorchDispatchMode):
@@ -137,15 +137,10 @@ def copied(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Collection[
     tensors = tensors_in(args, kwargs)
     own = {id(tensors[k]) for k in positions}
 
-    def copy(node: Any) -> Any:
-        if isinstance(node, Tensor):
-            return node.clone() if id(node) in own else node
-        if isinstance(node, (tuple, list)):
-            items = [copy(item) for item in node]
-            return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-        return {key: copy(value) for key, value in node.items()} if isinstance(node, dict) else node
+    def copy(t: Tensor) -> Tensor:
+        return t.clone() if id(t) in own else t
 
-    return copy(args), copy(kwargs)
+    return map_tensors(args, copy), map_tensors(kwargs, copy)
 
 
 def plain(t: Tensor) -> Tensor:

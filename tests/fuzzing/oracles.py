@@ -22,6 +22,7 @@ from torch import Tensor
 
 from guessopt import ClosureError, GuessGradOptimizer
 from tests.fuzzing.networks import Built, Network, Unfit, build
+from tests.problems import seeded
 from tests.test_exactness import OneHot, one_hots
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -126,12 +127,6 @@ def check(network: Network, *names: str) -> list[Finding]:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def seeded(seed: int = 0) -> None:
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
 def optimizer(built: Built, estimator: Any = "activation_perturbation", **options: Any) -> GuessGradOptimizer:
     options = {"lr": 0.01, "seed": 1, **options}
     return GuessGradOptimizer(built.named, torch.optim.SGD, copy.deepcopy(estimator), **options)
@@ -229,10 +224,10 @@ def expectation(opt: GuessGradOptimizer, built: Built) -> dict[str, Tensor]:
     """The sum of the estimates over all one-hot guesses, from the optimizer as it is."""
     guess = Steered()
     for _ in range(3):
-        guess.batch = 1  # type: ignore[attr-defined]
+        guess.batch = 1
         none = one_run(opt, built, guess, (-1, 0))
         graph = opt._plans[0].graph
-        guess.batch = graph.batch  # type: ignore[attr-defined]
+        guess.batch = graph.batch
         places: list[tuple[tuple[int, int], complex]] = [(at, 1) for at in one_hots(opt)]
         places += [(at, 1j) for at, _ in places if graph.sites[at[0]].dtype.is_complex]
         if len(places) > MOST_GUESSES:
@@ -391,7 +386,7 @@ def change(network: Network, name: str) -> None:
     if any(g.abs().max() > DIVERGED for g in expected.values() if g.numel()):
         raise Skipped("the training diverged: nothing but rounding is left to compare")
     guess = Steered()
-    guess.batch = built.batch  # type: ignore[attr-defined]
+    guess.batch = built.batch
     first = one_run(opt, built, guess, (0, 0))
     again = one_run(opt, built, guess, (0, 0))
     tolerance = TOLERANCE[built.dtype]
