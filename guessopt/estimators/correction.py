@@ -12,6 +12,9 @@ from guessopt.estimators.moments import State, shrunken
 from guessopt.estimators.places import apart, by_example, wide
 from guessopt.sites import Site, SiteGraph
 
+#: A remainder is rounding where it is below so many machine epsilons of the numbers that were subtracted.
+ROUNDINGS = 64
+
 
 class Correction:
     """Of one step.
@@ -57,7 +60,31 @@ def amplitude(state: State | None) -> Any:
     return 1.0 if state is None else state.get("amplitude", 1.0)
 
 
-def less(rest: Tensor, c: Tensor, y: Tensor, site: Site, n: int) -> Tensor:
-    """``D_n - sum_i <c_i[n], y_i[n]>`` (``[N]``, or the sum of all ``[1]``) after one more site."""
-    part = apart(site.layout, site.shape, n).sum_examples(wide(c) * wide(y), n)
-    return rest - part if part.shape == rest.shape else rest.sum().reshape(1) - part.sum()
+class Remainder:
+    """``D_n - sum_i <c_i[n], y_i[n]>``: the part of the directional derivative that the predictions do not explain.
+
+    The weight of ``gamma="auto"`` is learned from the corrections, that is, from their ratio to each other, however
+    small they are. So a remainder that is nothing but rounding must be zero.
+
+    Args:
+        d: the directional derivatives, ``[N]``, or the sum over the batch, ``[1]``.
+    """
+
+    def __init__(self, d: Tensor) -> None:
+        self.d, self.size = d, d.abs()
+        self._value: Tensor | None = None
+
+    def subtract_explained(self, c: Tensor, y: Tensor, site: Site, n: int) -> None:
+        """Take away the part that a site's prediction ``c`` explains of its guess ``y``, both of the site's shape."""
+        part = apart(site.layout, site.shape, n).sum_examples(wide(c) * wide(y), n)
+        if part.shape != self.d.shape:
+            part, self.d, self.size = part.sum(), self.d.sum().reshape(1), self.size.sum().reshape(1)
+        self.d, self.size, self._value = self.d - part, self.size + part.abs(), None
+
+    @property
+    def value(self) -> Tensor:
+        """``[N]`` or ``[1]``; zero where less than ``ROUNDINGS`` roundings are left."""
+        if self._value is None:
+            rounding = ROUNDINGS * torch.finfo(self.d.dtype).eps * self.size
+            self._value = torch.where(self.d.abs() > rounding, self.d, 0)
+        return self._value

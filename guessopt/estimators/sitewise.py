@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from guessopt.estimators.base import Lesson, Noise
-from guessopt.estimators.correction import Correction, amplitude, less
+from guessopt.estimators.correction import Correction, Remainder, amplitude
 from guessopt.estimators.fitting import Fitting
 from guessopt.estimators.moments import TINY, State, crowd, fits, moments, normalised, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, View, Way, apart, wide
@@ -151,7 +151,7 @@ class Sitewise(Lesson):
             return {}
         known = [each for index, local in locals.items() for each in self._predicted(local, guesses.get(index))]
         for each in known:
-            self._less(*each)
+            self._subtract_explained(*each)
         for index in guesses:
             self._learn(locals[index], guesses[index])
         found = ((index, self._corrected(index, c, y)) for index, c, y in known)
@@ -199,7 +199,7 @@ class Sitewise(Lesson):
         for local, y in self.unseen:
             self._see(local, y, keep=False)
         self.unseen.clear()
-        self.errors, self.rest = record.errors, record.d
+        self.errors, self.remainder = record.errors, Remainder(record.d)
         self.e = self.chart.output.join(dict(enumerate(record.errors)))
         tangent = self.chart.output.join(dict(enumerate(record.tangents))) if self.moments else None
         if tangent is None:
@@ -217,7 +217,7 @@ class Sitewise(Lesson):
 
     def look(self, local: Local, y: Tensor | None) -> None:
         for each in self._predicted(local, y):
-            self._less(*each)
+            self._subtract_explained(*each)
 
     def serve(self, local: Local, y: Tensor | None) -> dict[int, Tensor | None]:
         if y is not None:
@@ -251,12 +251,12 @@ class Sitewise(Lesson):
             self.fresh[index], _ = self.fitting.step(index, self.e, self.chart.ways[index].mean(u))
         return local.pull_back(u, spent=True)
 
-    def _less(self, index: int, c: Tensor | None, y: Tensor | None) -> None:
+    def _subtract_explained(self, index: int, c: Tensor | None, y: Tensor | None) -> None:
         if c is not None and y is not None:
-            self.rest = less(self.rest, c, y, self.graph.sites[index], self.graph.batch)
+            self.remainder.subtract_explained(c, y, self.graph.sites[index], self.graph.batch)
 
     def _corrected(self, index: int, c: Tensor | None, y: Tensor | None) -> Tensor | None:
-        return c if y is None else self.correction.of(index, c, y, self.rest)
+        return c if y is None else self.correction.of(index, c, y, self.remainder.value)
 
     def _learn(self, local: Local, y: Tensor) -> None:
         """A normalised least-mean-squares step of the site's ``B`` on ``d = v' - sum_i B_i^T M_i y_i``."""

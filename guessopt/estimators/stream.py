@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from guessopt.estimators.base import Lesson
-from guessopt.estimators.correction import Correction, less
+from guessopt.estimators.correction import Correction, Remainder
 from guessopt.estimators.fitting import Fitting
 from guessopt.estimators.moments import State, agreement, crowd, fits, moments, normalised, proven, samples, stepped
 from guessopt.estimators.places import Form, Output, Place, apart
@@ -54,10 +54,11 @@ class Streamwise(Lesson):
                 spend(piece)
         if self.options.beta and not course.by_weights:
             course.learn()
-        self.steps, rest = course.steps, record.d
+        self.steps, remainder = course.steps, Remainder(record.d)
         for index, c in found.items():
             if index in guesses:
-                rest = less(rest, c, guesses[index], self.graph.sites[index], self.graph.batch)
+                remainder.subtract_explained(c, guesses[index], self.graph.sites[index], self.graph.batch)
+        rest = remainder.value
         for index in guesses.keys() - course.exact:
             found[index] = self.correction.of(index, found.get(index), guesses[index], rest)
         return found
