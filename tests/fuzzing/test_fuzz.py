@@ -4,6 +4,7 @@
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from guessopt import GuessGradOptimizer
+from guessopt.sites import Layout
 from tests.fuzzing.networks import FAMILY_NAMES, LOSS_NAMES, Network, Op, alone, build, from_seed, networks
-from tests.fuzzing.oracles import CHANGES, ORACLES, Finding, check
+from tests.fuzzing.oracles import CHANGES, ORACLES, Finding, check, optimizer, seeded
 from tests.fuzzing.parts import LOSSES, OPERATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, about losses and layers that people seldom use
@@ -139,3 +141,17 @@ def test_the_oracles_of_scale_and_of_state_notice(monkeypatch: pytest.MonkeyPatc
 def test_every_change_is_met(name: str) -> None:
     applies = CHANGES[name][0]
     assert any(applies(build(from_seed(seed))) for seed in range(300))
+
+
+@pytest.mark.parametrize("seed", [107, 164])
+def test_every_memory_mode_finds_the_same_layouts(seed: int) -> None:
+    """With every size 2, several layouts fit; which one is found depends on the probe's random numbers."""
+    network = replace(from_seed(seed), batch=2, width=2, tokens=2)
+    found: dict[str, list[Layout]] = {}
+    for memory in ("store", "replay", "stream"):
+        built = build(network, strict=False)
+        opt = optimizer(built, "activation_perturbation", memory=memory)
+        seeded(0)
+        opt.step(built.closure)
+        found[memory] = [site.layout for site in opt._plans[0].graph.sites]
+    assert found["store"] == found["replay"] == found["stream"]
