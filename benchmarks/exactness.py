@@ -105,19 +105,19 @@ def _derivative_error(graph: SiteGraph, record: ForwardRecord, truth: Truth) -> 
             whole = True
         expected += layout.sum_examples(inner(g, y).double(), n).cpu() / (n if layout is coupled else 1)
         norm += float(inner(g, g).double().sum())
-    for visit in record.visits:
-        if visit.directions is None:
+    for saved in record.saved_calls:
+        if saved.directions is None:
             continue
-        (site,) = graph.sites_at[visit.call.index]
+        (site,) = graph.sites_at[saved.call.index]
         whole = whole or site.layout is coupled
-        for k, v in enumerate(visit.directions):
+        for k, v in enumerate(saved.directions):
             for example in range(v.shape[0]):
                 one = torch.zeros(n, dtype=torch.float64)
                 one[example if v.shape[0] == n else slice(None)] = 1
                 mask = 1 if v.shape[0] < n else site.layout.spread(one, site.shape)
                 g = truth.g[site.index] * mask
                 own = Rule().gradients(
-                    visit.call.fn, visit.args, visit.kwargs, site.output, [visit.wanted[k]], g.to(site.dtype)
+                    saved.call.fn, saved.args, saved.kwargs, site.output, [saved.wanted[k]], g.to(site.dtype)
                 )[0]
                 assert own is not None
                 product = float(inner(own, v[example]).double().sum())

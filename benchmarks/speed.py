@@ -35,9 +35,9 @@ from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.training import ESTIMATORS, LABELS
 from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, stepping
 from guessopt.engine import levels
-from guessopt.engine.forward import Pass
+from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import parameter_gradients
-from guessopt.tracing import local
+from guessopt.tracing import context
 
 
 @dataclass(frozen=True)
@@ -205,10 +205,10 @@ def warm(step: Step) -> Step:
 REFRESH, PROBE, PASS, REST = "guesses: SVD", "probe", "pass", "bookkeeping"
 POINTS: tuple[tuple[Any, str, str], ...] = (
     (GuessGradOptimizer, "_guess", "guesses: transposes"),
-    (local, "draw", "guesses: noise"),
-    (local.Local, "pull_back", "guesses: pull back"),
+    (context, "draw", "guesses: noise"),
+    (context.SiteContext, "pull_back", "guesses: pull back"),
     (WPerp, "prepare", REFRESH),
-    (Pass, "execute", PASS),
+    (ForwardRun, "execute", PASS),
     (stepping, "estimated_cotangents", "parameter gradients"),
     (stepping, "parameter_gradients", "parameter gradients"),
     (GuessGradOptimizer, "_update", "base update"),
@@ -471,7 +471,7 @@ def run(args: argparse.Namespace) -> None:
         finally:
             torch.set_num_threads(before)
         return
-    engines = [name for name in levels._LEVELS if name != "func" or args.reference]
+    engines = [name for name in levels._ENGINES if name != "func" or args.reference]
     settings = Settings(
         quick=args.quick,
         device=args.device,

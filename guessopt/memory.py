@@ -23,7 +23,7 @@ from guessopt.errors import GuessWarning
 from guessopt.tracing.interceptor import Interceptor, read_by, results_of, tensors_in
 
 if TYPE_CHECKING:
-    from guessopt.stepping import Stepping
+    from guessopt.stepping import Estimation
 
 Closure = Callable[[], Any]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
@@ -82,7 +82,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan(opt: Stepping, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
+def plan(opt: Estimation, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
     """Try each memory mode on the closure, and recommend the fastest that fits.
 
     Nothing is changed: gradients are estimated and discarded, buffers, random states, ``.grad`` and the optimizer are
@@ -127,7 +127,7 @@ class _Discard(Exception):
     """Ends a dry run: everything is put back."""
 
 
-def choose(opt: Stepping, closure: Closure, budget: int | None) -> str:
+def choose(opt: Estimation, closure: Closure, budget: int | None) -> str:
     """The mode for ``memory="auto"``: the fastest within the budget or, without one, within the GPU's free memory; on
     a CPU the fastest there is. Raises ``ValueError`` if none fits."""
     if budget is None:
@@ -142,7 +142,7 @@ def choose(opt: Stepping, closure: Closure, budget: int | None) -> str:
     return found.recommended
 
 
-def _free(opt: Stepping, device: int) -> int:
+def _free(opt: Estimation, device: int) -> int:
     """Bytes free on a GPU; less two moments for each parameter (Adam's) where the base has no state yet."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     later = 0 if opt.base.state else sum(2 * p.nbytes for p in opt._by_position.values() if p.device.index == device)
@@ -168,7 +168,7 @@ def bytes_of(budget: int | str) -> int:
     return int(found)
 
 
-def _measured(opt: Stepping, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
+def _measured(opt: Estimation, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
     peak_of = cuda_peak if opt._devices else cpu_peak
     steps, noise = opt._steps, opt._noise.snapshot()
     learns = any(e.learns for e in opt._estimators)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
-from guessopt.engine.levels import make_level
+from guessopt.engine.levels import make_engine
 from guessopt.engine.planning import (
     Plan,
     Transaction,
@@ -27,11 +27,11 @@ from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, ma
 from guessopt.memory import bytes_of
 from guessopt.rng import NoiseSource, RandomState, cuda_devices
 from guessopt.state import Before, check, described, load_base, moved, placement
-from guessopt.stepping import MODES, Stepping
+from guessopt.stepping import MODES, Estimation
 from guessopt.update import Updates
 
 
-class GuessGradOptimizer(Stepping, Optimizer):
+class GuessGradOptimizer(Estimation, Optimizer):
     """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``,
     ``base`` does the update.
 
@@ -153,7 +153,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
         if foreign_gradients not in ("refuse", "allow"):
             raise ValueError(f"foreign_gradients: {foreign_gradients!r} is not one of refuse, allow")
         self.foreign_gradients = foreign_gradients
-        self._level = partial(make_level, engine, frozen_statistics=batch_norm == "frozen_statistics")
+        self._level = partial(make_engine, engine, frozen_statistics=batch_norm == "frozen_statistics")
         self._level()
         self.stack_guesses, self.orthogonal = stack_guesses, bool(orthogonal)
         self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine

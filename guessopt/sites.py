@@ -188,7 +188,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Onward:
+class DownstreamPath:
     """From a site's output through the next ``l`` matrix sites, to the ``goals``: the input of the matrix site after
     them or, where none follows, their outputs. ``program`` lists the calls, in order."""
 
@@ -216,7 +216,7 @@ class Segment:
     weight_program: tuple[Call, ...] = ()
     fused: Callable[[Tensor, Tensor, bool], Tensor] | None = None
     rectified: bool = False
-    onward: tuple[Onward, ...] = ()
+    onward: tuple[DownstreamPath, ...] = ()
 
     @cached_property
     def needs(self) -> frozenset[int]:
@@ -233,10 +233,10 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Reach:
+class OutputSpan:
     """The part of an output that parameters reach: spans along one dimension (a prompt joined to the tokens).
 
-    >>> Reach(0, ((1, 2),)).restrict(torch.ones(3))
+    >>> OutputSpan(0, ((1, 2),)).restrict(torch.ones(3))
     tensor([0., 1., 0.])
     """
 
@@ -279,7 +279,7 @@ class Site:
     overwritten: bool = False
     kept: int = 0
     by_parameter: bool = False
-    reach: Reach | None = None
+    reach: OutputSpan | None = None
     direction_shapes: tuple[Shape, ...] = ()
 
     @property
@@ -298,7 +298,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Joint:
+class ParallelSites:
     """Parallel linear layers that read one input and whose outputs meet before the same next matrix site(s): queries,
     keys and values, a gate and what it gates.
 
@@ -506,7 +506,7 @@ class SiteGraph:
     cost: float = 0.0
     shared_writes: tuple[str, ...] = ()
     stream: Stream | None = None
-    joints: tuple[Joint, ...] = ()
+    joints: tuple[ParallelSites, ...] = ()
 
     def __post_init__(self) -> None:
         at: dict[int, list[Site]] = {}
@@ -627,7 +627,7 @@ def numel(shape: Shape) -> int:
 
 
 @dataclass
-class Visit:
+class SavedCall:
     """A site's call in a run: its arguments without tangents, which of their tensors are trainable,
     and the random state before it if it draws."""
 
@@ -641,7 +641,7 @@ class Visit:
     directions: list[Tensor] | None = None
 
 
-class End(NamedTuple):
+class GraphInput(NamedTuple):
     """Where a reverse graph may be pulled back to, without the tensor that was there."""
 
     edge: GradientEdge
@@ -649,8 +649,8 @@ class End(NamedTuple):
     dtype: torch.dtype
 
     @staticmethod
-    def of(t: Tensor) -> End:
-        return End(get_gradient_edge(t), t.shape, t.dtype)
+    def of(t: Tensor) -> GraphInput:
+        return GraphInput(get_gradient_edge(t), t.shape, t.dtype)
 
 
 @dataclass
@@ -659,8 +659,8 @@ class Graphs:
     back to ``marks`` inside, and to ``sources``, the states as the next block reads them."""
 
     goals: dict[int, Tensor] = field(default_factory=dict)
-    marks: dict[int, End] = field(default_factory=dict)
-    sources: dict[int, End] = field(default_factory=dict)
+    marks: dict[int, GraphInput] = field(default_factory=dict)
+    sources: dict[int, GraphInput] = field(default_factory=dict)
 
 
 @dataclass
@@ -669,10 +669,10 @@ class ForwardRecord:
 
     ``loss``: scalar. ``d``: ``D_n``, ``[N]``, or their sum ``[1]`` where examples cannot be told apart. ``errors``: the
     exact ``dL/dv`` of every cut. ``guesses``: ``y`` by site index. ``exact``: gradients of the parameters that the loss
-    reads itself, by position. ``params``: the guesses made for parameters, by position. ``locals``: by site index, the
+    reads itself, by position. ``params``: the guesses made for parameters, by position. ``contexts``: by site, the
     surroundings of sites whose estimator forms the cotangent itself. ``noise``: where the guesses' stream stood before.
     ``values``: what the graph has kept aside; ``states``: tangents of the residual stream's states, by value.
-    ``lessons``: of the estimators that learn. ``graphs``: of the stream's blocks, where they are kept.
+    ``learning_steps``: of the estimators that learn. ``graphs``: of the stream's blocks, where they are kept.
     ``direct``: by call, the visits of those whose ``gradients`` (with the variables that they are of) the blocks'
     graphs give. ``random``: the random states before calls of blocks that draw, where these are to be run once more.
     A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the visits'
@@ -684,16 +684,16 @@ class ForwardRecord:
     errors: list[Tensor]
     tangents: list[Tensor | None]
     guesses: dict[int, Tensor]
-    visits: list[Visit]
+    saved_calls: list[SavedCall]
     exact: dict[int, Tensor]
     params: dict[int, Tensor]
-    locals: dict[int, Any] = field(default_factory=dict)
+    contexts: dict[int, Any] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
     noise: Any = None
-    lessons: dict[Any, Any] = field(default_factory=dict)
+    learning_steps: dict[Any, Any] = field(default_factory=dict)
     graphs: Graphs | None = None
-    direct: dict[int, Visit] = field(default_factory=dict)
+    direct: dict[int, SavedCall] = field(default_factory=dict)
     gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     random: dict[int, Any] = field(default_factory=dict)
 

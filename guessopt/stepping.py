@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
 from guessopt.engine.audit import Audit, AuditReport
-from guessopt.engine.forward import Departure, Guess, Pass
+from guessopt.engine.forward import ForwardRun, GraphMismatch, Guess
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import BlockLevel, ErrorLevel, FastLevel, Level, PlainLevel
+from guessopt.engine.levels import BlockVjpRun, FastEngine, JvpEngine, LossGradRun, PrimalRun
 from guessopt.engine.planning import (
     Plan,
     Transaction,
@@ -31,19 +31,19 @@ from guessopt.engine.planning import (
     warn_of_coupling,
 )
 from guessopt.engine.replay import Deliver, Journal, Replay
-from guessopt.engine.stacked import StackedLevel, combined, mean_weights, projection_weights, stack
+from guessopt.engine.stacked import StackedEngine, combined, mean_weights, projection_weights, stack
 from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
-from guessopt.estimators.base import Estimator, Lesson, describe
+from guessopt.estimators.base import Estimator, LearningStep, describe
 from guessopt.estimators.moments import sound
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, unscaled
 from guessopt.hooks import Hooks, apart, fire, hooked, lifted
 from guessopt.memory import choose
 from guessopt.rng import NoiseSource, RandomState
-from guessopt.rules.base import Known
+from guessopt.rules.base import CachedCall
 from guessopt.rules.drawing import draws_now
-from guessopt.sites import ForwardRecord, Joint, Shape, Site, SiteGraph, Visit, numel
+from guessopt.sites import ForwardRecord, ParallelSites, SavedCall, Shape, Site, SiteGraph, numel
+from guessopt.tracing.context import ParallelContext, Random, SiteContext, centred, draw, walked
 from guessopt.tracing.interceptor import NoGrad, without_autocast
-from guessopt.tracing.local import JointLocal, Local, Random, centred, draw, walked
 from guessopt.update import Updates, base_step, only, together
 
 #: What a step keeps: see ``GuessGradOptimizer``.
@@ -54,7 +54,7 @@ MAX_PLANS = 16
 
 
 @dataclass
-class Round:
+class DrawContext:
     """The guesses of one pass.
 
     Attributes:
@@ -68,13 +68,13 @@ class Round:
 
     count: int
     source: NoiseSource
-    known: dict[int, Known] | None
+    known: dict[int, CachedCall] | None
     joined: dict[int, Tensor] = field(default_factory=dict)
-    locals: dict[int, Local] = field(default_factory=dict)
+    contexts: dict[int, SiteContext] = field(default_factory=dict)
     random: Random = field(default_factory=dict)
 
 
-class Stepping:
+class Estimation:
     """What ``GuessGradOptimizer`` does between a closure and ``.grad``; the optimizer itself is what users see.
 
     ``_estimate`` is the whole path. The passes are in ``engine``, the guesses in ``estimators``; here is their order.
@@ -96,7 +96,7 @@ class Stepping:
     _estimators: list[Estimator]
     _amplitudes: dict[Estimator, float]
     _devices: tuple[int, ...]
-    _level: Callable[[], Level]
+    _level: Callable[[], JvpEngine]
     _noise: NoiseSource
     _cache: SiteCache
     _steps: int
@@ -244,7 +244,7 @@ class Stepping:
     def _gradients(self, plan: Plan, record: ForwardRecord) -> dict[int, Tensor]:
         """Gradients by position, from the record of a pass with one guess or none."""
         gradients = Gradients(plan.graph, self._by_position, self._ids, directed=record.params)
-        formed = self._formed(plan, record, partial(gradients.spend, record))
+        formed = self._formed(plan, record, partial(gradients.consume, record))
         cotangents = estimated_cotangents(plan.graph, record, formed)
         return parameter_gradients(plan.graph, record, cotangents, self._by_position, self._ids, gradients)
 
@@ -259,16 +259,16 @@ class Stepping:
                 transaction.rewind()
             found, record = self._forward(closure, transaction, self.guesses if plan is None else 1, keeps=False)
             if plan is not None and found is not plan:
-                raise unstable(Departure(what="a pass for another guess made other calls"))
+                raise unstable(GraphMismatch(what="a pass for another guess made other calls"))
             if self.check_finite:
                 check_finite(record.loss, record.d)
             plan = found
             records.append(record)
-            if any(lesson.looks for lesson in record.lessons.values()):
+            if any(learning_step.subtracts for learning_step in record.learning_steps.values()):
                 transaction.rewind()
                 try:
-                    self._show(plan, record.lessons, "look", record.noise, closure, transaction, record.random)
-                except Departure as departure:
+                    self._show(plan, record.learning_steps, "look", record.noise, closure, transaction, record.random)
+                except GraphMismatch as departure:
                     raise unstable(departure) from None
         assert plan is not None
         return plan, records
@@ -284,12 +284,12 @@ class Stepping:
     ) -> dict[int, Tensor]:
         """The second pass: gradients by position, without those that ``deliver`` has taken."""
         transaction.rewind()
-        guesses, known = [], dict[int, Known]()
+        guesses, known = [], dict[int, CachedCall]()
         for lane, record in enumerate(records):
             source, record.params = self._again(record.noise, record.count, lane)
-            round = Round(record.count, source, known, random=record.random)
-            if record.lessons:
-                guesses.append(self._shown(plan, record.lessons, "serve", round))
+            round = DrawContext(record.count, source, known, random=record.random)
+            if record.learning_steps:
+                guesses.append(self._shown(plan, record.learning_steps, "serve", round))
             else:
                 guesses.append(partial(self._guess, plan, round))
         frozen = self._frozen
@@ -300,13 +300,13 @@ class Stepping:
         run.known = known
         try:
             return run.replay(closure)
-        except Departure as departure:
+        except GraphMismatch as departure:
             raise unstable(departure) from None
 
     def _show(
         self,
         plan: Plan,
-        lessons: Mapping[Estimator, Lesson],
+        learning_steps: Mapping[Estimator, LearningStep],
         how: str,
         noise: Any,
         closure: Callable[[], Any],
@@ -314,17 +314,17 @@ class Stepping:
         random: Random,
     ) -> None:
         """An extra pass for estimators that must see all sites before they can guess, or predict, at one."""
-        level = PlainLevel(frozen_statistics=self._frozen)
+        level = PrimalRun(frozen_statistics=self._frozen)
         source, directions = self._again(noise)
-        guess = self._shown(plan, lessons, how, Round(1, source, None, random=random))
-        Pass(self._ids, plan.graph, level, guess, directions, transaction, keeps=False).run(closure)
+        guess = self._shown(plan, learning_steps, how, DrawContext(1, source, None, random=random))
+        ForwardRun(self._ids, plan.graph, level, guess, directions, transaction, keeps=False).run(closure)
 
     def _draws(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, random: dict[int, RandomState | None]
     ) -> None:
         """An extra pass that notes the random states before the network's own draws."""
-        level = PlainLevel(frozen_statistics=self._frozen)
-        run = Pass(self._ids, plan.graph, level, lambda *_: None, {}, transaction, keeps=False)
+        level = PrimalRun(frozen_statistics=self._frozen)
+        run = ForwardRun(self._ids, plan.graph, level, lambda *_: None, {}, transaction, keeps=False)
         run.random = random
         run.run(closure)
         transaction.rewind()
@@ -336,14 +336,16 @@ class Stepping:
         source.lane = lane
         return source, self._directions(count, source)
 
-    def _shown(self, plan: Plan, lessons: Mapping[Estimator, Lesson], how: str, round: Round) -> Guess:
+    def _shown(
+        self, plan: Plan, learning_steps: Mapping[Estimator, LearningStep], how: str, round: DrawContext
+    ) -> Guess:
         """``_guess`` in a round. For a site whose estimator learns, the lesson's method ``how`` gets the guess and the
         surroundings, which are then dropped."""
         guesses, guess = self._guesses_of(plan), partial(self._guess, plan, round)
-        idle = {e for e in lessons if how == "see" and not e.injects(self._steps, plan.graph)}
-        show = {e: getattr(lesson, how) for e, lesson in lessons.items()}
-        for lesson in lessons.values():
-            lesson.open()
+        idle = {e for e in learning_steps if how == "see" and not e.injects(self._steps, plan.graph)}
+        show = {e: getattr(learning_step, how) for e, learning_step in learning_steps.items()}
+        for learning_step in learning_steps.values():
+            learning_step.open()
 
         def shown(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
             estimator = guesses[site.index][0] if site.index in guesses else None
@@ -353,12 +355,12 @@ class Stepping:
             if estimator not in show:
                 return y
             with torch.no_grad(), without_autocast(s):
-                told = show[estimator](round.locals.pop(site.index), y)
+                told = show[estimator](round.contexts.pop(site.index), y)
             return y if how == "see" else told
 
         return shown
 
-    def _lessons(self, plan: Plan) -> dict[Estimator, Lesson]:
+    def _lessons(self, plan: Plan) -> dict[Estimator, LearningStep]:
         """A step begins, for the estimators that learn."""
         guesses = self._guesses_of(plan)
         sites: dict[Estimator, list[Site]] = {}
@@ -380,9 +382,9 @@ class Stepping:
         """Keep what the estimators have learned in this step, for the next pass. From a batch with numbers that are not
         finite they learn nothing."""
         guesses = self._guesses_of(plan)
-        finite = None if self.check_finite or not record.lessons else _finite(record)
-        for lesson in record.lessons.values():
-            for index, state in lesson.learned().items():
+        finite = None if self.check_finite or not record.learning_steps else _finite(record)
+        for learning_step in record.learning_steps.values():
+            for index, state in learning_step.learned().items():
                 key = guesses[index][2]
                 if finite is not None:
                     state = sound(state, self._cache.peek(key), finite)
@@ -435,7 +437,7 @@ class Stepping:
             transaction.rewind()
             try:
                 records.append(self._pass(plan, closure, transaction))
-            except Departure as departure:
+            except GraphMismatch as departure:
                 raise unstable(departure) from None
         return stack(records)
 
@@ -448,7 +450,7 @@ class Stepping:
             noise = self._noise.snapshot()
             try:
                 return plan, self._fresh_pass(plan, closure, transaction, guesses, keeps)
-            except Departure:
+            except GraphMismatch:
                 transaction.rewind()
                 self._noise.restore(noise)
         for last in (False, True):  # a first run may have filled caches that later ones read
@@ -464,7 +466,7 @@ class Stepping:
             noise = self._noise.snapshot()
             try:
                 return plan, self._fresh_pass(plan, closure, transaction, guesses, keeps)
-            except Departure as departure:
+            except GraphMismatch as departure:
                 self._plans.remove(plan)
                 if last:
                     raise unstable(departure) from None
@@ -496,15 +498,15 @@ class Stepping:
             if due:
                 self._reprobe(plan, closure, transaction)
                 probes = True
-        raise Departure(what="it reads other tensors or numbers in every run")
+        raise GraphMismatch(what="it reads other tensors or numbers in every run")
 
     def _reprobe(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> None:
         reprobe(plan, closure, self._by_position, self._ids, self._level, transaction)
 
     def _look(self, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> Tensor:
         """Run the closure to find the tensors that guesses need before the closure reads them; returns the loss."""
-        level = PlainLevel(frozen_statistics=self._frozen)
-        run = Pass(self._ids, plan.graph, level, lambda *site: None, {}, transaction, keeps=False)
+        level = PrimalRun(frozen_statistics=self._frozen)
+        run = ForwardRun(self._ids, plan.graph, level, lambda *site: None, {}, transaction, keeps=False)
         loss = run.run(closure)
         run.check_end(loss)
         plan.observe(run)
@@ -563,58 +565,60 @@ class Stepping:
     def _pass(
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
     ) -> ForwardRecord:
-        guesses, lessons = self._guesses_of(plan), self._lessons(plan)
+        guesses, learning_steps = self._guesses_of(plan), self._lessons(plan)
         keeps = keeps or plan.graph.stream is not None
         audited = self._is_audited(plan)
         before = None if keeps and not audited else self._noise.snapshot()
-        random = dict[int, RandomState | None].fromkeys(_redrawn(plan.graph)) if lessons else {}
-        while not keeps and any(lesson.begins for lesson in lessons.values()):
+        random = dict[int, RandomState | None].fromkeys(_redrawn(plan.graph)) if learning_steps else {}
+        while not keeps and any(learning_step.needs_init for learning_step in learning_steps.values()):
             if None in random.values():  # first find the random states before the network's draws
                 self._draws(plan, closure, transaction, random)
-            self._show(plan, lessons, "begin", before, closure, transaction, random)
+            self._show(plan, learning_steps, "begin", before, closure, transaction, random)
             transaction.rewind()
         level = self._level()
         if count > 1:
-            level = StackedLevel(count, plan.ways, frozen_statistics=level.frozen_statistics)
-        elif isinstance(level, FastLevel) and self._rests(plan):
+            level = StackedEngine(count, plan.ways, frozen_statistics=level.frozen_statistics)
+        elif isinstance(level, FastEngine) and self._rests(plan):
             level = self._resting(plan)
-        round = Round(count, self._noise, {} if level.resumes else None, random=random)
+        round = DrawContext(count, self._noise, {} if level.reuses else None, random=random)
         guess: Guess = partial(self._guess, plan, round)
-        if lessons and not keeps:
-            guess = self._shown(plan, lessons, "see", round)
-        elif not all(lesson.keeps[0] for lesson in lessons.values()):
-            guess = _forgetting(guess, round.locals)
+        if learning_steps and not keeps:
+            guess = self._shown(plan, learning_steps, "see", round)
+        elif not all(learning_step.keeps[0] for learning_step in learning_steps.values()):
+            guess = _forgetting(guess, round.contexts)
         directions = self._directions(count, self._noise)
-        left = partial(_let_go, plan.graph, round.locals) if lessons and keeps else None
-        run = Pass(
+        left = partial(_let_go, plan.graph, round.contexts) if learning_steps and keeps else None
+        run = ForwardRun(
             self._ids, plan.graph, level, guess, directions, transaction,
-            keeps=keeps, left=left, direct=self._direct(plan, lessons),
+            keeps=keeps, left=left, direct=self._direct(plan, learning_steps),
         )  # fmt: skip
         run.known = {} if round.known is None else round.known
         if random:
             run.random = random
-        run.keeps_guesses = keeps and all(lesson.keeps[1] for lesson in lessons.values())
+        run.keeps_guesses = keeps and all(learning_step.keeps[1] for learning_step in learning_steps.values())
         try:
             record = run.execute(closure, self._by_position)
         except (RuntimeError, IndexError) as error:
             if not run.guessing or not plan.uses or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise Departure(what=f"the way to the next layer has other shapes ({error})") from error
-        if lessons:
+            raise GraphMismatch(what=f"the way to the next layer has other shapes ({error})") from error
+        if learning_steps:
             _check_real(record.errors)
         plan.observe(run)
         plan.stale = run.stale and any(e.looks_ahead for e in self._estimators)
         if audited and not plan.stale:  # a stale pass is made again
             self._audit(plan, record, before, closure, transaction, light=not keeps)
-        record.noise, record.lessons = before, lessons
+        record.noise, record.learning_steps = before, learning_steps
         if keeps:
-            record.locals = round.locals
+            record.contexts = round.contexts
         else:
             with torch.no_grad():
-                for lesson in lessons.values():
-                    lesson.close(record)
+                for learning_step in learning_steps.values():
+                    learning_step.close(record)
             record.tangents, record.params = [], {}
-            if not lessons and not any(site.cut is not None and site.index not in guesses for site in plan.graph.sites):
+            if not learning_steps and not any(
+                site.cut is not None and site.index not in guesses for site in plan.graph.sites
+            ):
                 record.errors = []
         plan.graph.met.clear()
         if not keeps:
@@ -662,14 +666,14 @@ class Stepping:
                         transaction.rewind()
                         guess, directions = guesses()
                         level = self._level()
-                        run = Pass(self._ids, plan.graph, level, guess, directions, transaction, keeps=False)
+                        run = ForwardRun(self._ids, plan.graph, level, guess, directions, transaction, keeps=False)
                         record = run.execute(closure, self._by_position)
                     audit = Audit(
                         closure, plan.graph, guesses, self._ids, self._by_position, transaction, record,
                         plan.tolerance, light=light,
                     )  # fmt: skip
                     report = audit.report(calls=self._asked is not None)
-                except Departure as departure:
+                except GraphMismatch as departure:
                     raise unstable(departure) from None
         if self._asked is not None:
             self._asked.append(report)
@@ -693,7 +697,7 @@ class Stepping:
     ) -> tuple[Guess, Mapping[int, Tensor]]:
         """The pass's guess function from its start, and the guesses for parameters. Guesses that were kept are used;
         others are made once more. Of K guesses, the first."""
-        directed = {visit.call.index: visit.directions for visit in record.visits if visit.directions is not None}
+        directed = {saved.call.index: saved.directions for saved in record.saved_calls if saved.directions is not None}
         covered = {s.index for c in directed for s in plan.graph.sites_at[c]} | record.guesses.keys()
         if covered >= self._guesses_of(plan).keys() and not any(e.debias for e in self._estimators):
             several = record.count > 1
@@ -707,8 +711,8 @@ class Stepping:
 
             return kept, {p: v[0] if several else v for p, v in record.params.items()}
         source, directions = self._again(before, 1, lane)
-        round = Round(1, source, None)
-        return _forgetting(partial(self._guess, plan, round), round.locals), directions
+        round = DrawContext(1, source, None)
+        return _forgetting(partial(self._guess, plan, round), round.contexts), directions
 
     def _white(self, plan: Plan, record: ForwardRecord, before: Any, lane: int) -> tuple[Guess, Mapping[int, Tensor]]:
         """White noise in place of the pass's guesses: the same in every run, whatever the network computes."""
@@ -741,7 +745,7 @@ class Stepping:
             self._asked = None
 
     def _guess(
-        self, plan: Plan, round: Round, site: Site, s: Tensor, values: dict[int, Tensor]
+        self, plan: Plan, round: DrawContext, site: Site, s: Tensor, values: dict[int, Tensor]
     ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
         """The guess ``y`` for a site. Several guesses are stacked.
 
@@ -757,12 +761,12 @@ class Stepping:
         estimator, key, learned = found
         source, several = round.source, round.count > 1
         joint, known = plan.joints.get(site.index), None if estimator.learns else round.known
-        local = Local(site, s, values, source, several=several, known=known)
+        ctx = SiteContext(site, s, values, source, several=several, known=known)
         if joint is not None:
-            local = JointLocal(joint, site, s, values, source, several=several, known=known)
+            ctx = ParallelContext(joint, site, s, values, source, several=several, known=known)
         if estimator.learns:
-            local = lasting(local, values, source)
-            round.locals[site.index] = local.replaying(round.random) if round.random else local
+            ctx = lasting(ctx, values, source)
+            round.contexts[site.index] = ctx.replaying(round.random) if round.random else ctx
             if not estimator.injects(self._steps, plan.graph):
                 return None
         if 0 in site.shape:  # an expert to which no token goes
@@ -770,13 +774,13 @@ class Stepping:
         lanes = source.lanes
         if site.by_parameter and estimator.per_example_parameters:
             noise = centred(estimator.noise)
-            drawn = [[local.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(round.count)]
+            drawn = [[ctx.noise(shape, noise) for shape in site.direction_shapes] for _ in lanes(round.count)]
             return [_stacked(each, round.count) for each in zip(*drawn, strict=True)]
         with NoGrad():
-            state = self._prepared(site, estimator, key, local)
+            state = self._prepared(site, estimator, key, ctx)
             if estimator.learns:
                 state = (state, self._cache.peek(learned))
-            made = (_typed(estimator.sample(state, local), s) for _ in lanes(round.count))
+            made = (_typed(estimator.sample(state, ctx), s) for _ in lanes(round.count))
             if joint is not None:
                 each_site = zip(joint.sites, *made, strict=True)
                 round.joined |= {index: _stacked(ys, round.count) for index, *ys in each_site}
@@ -786,38 +790,40 @@ class Stepping:
             if not estimator.debias:
                 return ys
             each = ys if several else [ys]
-            return ys, _stacked((_typed(estimator.correct(state, local, y), s) for y in each), round.count)
+            return ys, _stacked((_typed(estimator.correct(state, ctx, y), s) for y in each), round.count)
 
     def _formed(
-        self, plan: Plan, record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None] | None = None
+        self, plan: Plan, record: ForwardRecord, consume: Callable[[dict[int, Tensor]], None] | None = None
     ) -> dict[int, Tensor]:
-        """The cotangents that estimators form themselves, without those that ``spend`` has taken. What the estimators
+        """The cotangents that estimators form themselves, without those that ``consume`` has taken. What the estimators
         learn here is used from the next pass on."""
         formed: dict[int, Tensor] = {}
         guesses = self._guesses_of(plan)
-        for estimator, lesson in record.lessons.items():
-            own = [index for index in record.locals if guesses[index][0] == estimator]
-            locals = {index: record.locals.pop(index) for index in own}
+        for estimator, learning_step in record.learning_steps.items():
+            own = [index for index in record.contexts if guesses[index][0] == estimator]
+            contexts = {index: record.contexts.pop(index) for index in own}
             with torch.no_grad(), without_autocast(record.errors[0]):
-                formed |= lesson.estimate(locals, record, spend or formed.update)
+                formed |= learning_step.estimate(contexts, record, consume or formed.update)
         self._learn(plan, record)
         return formed
 
-    def _direct(self, plan: Plan, lessons: Mapping[Estimator, Lesson]) -> frozenset[int]:
+    def _direct(self, plan: Plan, learning_steps: Mapping[Estimator, LearningStep]) -> frozenset[int]:
         """Calls whose gradients come from the reverse graphs of a stream's blocks: no guess corrects them in this
         step."""
         graph = plan.graph
-        corrected = any(lesson.keeps[1] and e.injects(self._steps, graph) for e, lesson in lessons.items())
+        corrected = any(
+            learning_step.keeps[1] and e.injects(self._steps, graph) for e, learning_step in learning_steps.items()
+        )
         return frozenset() if corrected else graph.direct
 
-    def _resting(self, plan: Plan) -> Level:
+    def _resting(self, plan: Plan) -> JvpEngine:
         """The level of a step without guesses: it takes the exact errors, and along a stream it keeps the blocks'
         reverse graphs unless they are made again later."""
         frozen, stream = self._frozen, plan.graph.stream
         lacks = not plan.keeps_graphs or any(cut.shared for cut in plan.graph.cuts)
         if stream is None or lacks or self.memory == "replay":
-            return ErrorLevel(frozen_statistics=frozen)
-        return BlockLevel(stream, plan.graph.marked, frozen_statistics=frozen)
+            return LossGradRun(frozen_statistics=frozen)
+        return BlockVjpRun(stream, plan.graph.marked, frozen_statistics=frozen)
 
     def _rests(self, plan: Plan) -> bool:
         """Whether this step makes no guess: every estimator learns, and predicts without one in this step."""
@@ -836,7 +842,7 @@ class Stepping:
         return plan.guesses
 
     @staticmethod
-    def _joins(guesses: Mapping[int, tuple[Estimator, str, str]], joint: Joint) -> bool:
+    def _joins(guesses: Mapping[int, tuple[Estimator, str, str]], joint: ParallelSites) -> bool:
         """Whether one estimator guesses at all of its sites, and does so for all at once."""
         estimators = {guesses[index][0] if index in guesses else None for index in joint.sites}
         return len(estimators) == 1 and all(e is not None and e.joint for e in estimators)
@@ -851,14 +857,14 @@ class Stepping:
         use = sum(other.params == site.params for other in graph.sites[: site.index])
         return f"{describe(estimator)} at {site.params} {use}"
 
-    def _prepared(self, site: Site, estimator: Estimator, key: str, local: Local) -> Any:
+    def _prepared(self, site: Site, estimator: Estimator, key: str, ctx: SiteContext) -> Any:
         if not key:
             return None
         return self._cache.get(
             key,
             step=self._steps,
             refresh=estimator.refresh,
-            make=lambda previous: estimator.prepare(site, local.weights(), previous),
+            make=lambda previous: estimator.prepare(site, ctx.weights(), previous),
         )
 
     def _is_served(self, graph: SiteGraph, site: Site) -> bool:
@@ -1039,12 +1045,12 @@ def _finite(record: ForwardRecord) -> Tensor:
     return torch.isfinite(torch.stack([t.detach().sum().to(record.loss) for t in parts]).sum())
 
 
-def _forgetting(guess: Guess, locals: dict[int, Local]) -> Guess:
-    """The guess, without what it leaves in ``locals``."""
+def _forgetting(guess: Guess, contexts: dict[int, SiteContext]) -> Guess:
+    """The guess, without what it leaves in ``contexts``."""
 
     def forgetting(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
         y = guess(site, s, values)
-        locals.clear()
+        contexts.clear()
         return y
 
     return forgetting
@@ -1060,11 +1066,11 @@ def _redrawn(graph: SiteGraph) -> frozenset[int]:
     return frozenset() if graph.stream is not None else graph.derive("redrawn", found)
 
 
-def _let_go(graph: SiteGraph, locals: dict[int, Local], visit: Visit) -> None:
+def _let_go(graph: SiteGraph, contexts: dict[int, SiteContext], saved: SavedCall) -> None:
     """After a rectifier, keep its result in place of its input, whose memory is given back: the mask is the same."""
-    for index, position in graph.rectified.get(visit.call.index, ()):
-        if index in locals:
-            locals[index].s = visit.args[position]
+    for index, position in graph.rectified.get(saved.call.index, ()):
+        if index in contexts:
+            contexts[index].s = saved.args[position]
 
 
 def _typed(y: Any, s: Tensor) -> Any:
@@ -1085,12 +1091,12 @@ def _stacked(guesses: Iterable[Tensor], count: int) -> Tensor:
     return stack
 
 
-def lasting(local: Local, values: dict[int, Tensor], source: NoiseSource) -> Local:
+def lasting(ctx: SiteContext, values: dict[int, Tensor], source: NoiseSource) -> SiteContext:
     """The surroundings of a site, with copies of tensors that the closure may yet write in place."""
-    site, segment = local.site, local.site.segment
+    site, segment = ctx.site, ctx.site.segment
     if segment is not None and any(call.in_place for call in segment.program):
         needed = {v for call in segment.program for v in call.inputs if v in values}
         values = {**values, **{v: values[v].clone() for v in needed}}
     elif not site.overwritten:
-        return local
-    return Local(site, local.s.clone(), values, source)
+        return ctx
+    return SiteContext(site, ctx.s.clone(), values, source)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import guessopt
 from guessopt import AuditError, ClosureError, GuessGradOptimizer
 from guessopt.engine import audit as engine
-from guessopt.engine.forward import Pass
-from guessopt.engine.levels import FastLevel
+from guessopt.engine.forward import ForwardRun
+from guessopt.engine.levels import FastEngine
 from guessopt.tracing.tape import Tape
 from tests.problems import PROBLEMS, PassedThrough, build, labels, seeded
 
@@ -229,7 +229,7 @@ def test_writes_through_a_detached_alias_are_skipped_and_the_report_says_so() ->
 @contextmanager
 def losing(name: str) -> Iterator[None]:
     """Operations of this name drop their tangents."""
-    call = FastLevel.call
+    call = FastEngine.call
 
     def lossy(self: Any, fn: Any, args: Any, kwargs: Any, *, writes: bool) -> Any:
         if fn.__name__ == name:
@@ -237,7 +237,7 @@ def losing(name: str) -> Iterator[None]:
         return call(self, fn, args, kwargs, writes=writes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FastLevel, "call", lossy)
+        patch.setattr(FastEngine, "call", lossy)
         yield
 
 
@@ -299,7 +299,7 @@ def test_a_stale_plan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         for t, v in zip(tensors, call.reads, strict=True):
             self._seen[id(t)] = weakref.ref(t), v if v >= 0 else ~v
 
-    monkeypatch.setattr(Pass, "_check_tensors", believe)
+    monkeypatch.setattr(ForwardRun, "_check_tensors", believe)
     chosen = [0]
     model = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)]).double()
     x = torch.randn(6, 4, dtype=DOUBLE)

@@ -16,7 +16,7 @@ from guessopt.diagnostics.reverse import unrows
 from guessopt.estimators import Estimator, estimator_names
 from guessopt.rng import NoiseSource
 from guessopt.sites import Layout, numel
-from guessopt.tracing.local import NOISES, draw
+from guessopt.tracing.context import NOISES, draw
 
 from .problems import Problem, labels, of
 

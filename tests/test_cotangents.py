@@ -251,7 +251,7 @@ def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypa
     def closure() -> Tensor:
         return F.cross_entropy(model(x), labels(12, 3))
 
-    monkeypatch.setattr(opt, "_direct", lambda plan, lessons: frozenset())  # as in a step whose guesses correct
+    monkeypatch.setattr(opt, "_direct", lambda plan, learning_steps: frozenset())  # as in a step whose guesses correct
     monkeypatch.setattr(opt, "_rests", lambda plan: False)
     truth, found = Truth(opt, closure), draw(opt, closure).cotangents
     assert truth.graph.stream is not None

@@ -21,7 +21,7 @@ from guessopt.diagnostics import _backpropagate, estimated_gradient, true_gradie
 from guessopt.estimators import Estimator, make_estimator
 from guessopt.estimators.newton_schulz import polynomials
 from guessopt.sites import Layout
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 from .problems import build
 
@@ -47,7 +47,7 @@ class Chain:
         self.kinds.append(kind)
         return self.noise[-1]
 
-    def state(self, local: Local) -> Any:
+    def state(self, local: SiteContext) -> Any:
         e = self.estimator
         return e.prepare(local.site, local.weights()) if e.prepares and not local.site.is_last else None
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer
-from guessopt.engine.stacked import StackedLevel
+from guessopt.engine.stacked import StackedEngine
 from guessopt.stepping import MODES
 from tests.fuzzing.faults import (
     FAULTS,
@@ -204,7 +204,7 @@ def _short_of_memory(*args: Any) -> Any:
 
 def test_one_error_does_not_keep_guesses_from_sharing_a_pass() -> None:
     world = World(guesses=3)
-    with _patched(StackedLevel, "cut", _short_of_memory):
+    with _patched(StackedEngine, "cut", _short_of_memory):
         world.step(0)
     assert world.opt._plans[0].stacks is False
     world.step(1)
@@ -215,7 +215,7 @@ def test_one_error_does_not_keep_guesses_from_sharing_a_pass() -> None:
 
 def test_errors_time_and_again_keep_guesses_from_sharing_a_pass() -> None:
     world = World(guesses=3)
-    with _patched(StackedLevel, "cut", _short_of_memory):
+    with _patched(StackedEngine, "cut", _short_of_memory):
         world.step(0)
         world.step(1)
     world.step(2)

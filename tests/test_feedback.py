@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from guessopt import ClosureError, Downstream, GuessGradOptimizer, LearnedFeedback, preflight
 from guessopt.diagnostics import cosine, estimated_gradient, expected_gradient, true_gradient
 from guessopt.estimators import describe, make_estimator
-from guessopt.estimators.places import Form, Output, Place
+from guessopt.estimators.places import FeedbackMap, Form, Output
 from guessopt.sites import Layout
 
 from .problems import Problem, build, learned
@@ -84,8 +84,8 @@ class Reference:
                 pairs = (r[i] * torch.cat([r[i][-1:], r[i][:-1]])).sum(1).square().mean()
                 self.pairs[i] += share * (float(pairs) - self.pairs[i])
             width = [max(self.pairs[i] / self.power[i], self.power[i] / (6, 5)[i]) for i in range(2)]
-            crowd = 1 + sum(self.power[i] / width[i] for i in range(2)) / n
-            gain = [max(self.beta, 1 / (self.steps + 1)) / (width[i] * crowd) for i in range(2)]
+            shared_gain = 1 + sum(self.power[i] / width[i] for i in range(2)) / n
+            gain = [max(self.beta, 1 / (self.steps + 1)) / (width[i] * shared_gain) for i in range(2)]
             self.b = [(1 - self.leak) * b[i] + gain[i] * r[i].T @ d / (n * a[i]) for i in range(2)]
             reach = [float(self.b[i].norm()) * width[i] ** 0.5 for i in range(2)]
             self.amplitude = [max(reach) / reach[i] for i in range(2)]
@@ -388,10 +388,10 @@ def test_what_b_predicts_is_what_it_foresees(
 ) -> None:
     """``<B e, t> = <e, B^T t>``, whatever the positions share and the output's mixtures leave out."""
     output = Output([(0, Layout.BATCH_FIRST, (5, positions, 4))], 5)
-    place = Place(Layout.BATCH_FIRST, shape, maps, output, Form(structure, entries))
+    place = FeedbackMap(Layout.BATCH_FIRST, shape, maps, output, Form(structure, entries))
     assert entries is None or place.b_shape[0] * place.b_shape[1] <= max(entries, place.b_shape[0])
     b, e, t = torch.randn(place.b_shape), torch.randn(5, positions, 4), torch.randn(shape)
-    r = place.see(t)
+    r = place.observe(t)
     torch.testing.assert_close((place.predict(e, b) * t).sum(), (e * place.foreseen(r, b)).sum())
     d = torch.randn(5, positions, 4)  # and the step of B is the gradient of how well it foresees
     b.requires_grad_()
@@ -403,7 +403,7 @@ def test_what_b_predicts_is_what_it_foresees(
 def test_cells_of_a_feature_map() -> None:
     output = Output([(0, Layout.BATCH_FIRST, (5, 10))], 5)
     shapes = {
-        structure: Place(Layout.BATCH_FIRST, (5, 3, 8, 6), True, output, Form(structure, None)).b_shape
+        structure: FeedbackMap(Layout.BATCH_FIRST, (5, 3, 8, 6), True, output, Form(structure, None)).b_shape
         for structure in ("auto", "position", "shared")
     }
     assert shapes == {"auto": (4 * 4 * 3, 10), "position": (48 * 3, 10), "shared": (3, 10)}
@@ -413,7 +413,7 @@ def test_the_mean_of_a_cell() -> None:
     """What ``B e`` puts at every position of a cell is that cell's mean, however large the cell is."""
     output = Output([(0, Layout.BATCH_FIRST, (5, 10))], 5)
     for structure, shape in (("auto", (5, 3, 7, 6)), ("shared", (5, 3, 7, 6)), ("position", (5, 3, 3, 2))):
-        place = Place(Layout.BATCH_FIRST, shape, True, output, Form(structure, None))
+        place = FeedbackMap(Layout.BATCH_FIRST, shape, True, output, Form(structure, None))
         b, e = torch.randn(place.b_shape), torch.randn(5, 1, 10)
         torch.testing.assert_close(place.mean(place.predict(e, b))[:, 0], e[:, 0] @ b.T)
 

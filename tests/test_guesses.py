@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from guessopt import GuessGradOptimizer, GuessWarning, LearnedFeedback, stepping
 from guessopt.diagnostics import estimated_gradient, true_gradient
-from guessopt.engine.stacked import StackedLevel
+from guessopt.engine.stacked import StackedEngine
 from guessopt.estimators import estimator_names
 from guessopt.estimators.base import _ESTIMATORS, Estimator
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 from tests.problems import PROBLEMS, Problem, labels, of
 
 K = 3
@@ -32,7 +32,7 @@ class Given(Estimator):
     #: What to do with a guess, by site and number.
     change: ClassVar[Callable[[Tensor, int, int], Tensor]] = staticmethod(lambda y, site, k: y)
 
-    def sample(self, state: Any, local: Local) -> Tensor:
+    def sample(self, state: Any, local: SiteContext) -> Tensor:
         index = local.site.index
         k = Given.seen[index] = Given.seen.get(index, -1) + 1
         generator = torch.Generator().manual_seed(1000 * index + k)
@@ -255,7 +255,7 @@ def test_the_closure_runs_once_for_all_guesses() -> None:
 
 def test_one_guess_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """No stack, no second stream; and the first guess of several is that of one."""
-    monkeypatch.setattr(stepping, "StackedLevel", None)
+    monkeypatch.setattr(stepping, "StackedEngine", None)
     problem = build("mlp")
     one = sgd(problem, "activation_perturbation", seed=3)
     first = estimated_gradient(one, problem.closure)
@@ -333,7 +333,7 @@ def fragile() -> tuple[nn.Module, Callable[[], Tensor]]:
 def test_a_failed_attempt_to_share_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The estimate is that of guesses in turn, and so is all that it leaves behind."""
 
-    def refuse(self: StackedLevel, *args: Any, **kwargs: Any) -> Tensor:
+    def refuse(self: StackedEngine, *args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("no such batching rule")
 
     found = []
@@ -343,7 +343,7 @@ def test_a_failed_attempt_to_share_leaves_no_trace(monkeypatch: pytest.MonkeyPat
             model.named_parameters(), torch.optim.SGD, guesses=K, stack_guesses=stack_guesses, lr=0.1
         )
         with monkeypatch.context() as patch:
-            patch.setattr(StackedLevel, "cut", refuse)
+            patch.setattr(StackedEngine, "cut", refuse)
             if stack_guesses is None:
                 with pytest.warns(GuessWarning, match="in turn.*no such batching rule"):
                     opt.step(closure)
@@ -362,10 +362,10 @@ def test_out_of_memory_goes_in_turn_at_any_time(monkeypatch: pytest.MonkeyPatch)
     opt = GuessGradOptimizer(model.named_parameters(), torch.optim.SGD, guesses=K, lr=0.1)
     opt.step(closure)
 
-    def full(self: StackedLevel, *args: Any, **kwargs: Any) -> Tensor:
+    def full(self: StackedEngine, *args: Any, **kwargs: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(StackedLevel, "cut", full)
+    monkeypatch.setattr(StackedEngine, "cut", full)
     with pytest.warns(GuessWarning, match="out of memory"):
         opt.step(closure)
     assert opt._plans[0].stacks is False
@@ -388,15 +388,15 @@ def test_a_failed_step_leaves_everything_as_it_was(
             opt.step(closure)
         if fails:
             before = state_of(opt, model)
-            draw = Local.noise
+            draw = SiteContext.noise
 
-            def noise(self: Local, *args: Any, draw: Any = draw, opt: GuessGradOptimizer = opt) -> Tensor:
+            def noise(self: SiteContext, *args: Any, draw: Any = draw, opt: GuessGradOptimizer = opt) -> Tensor:
                 if opt._noise.lane == K - 1 and self.s.shape[-1] == 2:
                     raise RuntimeError("broken")
                 return draw(self, *args)
 
             with monkeypatch.context() as patch:
-                patch.setattr(Local, "noise", noise)
+                patch.setattr(SiteContext, "noise", noise)
                 with pytest.raises(RuntimeError, match="broken"):
                     opt.step(closure)
             after = state_of(opt, model)

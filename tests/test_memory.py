@@ -509,7 +509,7 @@ def test_learned_feedback_resumes(model: str, memory: str) -> None:
 def test_learned_feedback_after_a_failed_step(failing: int, memory: str) -> None:
     """Whichever pass fails (before the first update): parameters, ``B`` and random states are as before."""
     net, _, _, opt = _train("convolutions", memory=memory, estimator=LearnedFeedback())
-    before, lessons = copy.deepcopy(net.state_dict()), learned(opt)
+    before, learning_steps = copy.deepcopy(net.state_dict()), learned(opt)
     x, runs = torch.randn(5, 6).double(), count(1)  # what the closure itself binds is put back
 
     def closure() -> Tensor:
@@ -524,7 +524,7 @@ def test_learned_feedback_after_a_failed_step(failing: int, memory: str) -> None
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, noise["generators"][k]) for k, v in opt._noise.state()["generators"].items())
     after = learned(opt)
-    assert lessons.keys() == after.keys() and all(after[k] is state for k, state in lessons.items())
+    assert learning_steps.keys() == after.keys() and all(after[k] is state for k, state in learning_steps.items())
 
 
 def test_learned_feedback_finishes_a_partial_update() -> None:
@@ -549,10 +549,10 @@ def test_learned_feedback_finishes_a_partial_update() -> None:
     def closure() -> Tensor:
         return net(x).square().mean()
 
-    lessons = learned(opt)
+    learning_steps = learned(opt)
     with pytest.raises(PartialUpdateError, match=r"4 of 6 parameters.*out of memory") as caught:
         opt.step(closure)
-    assert all(learned(opt)[k] is state for k, state in lessons.items())
+    assert all(learned(opt)[k] is state for k, state in learning_steps.items())
     after = copy.deepcopy(net.state_dict())
     failing.remove()
     opt.finish(caught.value.journal, closure)

@@ -119,18 +119,18 @@ def test_segments_lead_where_they_say(name: str) -> None:
     subject.model.eval()
     opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, "w_transpose", lr=0.0)
     truth = Truth(opt, subject.closure)
-    read = {visit.call.index: visit for visit in truth.record.visits}
+    read = {saved.call.index: saved for saved in truth.record.saved_calls}
     checked = 0
     for site in truth.graph.sites:
         if site.segment is None or site.shares is not None:
             continue
         matrix = site.segment.matrices[0]
-        visit = read.get(matrix.call.index)
-        if visit is None:
+        saved = read.get(matrix.call.index)
+        if saved is None:
             continue  # a frozen layer: its input is not kept
         rule = matrix.rule
         assert isinstance(rule, MatrixRule)
-        x = rule.input(visit.args, visit.kwargs)
+        x = rule.input(saved.args, saved.kwargs)
         torch.testing.assert_close(truth.locals[site.index].next_input(), x, rtol=1e-5, atol=1e-6)
         checked += 1
     assert checked >= 2

@@ -438,7 +438,7 @@ def test_runs_of_the_closure(make: Callable[[], Problem], first: int) -> None:
 def test_lanes_that_do_not_go_together_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from guessopt.engine import planning
 
-    class Refuses(planning.StackedLevel):
+    class Refuses(planning.StackedEngine):
         def call(self, fn: Any, args: Any, kwargs: Any, *, writes: bool) -> Any:
             raise RuntimeError("no")
 
@@ -447,7 +447,7 @@ def test_lanes_that_do_not_go_together_go_one_by_one(monkeypatch: pytest.MonkeyP
         make, n, coupled = MODELS[name]
         with monkeypatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore", GuessWarning)
-            patch.setattr(planning, "StackedLevel", Refuses)
+            patch.setattr(planning, "StackedEngine", Refuses)
             assert check_layouts(make())[:2] == (n, coupled)
 
 

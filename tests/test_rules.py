@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from guessopt.rules import attention, conv, elementwise, linear, norm
-from guessopt.rules.base import _TANGENTS, PULLED_BACK, RESUMED, Known, MatrixRule, Rule, rule_for, tangent_for
+from guessopt.rules.base import _TANGENTS, PULLED_BACK, REUSED, CachedCall, MatrixRule, Rule, rule_for, tangent_for
 from guessopt.sites import Call, Matrix, Value
 
 from .machine import skip_if_refused
@@ -318,12 +318,12 @@ def test_what_a_rule_does_not_cover_is_left_to_torch(case: Case) -> None:
 LARGE = Case("sdpa-large", SDPA, (M(8, 2, 64, 4), M(8, 2, 64, 4), M(8, 2, 64, 4)), {"is_causal": True})
 
 
-@pytest.mark.parametrize("case", [*(case for case in TANGENTS if case.fn in RESUMED), LARGE], ids=by_name)
+@pytest.mark.parametrize("case", [*(case for case in TANGENTS if case.fn in REUSED), LARGE], ids=by_name)
 def test_a_known_result_is_taken_over(case: Case) -> None:
     built = build(case, torch.float64)
     args = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), built.args)
     out = PULLED_BACK.get(case.fn, case.fn)(*args, **built.kwargs)
-    known = Known.of(built.args, built.kwargs, out, RESUMED[case.fn](out))
+    known = CachedCall.of(built.args, built.kwargs, out, REUSED[case.fn](out))
     assert known.serves(built.args, built.kwargs)
     taken, dout = built.own(known=known)
     assert taken is known.out or (case.fn is SDPA and case is not LARGE)
@@ -335,14 +335,14 @@ def test_a_known_result_is_taken_over(case: Case) -> None:
 def test_a_known_derivative_is_taken_over() -> None:
     built = build(Case("gelu", F.gelu, (M(2, 3),)), torch.float64)
     slope = torch.full((2, 3), 3.0, dtype=torch.float64)
-    out, dout = built.own(known=Known.of(built.args, {}, None, slope))
+    out, dout = built.own(known=CachedCall.of(built.args, {}, None, slope))
     assert_close(out, F.gelu(built.args[0]), 1e-15)
     assert_close(dout, 3 * built.tangents[id(built.args[0])], 1e-15)
 
 
 def test_what_is_known_serves_the_same_numbers_in_the_same_memory_alone() -> None:
     x, w = torch.randn(3, 4), torch.randn(4)
-    known = Known.of(([x, w], 2.0), {"dim": 1}, torch.zeros(3))
+    known = CachedCall.of(([x, w], 2.0), {"dim": 1}, torch.zeros(3))
     assert known.serves((([x, w]), 2.0), {"dim": 1}) and known.serves(((x[:], w.detach()), 2.0), {"dim": 1})
     for args, kwargs in (
         (([x, w], 2), {"dim": 1}),
@@ -358,7 +358,7 @@ def test_what_is_known_serves_the_same_numbers_in_the_same_memory_alone() -> Non
     assert not known.serves(([x, w], 2.0), {"dim": 1})
     with torch.inference_mode():  # writes into these do not show
         y = torch.randn(3)
-    assert not Known.of((y,), {}, None).serves((y,), {})
+    assert not CachedCall.of((y,), {}, None).serves((y,), {})
 
 
 #: Operations on a sparse matrix, in place of which another serves on a dense one.

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import GuessGradOptimizer
-from guessopt.engine.levels import DualLevel, _pack, _unpack
-from guessopt.engine.stacked import StackedLevel
+from guessopt.engine.levels import DualEngine, _pack, _unpack
+from guessopt.engine.stacked import StackedEngine
 from guessopt.tracing.interceptor import tensors_in
 
 from .problems import Problem, labels
@@ -156,7 +156,7 @@ def outputs(out: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def stacked(case: Op, tensors: list[Tensor], tangents: list[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
-    level = StackedLevel(K, {})
+    level = StackedEngine(K, {})
 
     def body() -> list[tuple[Tensor, Tensor | None]]:
         given = [t.clone() for t in tensors]
@@ -171,7 +171,7 @@ def stacked(case: Op, tensors: list[Tensor], tangents: list[Tensor | None]) -> l
 
 
 def in_turn(case: Op, tensors: list[Tensor], tangents: list[Tensor | None], k: int) -> list[tuple[Tensor, Any]]:
-    level = DualLevel()
+    level = DualEngine()
 
     def body() -> list[tuple[Tensor, Tensor | None]]:
         given = [

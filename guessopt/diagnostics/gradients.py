@@ -16,7 +16,7 @@ from guessopt.diagnostics.plots import bars, curve
 from guessopt.diagnostics.reverse import Closure, Truth, draw, measuring, named, real, unfused
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.tracing.local import NOISES
+from guessopt.tracing.context import NOISES
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
         elif site.by_parameter and estimator.per_example_parameters:
             moment = g
         elif not opt._is_exact(site, estimator):
-            local = truth.locals[site.index]
+            ctx = truth.contexts[site.index]
             g = g if site.reach is None else site.reach.restrict(g)
             with torch.no_grad(), unfused():
-                state = opt._prepared(site, estimator, opt._key(site, estimator), local)
-                moment = estimator.second_moment(state, local, g)
+                state = opt._prepared(site, estimator, opt._key(site, estimator), ctx)
+                moment = estimator.second_moment(state, ctx, g)
                 if moment is not None and estimator.debias:
-                    moment = estimator.correct(state, local, moment)
+                    moment = estimator.correct(state, ctx, moment)
             if moment is not None and site.reach is not None:
                 moment = site.reach.restrict(moment)
             if moment is not None and estimator.noise == "uniform":
@@ -160,10 +160,10 @@ def _joint_cotangents(truth: Truth) -> dict[int, Tensor | None]:
     opt, found = truth.opt, dict[int, Tensor | None]()
     for joint in truth.joints:
         first = truth.graph.sites[joint.sites[0]]
-        estimator, local = opt._estimator_of(first), truth.joint_local(joint)
+        estimator, ctx = opt._estimator_of(first), truth.joint_local(joint)
         with torch.no_grad(), unfused():
-            state = opt._prepared(first, estimator, opt._key(first, estimator), local)
-            moments: Any = estimator.second_moment(state, local, tuple(truth.g[k] for k in joint.sites))  # type: ignore[arg-type]
+            state = opt._prepared(first, estimator, opt._key(first, estimator), ctx)
+            moments: Any = estimator.second_moment(state, ctx, tuple(truth.g[k] for k in joint.sites))  # type: ignore[arg-type]
         if moments is not None and estimator.noise == "uniform":
             means = (truth.means[0][k] for k in joint.sites)
             moments = [m * NOISES["uniform"][1] + mean for m, mean in zip(moments, means, strict=True)]

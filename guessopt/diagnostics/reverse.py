@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guessopt.engine.forward import Pass
+from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import Level
+from guessopt.engine.levels import JvpEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.exclusive import exclusive
 from guessopt.hooks import lifted
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.sites import ForwardRecord, Joint, Layout, Site, SiteGraph
+from guessopt.sites import ForwardRecord, Layout, ParallelSites, Site, SiteGraph
 from guessopt.stepping import lasting
-from guessopt.tracing.local import JointLocal, Local
+from guessopt.tracing.context import ParallelContext, SiteContext
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -132,8 +132,8 @@ class Truth:
             # Before buffers are put back: their new values may be part of the graph.
             sites, params = list(run.outputs), list(opt._by_position)
             through = run.gradients([*run.outputs.values(), *opt._by_position.values()], self.record)
-        self.graph, self.locals = run.graph, run.locals
-        like = [*(local.s for local in run.locals.values()), *opt._by_position.values()]
+        self.graph, self.contexts = run.graph, run.contexts
+        like = [*(ctx.s for ctx in run.contexts.values()), *opt._by_position.values()]
         filled = [torch.zeros_like(s) if g is None else g.detach() for s, g in zip(like, through, strict=True)]
         self.g: dict[int, Tensor] = dict(zip(sites, filled, strict=False))
         self.gradient: dict[int, Tensor] = dict(zip(params, filled[len(sites) :], strict=True))
@@ -158,28 +158,28 @@ class Truth:
             total = record.d.sum()
             return estimated_cotangents(plan.graph, record), {k: total * v for k, v in record.params.items()}
 
-    def joint_local(self, joint: Joint) -> JointLocal:
+    def joint_local(self, joint: ParallelSites) -> ParallelContext:
         """The surroundings of sites that are guessed as one."""
-        first = self.locals[joint.sites[0]]
-        return JointLocal(joint, first.site, first.s, first._values, self.opt._noise)
+        first = self.contexts[joint.sites[0]]
+        return ParallelContext(joint, first.site, first.s, first._values, self.opt._noise)
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
         """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``. Both parts of complex
         entries are entries."""
-        return real(rows(t, site.layout, self.locals[site.index].examples))
+        return real(rows(t, site.layout, self.contexts[site.index].examples))
 
-    def sites(self) -> Iterator[tuple[str, Site, Local]]:
+    def sites(self) -> Iterator[tuple[str, Site, SiteContext]]:
         """Those with a cotangent of their own, in the order in which the network runs them."""
         for site in self.graph.sites:
-            if site.index in self.names and site.index in self.locals:
-                yield self.names[site.index], site, self.locals[site.index]
+            if site.index in self.names and site.index in self.contexts:
+                yield self.names[site.index], site, self.contexts[site.index]
 
-    def estimated(self) -> Iterator[tuple[str, Site, Local]]:
+    def estimated(self) -> Iterator[tuple[str, Site, SiteContext]]:
         """Those whose cotangent is estimated (or exact); elsewhere the parameters themselves are guessed."""
-        for name, site, local in self.sites():
+        for name, site, ctx in self.sites():
             estimator = self.opt._estimator_of(site)
             if estimator.space == "activations" and not (site.by_parameter and estimator.per_example_parameters):
-                yield name, site, local
+                yield name, site, ctx
 
 
 def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
@@ -237,7 +237,7 @@ def unrows(r: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     return r.reshape(shape)
 
 
-class _Reverse(Level):
+class _Reverse(JvpEngine):
     """No tangents: the network's own graph is kept for reverse mode. ``ends``: the cuts on the network's side."""
 
     name = "reverse"
@@ -270,7 +270,7 @@ class _Reverse(Level):
         return leaf, leaf
 
 
-class ReversePass(Pass):
+class ReversePass(ForwardRun):
     """A pass that notes every site's output and surroundings instead of guessing."""
 
     def __init__(self, opt: GuessGradOptimizer, transaction: Transaction) -> None:
@@ -279,7 +279,7 @@ class ReversePass(Pass):
         self.no_grad, self.keeps_graph = nullcontext(), True
         self.source = opt._noise
         self.outputs: dict[int, Tensor] = {}  # by site index, a zero that is added to its output
-        self.locals: dict[int, Local] = {}
+        self.contexts: dict[int, SiteContext] = {}
         if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
             raise NotImplementedError(
                 "diagnostics cannot yet separate a loss that reads parameters itself from one that reads a value "
@@ -288,7 +288,7 @@ class ReversePass(Pass):
 
     def note(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> None:
         values = dict(values)
-        self.locals[site.index] = lasting(Local(site, s, values, self.source), values, self.source)
+        self.contexts[site.index] = lasting(SiteContext(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """Add a zero to the output in place of a guess. The gradient of the zero is the output's cotangent. It counts

@@ -41,8 +41,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.engine.forward import Guess, Pass
-from guessopt.engine.levels import DualLevel, FastLevel, Level, PlainLevel, is_foreign
+from guessopt.engine.forward import ForwardRun, Guess
+from guessopt.engine.levels import DualEngine, FastEngine, JvpEngine, PrimalRun, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import AuditError
 from guessopt.rng import RandomState, cuda_devices
@@ -212,7 +212,7 @@ class _Memo:
         return max(float(found.min()), float(found.median()) / 100) if found.numel() else 1.0
 
 
-class _ValueLevel(PlainLevel):
+class _ValueLevel(PrimalRun):
     """Guesses are values: ``eps`` times the guess is added to the site's output, or to the parameter."""
 
     same_objects = False
@@ -238,7 +238,7 @@ class _ValueLevel(PlainLevel):
             self.memo.ratios.append(torch.div(*sizes))
 
 
-class _NudgedLevel(FastLevel):
+class _NudgedLevel(FastEngine):
     """Sites' outputs are moved by some units in the last place, their tangents are not."""
 
     def __init__(self, units: int) -> None:
@@ -252,7 +252,7 @@ class _NudgedLevel(FastLevel):
         return out.add_(nudge) if in_place else out + nudge
 
 
-class _Run(Pass):
+class _Run(ForwardRun):
     """A plain run of the closure with the guesses added to values, ``relative`` times ``memo.scale``. The run with 0 is
     the first: it fills the memo."""
 
@@ -262,8 +262,8 @@ class _Run(Pass):
         memo: _Memo, relative: float,
     ) -> None:  # fmt: skip
         self.eps = relative * memo.scale if relative else 0.0
-        level = _ValueLevel(self.eps, None if relative else memo)
-        super().__init__(ids, graph, level, guess, directions, transaction, keeps=False)
+        engine = _ValueLevel(self.eps, None if relative else memo)
+        super().__init__(ids, graph, engine, guess, directions, transaction, keeps=False)
         self.memo, self.relative, self.first = memo, relative, not relative
         self.moving: set[int] = set()
         self.fakes: set[int] = set()
@@ -273,7 +273,7 @@ class _Run(Pass):
 
     def loss(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> float:
         for p, v in self.directions.items():
-            self.duals[id(params[p])] = self.level.substitute(params[p], v)
+            self.duals[id(params[p])] = self.engine.substitute(params[p], v)
         loss = self.run(closure)
         return float(loss.detach().double().mean())
 
@@ -356,7 +356,7 @@ class _Run(Pass):
         return out
 
     def _plain(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.level.call(fn, args, kwargs, writes=False)
+        return self.engine.call(fn, args, kwargs, writes=False)
 
     def _again(self, entry: _Entry, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that the first run has remembered; see the list at the top of this module."""
@@ -448,7 +448,7 @@ class _Run(Pass):
             raise NotAuditable(f"{_label(fn)} writes through an alias made by detach() or under no_grad")
 
 
-class _Tangents(Pass):
+class _Tangents(ForwardRun):
     """A forward-mode pass that notes a digest of the tangents that every call leaves."""
 
     digests: dict[int, list[Tensor | None]]
@@ -480,7 +480,7 @@ def linearised(
     """``fn`` at the base arguments plus its derivative along the way from there to the given ones; ``NotImplemented``
     for an operation of torch that has no forward derivative."""
     (bases, spec), (there, _) = tree_flatten(base), tree_flatten(given)
-    level = DualLevel()
+    engine = DualEngine()
 
     def body() -> Any:
         packed = [
@@ -493,10 +493,10 @@ def linearised(
         try:
             if is_foreign(fn):
                 raise NotImplementedError
-            out = level.call(fn, dual_args, dual_kwargs, writes=False)
+            out = engine.call(fn, dual_args, dual_kwargs, writes=False)
         except NotImplementedError:
             try:
-                out = level.through_backward(fn, dual_args, dual_kwargs)
+                out = engine.through_backward(fn, dual_args, dual_kwargs)
             except (RuntimeError, NotImplementedError):
                 if isinstance(fn, CustomFunction) or is_foreign(fn):
                     raise NotAuditable(f"{_label(fn)} has no derivative of its own to compare with") from None
@@ -511,7 +511,7 @@ def linearised(
         return tree_unflatten(leaves, outs)
 
     with torch.no_grad():
-        return level.run(body)
+        return engine.run(body)
 
 
 #: Starts the pass's guesses again: a guess function for the sites, and the guesses for parameters.
@@ -646,7 +646,9 @@ class Audit:
         def apart(units: int) -> float:
             self.transaction.rewind()
             guess, directions = self.guesses()
-            run = Pass(self.ids, self.graph, _NudgedLevel(units), guess, directions, self.transaction, keeps=False)
+            run = ForwardRun(
+                self.ids, self.graph, _NudgedLevel(units), guess, directions, self.transaction, keeps=False
+            )
             return abs(float(run.execute(self.closure, self.params).d.double().sum()) - self.expected)
 
         if not abs(apart(0) - apart(0)) <= 1e-6 * off:
@@ -674,8 +676,8 @@ class Audit:
             run.loss(self.closure, self.params)
         self.transaction.rewind()
         guess, directions = self.guesses()
-        level: Level = FastLevel()
-        tangents = _Tangents(self.ids, self.graph, level, guess, directions, self.transaction, keeps=False)
+        engine: JvpEngine = FastEngine()
+        tangents = _Tangents(self.ids, self.graph, engine, guess, directions, self.transaction, keeps=False)
         tangents.digests, tangents.labels = {}, {}
         tangents.execute(self.closure, self.params)
         plus, minus = (run.digests or {} for run in runs)

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.levels import Level, inner, is_foreign
+from guessopt.engine.levels import JvpEngine, inner, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.rng import RandomState, draws, replayed
-from guessopt.rules.base import Known, is_in_place, moves_statistics
-from guessopt.sites import Call, ForwardRecord, Kind, Site, SiteGraph, Value, Visit, name_of
+from guessopt.rules.base import CachedCall, is_in_place, moves_statistics
+from guessopt.sites import Call, ForwardRecord, Kind, SavedCall, Site, SiteGraph, Value, name_of
 from guessopt.tracing.interceptor import (
     AS_IT_IS,
     CustomFunction,
@@ -34,7 +34,7 @@ from guessopt.tracing.writes import BINDING, Memory, copied, generators_in
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 
 
-class Departure(BaseException):
+class GraphMismatch(BaseException):
     """The closure departs from the graph. It is no ``Exception``, so that a closure cannot swallow it.
 
     Args:
@@ -47,7 +47,7 @@ class Departure(BaseException):
         self.index, self.what = index, what
 
 
-class Pass(Interceptor):
+class ForwardRun(Interceptor):
     """The closure's calls, each handled as the graph says.
 
     Every call is compared with the graph's: its function, its arguments that are no tensors, and which values its
@@ -56,7 +56,7 @@ class Pass(Interceptor):
 
     Args:
         params: ``id`` of each trainable parameter to its position.
-        graph: of an earlier run; a run that departs from it raises ``Departure``.
+        graph: of an earlier run; a run that departs from it raises ``GraphMismatch``.
         level: where tangents live.
         guess: the tangent for a site, from its output without tangent and the values kept aside; None for no tangent; a
             list for one direction ``[N, *shape]`` per parameter that the site reads; a pair for a tangent and what
@@ -66,7 +66,7 @@ class Pass(Interceptor):
         keeps: whether to keep what parameter gradients need: the sites' inputs and the guesses.
         left: called with every visit that is kept, after its call.
         direct: calls whose gradients come from a block's own reverse graph; their visits are kept without arguments.
-        repeats: raise ``Departure`` if the run reads other numbers or tensors than the last run.
+        repeats: raise ``GraphMismatch`` if the run reads other numbers or tensors than the last run.
 
     Attributes:
         known: by call, the results that guesses have computed before the closure makes the call.
@@ -80,28 +80,28 @@ class Pass(Interceptor):
         self,
         params: Mapping[int, int],
         graph: SiteGraph,
-        level: Level,
+        engine: JvpEngine,
         guess: Guess,
         directions: Mapping[int, Tensor],
         transaction: Transaction,
         *,
         keeps: bool = True,
-        left: Callable[[Visit], None] | None = None,
+        left: Callable[[SavedCall], None] | None = None,
         direct: Collection[int] = (),
         repeats: bool = False,
     ) -> None:
         super().__init__(params)
-        self.graph, self.level, self.guess, self.directions = graph, level, guess, directions
+        self.graph, self.engine, self.guess, self.directions = graph, engine, guess, directions
         self.transaction = transaction
         self.keeps = self.keeps_guesses = keeps
         self.left, self.direct, self.repeats = left, direct, repeats
         self.keeps_graph = graph.keeps_graph
-        self.known: dict[int, Known] = {}
+        self.known: dict[int, CachedCall] = {}
         self.values: dict[int, Tensor] = dict(graph.constants)
         self.guesses: dict[int, Tensor] = {}
-        self.visits: list[Visit] = []
-        self.visited: dict[int, Visit] = {}
-        self.visit: Visit | None = None
+        self.saved_calls: list[SavedCall] = []
+        self.visited: dict[int, SavedCall] = {}
+        self.saved: SavedCall | None = None
         self.leaves: dict[int, Tensor] = {}
         self.duals: dict[int, Tensor] = {}
         self.met: dict[int, Tensor] = {}
@@ -114,7 +114,7 @@ class Pass(Interceptor):
         self.standins: dict[int, Tensor] = {}
         self.random: dict[int, RandomState | None] = {}
         if graph.stream is not None:
-            self.random = dict.fromkeys(graph.stream.redrawn if level.reverses else graph.stream.drawing)
+            self.random = dict.fromkeys(graph.stream.redrawn if engine.reverses else graph.stream.drawing)
         self._answers = iter(graph.answers)
         self.handling = graph.handling
         self._seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.known)
@@ -136,12 +136,14 @@ class Pass(Interceptor):
         outline: list[Any],
     ) -> Any:
         if index >= len(self.handling):
-            raise Departure(index, f"{name_of(fn)} is called after the last call of the earlier run")
+            raise GraphMismatch(index, f"{name_of(fn)} is called after the last call of the earlier run")
         call, expected, kind, mutations, entering, leaving, noted, release = self.handling[index]
         if expected is not fn and expected != fn:
-            raise Departure(index, f"{name_of(fn)} is called in place of {call.op}")
+            raise GraphMismatch(index, f"{name_of(fn)} is called in place of {call.op}")
         if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
-            raise Departure(index, f"{name_of(fn)} is called {'with' if kind is Kind.STOPPED else 'without'} gradients")
+            raise GraphMismatch(
+                index, f"{name_of(fn)} is called {'with' if kind is Kind.STOPPED else 'without'} gradients"
+            )
         self._check_tensors(call, tensors)
         if outline != call.outline:
             self._check_arguments(call, args, kwargs, outline)
@@ -158,14 +160,14 @@ class Pass(Interceptor):
 
         results = results_of(out, tensors)
         if len(results) != call.direct:
-            raise Departure(index, f"{name_of(fn)} returned {len(results)} tensors in place of {call.direct}")
+            raise GraphMismatch(index, f"{name_of(fn)} returned {len(results)} tensors in place of {call.direct}")
         if call.target is None and tensors and any(t is tensors[0] for t in results):
             out, results = self._copied(call, kind, out, results, tensors[0])
         for k, value in leaving:
             self._keep(value, results[k])
-            out = self._replace(out, results, k, tensors, self.level.mark(value, results[k], False))
+            out = self._replace(out, results, k, tensors, self.engine.mark(value, results[k], False))
         for k, value in noted:
-            after = self.level.note(value, results[k], clone=self._is_fragile(value))
+            after = self.engine.note(value, results[k], clone=self._is_fragile(value))
             out = self._replace(out, results, k, tensors, after)
         self._register(call, results, tensors)
         if not self.keeps:
@@ -176,10 +178,10 @@ class Pass(Interceptor):
     # --- the closure does what the graph says -------------------------------------------------------------------------
 
     def _check_tensors(self, call: Call, tensors: list[Tensor]) -> None:
-        """Raise ``Departure`` unless each tensor is the value that the trace found in its place."""
+        """Raise ``GraphMismatch`` unless each tensor is the value that the trace found in its place."""
         reads = call.reads
         if len(tensors) != len(reads):
-            raise Departure(call.index, f"{call.op} takes {len(tensors)} tensors in place of {len(call.reads)}")
+            raise GraphMismatch(call.index, f"{call.op} takes {len(tensors)} tensors in place of {len(call.reads)}")
         seen, moved = self._seen, self._moved
         for k, t in enumerate(tensors):
             entry, expected = seen.get(id(t)), reads[k]
@@ -190,7 +192,7 @@ class Pass(Interceptor):
             if expected < 0 and found < 0:
                 self._meet(call, ~expected, t)
             elif found != expected:
-                raise Departure(call.index, f"{call.op} reads another tensor")
+                raise GraphMismatch(call.index, f"{call.op} reads another tensor")
 
     def _value(self, t: Tensor) -> int:
         """The tensor's value; -1 if this run has not seen the tensor yet."""
@@ -206,24 +208,24 @@ class Pass(Interceptor):
         """Check and note a tensor that the closure has not made."""
         known, graph = self.graph.outside[value], self.graph
         if t.shape != known.shape or t.dtype != known.dtype:
-            raise Departure(
+            raise GraphMismatch(
                 call.index,
                 f"{call.op} reads {_described(t.shape, t.dtype)} in place of {_described(known.shape, known.dtype)}",
             )
         position = self.params.get(id(t))
         if position != known.parameter:
-            raise Departure(call.index, f"{call.op} reads another parameter")
+            raise GraphMismatch(call.index, f"{call.op} reads another parameter")
         self._seen[id(t)] = entry = ref(t), value
         if position is not None:
             graph.known[id(t)] = entry
             return
         if self.repeats and graph.met.get(value, t) is not t and not _equal(graph.met[value], t):
-            raise Departure(call.index, f"{call.op} reads a tensor that holds other numbers than a moment ago")
+            raise GraphMismatch(call.index, f"{call.op} reads a tensor that holds other numbers than a moment ago")
         self.met[value] = t
         if value in graph.early and (constant := graph.constants.get(value)) is not t:
             if constant is None or not _equal(constant, t):
                 if known.fixed and constant is not None:
-                    raise Departure(call.index, f"{call.op} reads another weight")
+                    raise GraphMismatch(call.index, f"{call.op} reads another weight")
                 self.stale = True
             graph.constants[value] = t
 
@@ -233,7 +235,7 @@ class Pass(Interceptor):
         if same:
             return
         if same is False or call.fn in _STRUCTURAL or self.repeats:
-            raise Departure(call.index, f"{call.op} has other arguments")
+            raise GraphMismatch(call.index, f"{call.op} has other arguments")
         values = iter(call.inputs)
 
         def recorded(_: Any) -> Any:
@@ -249,7 +251,7 @@ class Pass(Interceptor):
         for k, t in enumerate(results):
             value = outputs[k]
             if value in inputs and not self._is_argument(value, t, tensors):
-                raise Departure(call.index, f"{call.op} returned another tensor than its argument")
+                raise GraphMismatch(call.index, f"{call.op} returned another tensor than its argument")
             seen[id(t)] = ref(t), value
         if call.target is not None:
             self._seen[id(tensors[call.target])] = ref(tensors[call.target]), outputs[0]
@@ -261,7 +263,7 @@ class Pass(Interceptor):
         kernel may have laid the argument out differently), unless something will be written into it."""
         if any(t is argument for argument in tensors):
             return True
-        if self.level.same_objects and value in self.graph.overwritten:
+        if self.engine.same_objects and value in self.graph.overwritten:
             return False
         return any(t.dtype is argument.dtype and t.shape == argument.shape for argument in tensors)
 
@@ -273,7 +275,7 @@ class Pass(Interceptor):
         for k, t in enumerate(results):
             if t is argument and call.outputs[k] not in call.inputs and kind is not Kind.EXPRESSION:
                 with self._mode(call.index):
-                    copy = self.level.call(Tensor.clone, (t,), {}, writes=False)
+                    copy = self.engine.call(Tensor.clone, (t,), {}, writes=False)
                 out, results[k] = _put(out, t, copy), copy
         return out, results
 
@@ -295,9 +297,9 @@ class Pass(Interceptor):
         return map_tensors(node, newest)
 
     def _keep(self, value: int, t: Tensor) -> None:
-        if self.level.needs is not None and value not in self.level.needs:
+        if self.engine.needs is not None and value not in self.engine.needs:
             return
-        primal = self.level.primal(t)
+        primal = self.engine.primal(t)
         self.values[value] = primal.clone() if self._is_fragile(value) else primal
 
     def _is_fragile(self, value: int) -> bool:
@@ -326,9 +328,11 @@ class Pass(Interceptor):
             return self._loss(index, fn, args, kwargs, tensors)
         if kind is Kind.EXPRESSION:
             state = RandomState.before(args, kwargs, fn) if self.duals and draws(fn) else None
-            apart = self.level.wraps and all(self.plain(t) is t for t in tensors) and not self._is_written(index)
-            with self.level.outside() if apart else AS_IT_IS:  # a transform refuses some operations on parameters alone
-                out = self.level.without_tangent(fn, args, kwargs)
+            apart = self.engine.wraps and all(self.plain(t) is t for t in tensors) and not self._is_written(index)
+            with (
+                self.engine.outside() if apart else AS_IT_IS
+            ):  # a transform refuses some operations on parameters alone
+                out = self.engine.without_tangent(fn, args, kwargs)
             results = results_of(out, tensors)
             self.express(results, mine)
             if self.duals and any(self.plain(t).requires_grad for t in results):
@@ -352,13 +356,13 @@ class Pass(Interceptor):
             moving = [t for t in moving if t is not tensors[0]]
         writes = fn in BINDING or index in self.graph.mutations
         if not moving:
-            return (self.level.write if writes else self.level.without_tangent)(fn, args, kwargs)
-        plain = {id(t): self.level.primal(t) for t in moving}
+            return (self.engine.write if writes else self.engine.without_tangent)(fn, args, kwargs)
+        plain = {id(t): self.engine.primal(t) for t in moving}
 
         def swap(t: Tensor) -> Tensor:
             return plain.get(id(t), t)
 
-        with self.no_grad, self.level.outside():
+        with self.no_grad, self.engine.outside():
             out = fn(*map_tensors(args, swap), **map_tensors(kwargs, swap))
         for t in moving:
             out = _put(out, plain[id(t)], t)
@@ -377,14 +381,14 @@ class Pass(Interceptor):
             if value in self.standins:
                 swapped[id(t)] = self.standins[value]
         if not swapped:
-            return self.level.without_tangent(fn, args, kwargs)
+            return self.engine.without_tangent(fn, args, kwargs)
         target = tensors[0]
         written = call.in_place and id(target) in swapped
 
         def swap(t: Tensor) -> Tensor:
             return swapped.get(id(t), t)
 
-        out = self.level.without_tangent(fn, map_tensors(args, swap), map_tensors(kwargs, swap))
+        out = self.engine.without_tangent(fn, map_tensors(args, swap), map_tensors(kwargs, swap))
         if written:
             self.standins[call.outputs[0]] = result = swapped[id(target)]
             self._write_back(target, result)
@@ -395,25 +399,25 @@ class Pass(Interceptor):
         """End the network at ``t``."""
         cut = self.graph.cuts[number]
         if t.shape != cut.shape:
-            raise Departure(self.count - 1, f"the loss reads shape {list(t.shape)} in place of {list(cut.shape)}")
-        with AS_IT_IS if self.level.reverses else self.no_grad:
+            raise GraphMismatch(self.count - 1, f"the loss reads shape {list(t.shape)} in place of {list(cut.shape)}")
+        with AS_IT_IS if self.engine.reverses else self.no_grad:
             if cut.fragile:
-                t = self.level.call(Tensor.clone, (t,), {}, writes=False)
-            used, self.leaves[number] = self.level.cut(number, t)
+                t = self.engine.call(Tensor.clone, (t,), {}, writes=False)
+            used, self.leaves[number] = self.engine.cut(number, t)
         return used.clone() if self.graph.loss_writes else used
 
     def _write_back(self, target: Tensor, result: Tensor) -> None:
         """The loss has written into a value of the network: write the result into the tensor that the user holds."""
-        with torch.no_grad(), self.level.outside():
-            self.level.primal(target).copy_(self.level.primal(result))
+        with torch.no_grad(), self.engine.outside():
+            self.engine.primal(target).copy_(self.engine.primal(result))
 
     def _mode(self, index: int) -> AbstractContextManager[Any]:
-        return AS_IT_IS if index in self.level.reverses else self.no_grad
+        return AS_IT_IS if index in self.engine.reverses else self.no_grad
 
     def _call(self, index: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = self.known.pop(index, None) if self.known else None
-        if known is not None and known.serves(args, kwargs):
-            out = self.level.resume(fn, args, kwargs, known)
+        if known is not None and known.matches(args, kwargs):
+            out = self.engine.reuse(fn, args, kwargs, known)
             if out is not NotImplemented:
                 return out
         targets = self.graph.mutations.get(index, ())
@@ -422,23 +426,23 @@ class Pass(Interceptor):
         if hidden or (targets and fn is not F.batch_norm and not is_in_place(fn)):
             before = Memory()
             own = tensors_in(args, kwargs)
-            with self.level.outside():
+            with self.engine.outside():
                 for t in (*hidden, *(own[k] for k in targets)):
                     before.save(t)
         try:
             if fn in self.graph.without_forward or is_foreign(fn):
                 raise NotImplementedError("forward AD passes it by")
-            return self.level.call(fn, args, kwargs, writes=bool(targets))
+            return self.engine.call(fn, args, kwargs, writes=bool(targets))
         except NotImplementedError as error:
             if before is not None:
-                with self.level.outside():
+                with self.engine.outside():
                     before.restore()
             if not any(word in str(error) for word in ("forward AD", "forward mode AD", "jvp")):
                 raise
             if not is_in_place(fn) and not kwargs.get("inplace"):
                 self.graph.without_forward.add(fn)
                 try:
-                    return self.level.through_backward(fn, args, kwargs)
+                    return self.engine.through_backward(fn, args, kwargs)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError as failed:  # is what a user may see of it
@@ -464,7 +468,7 @@ class Pass(Interceptor):
     ) -> Any:
         sites = self.graph.sites_at[index]
         in_place = sites[0].call.in_place
-        self.visit = self._visit(fn, args, kwargs, tensors, mine, sites[0])
+        self.saved = self._visit(fn, args, kwargs, tensors, mine, sites[0])
         if self.duals:
             args, kwargs = self._substituted(args, kwargs)
         out = self._call(index, fn, args, kwargs)
@@ -477,11 +481,11 @@ class Pass(Interceptor):
             other = s.dtype != site.dtype and site.call.autocast is None  # under autocast a kernel may choose
             if tuple(s.shape) != site.shape or other:
                 made = f"{_described(s.shape, s.dtype)} in place of {_described(site.shape, site.dtype)}"
-                raise Departure(index, f"{site.op} gave {made}")
+                raise GraphMismatch(index, f"{site.op} gave {made}")
             out = self._replace(out, results, site.output, tensors, self.inject(site, s, in_place))
-        if self.visit is not None:
-            self.leave(self.visit)
-            self.visit = None
+        if self.saved is not None:
+            self.leave(self.saved)
+            self.saved = None
         return out
 
     def _visit(
@@ -492,7 +496,7 @@ class Pass(Interceptor):
         tensors: list[Tensor],
         mine: list[Tensor],
         site: Site,
-    ) -> Visit | None:
+    ) -> SavedCall | None:
         """The call's record for its parameter gradients; None if no parameter needs one."""
         wanted = list(self.graph.mine[site.call.index])
         if self.directions:
@@ -501,9 +505,9 @@ class Pass(Interceptor):
             return None
         variables = [t if id(t) in self.params else self.plain(t) for t in (tensors[k] for k in wanted)]
         if site.call.index in self.direct:
-            self.visited[site.call.index] = Visit(site.call, (), {}, wanted, variables)
+            self.visited[site.call.index] = SavedCall(site.call, (), {}, wanted, variables)
             return None
-        own, bare = {id(t) for t in mine}, self.level.primal
+        own, bare = {id(t) for t in mine}, self.engine.primal
         fragile = {id(tensors[k]) for k in self.graph.fragile.get(site.call.index, ())}
 
         def primal(t: Tensor) -> Tensor:
@@ -517,47 +521,47 @@ class Pass(Interceptor):
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
         state = RandomState.before(args, kwargs, fn) if draws(fn) else None
-        return Visit(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
+        return SavedCall(site.call, args, kwargs, wanted, variables, state, autocast_of(tensors[0]))
 
-    def leave(self, visit: Visit) -> None:
+    def leave(self, saved: SavedCall) -> None:
         """A site's call is over, and its outputs have their guesses."""
         if self.keeps:
-            self.visits.append(visit)
+            self.saved_calls.append(saved)
             if self.left is not None:
-                self.left(visit)
+                self.left(saved)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """The site's output with its guess for tangent."""
-        primal = self.level.primal(s)
-        with self.level.outside():
+        primal = self.engine.primal(s)
+        with self.engine.outside():
             self.guessing = True
             y = self.guess(site, primal, self.values)
             self.guessing = False
             if isinstance(y, list):
                 y = self._by_parameter(site, y)
         if y is None:
-            return self.level.mark(site.value, s, site.overwritten)
+            return self.engine.mark(site.value, s, site.overwritten)
         y, kept = y if isinstance(y, tuple) else (y, y)
-        if self.keeps_guesses and (self.visit is None or self.visit.directions is None):
+        if self.keeps_guesses and (self.saved is None or self.saved.directions is None):
             self.guesses[site.index] = kept
-        return self.level.inject(s, y.clone() if site.overwritten else y, in_place)
+        return self.engine.inject(s, y.clone() if site.overwritten else y, in_place)
 
     def _by_parameter(self, site: Site, directions: list[Tensor]) -> Tensor:
         """The output's tangent as each example's own parameters move along ``directions``; these are kept."""
-        visit = self.visit
-        assert visit is not None
-        visit.directions = directions
+        saved = self.saved
+        assert saved is not None
+        saved.directions = directions
 
         def tangent(vs: list[Tensor]) -> Tensor:
             found = site.rule.parameter_tangent(
-                visit.call.fn, visit.args, visit.kwargs, visit.wanted, vs, lambda v: site.layout.place(v, site.shape)
+                saved.call.fn, saved.args, saved.kwargs, saved.wanted, vs, lambda v: site.layout.place(v, site.shape)
             )
             return found.expand(site.shape)  # a stack of smaller ones would not broadcast against the output's
 
-        return self.level.each(tangent, directions)
+        return self.engine.each(tangent, directions)
 
     def plain(self, t: Tensor) -> Tensor:
-        return self.level.plain(t)
+        return self.engine.plain(t)
 
     def _is_directed(self, t: Tensor) -> bool:
         return bool(self.directions) and self.positions(t) <= self.directions.keys()
@@ -581,7 +585,7 @@ class Pass(Interceptor):
     def _save(
         self, targets: tuple[int, ...], tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        with self.level.outside():
+        with self.engine.outside():
             for k in targets:
                 self.transaction.save(tensors[k])
             for generator in generators_in(args, kwargs):
@@ -595,19 +599,19 @@ class Pass(Interceptor):
             self.transaction.raised = self.raised
 
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
-        """Run the closure; ``params`` by position. Raises ``Departure``, ``ClosureError``, or what the
+        """Run the closure; ``params`` by position. Raises ``GraphMismatch``, ``ClosureError``, or what the
         closure raises."""
 
         def body() -> Tensor:
-            self.duals = {id(params[p]): self.level.substitute(params[p], v) for p, v in self.directions.items()}
+            self.duals = {id(params[p]): self.engine.substitute(params[p], v) for p, v in self.directions.items()}
             loss = self.run(closure)
             self.check_end(loss)
-            self.transaction.settle(self.level)
+            self.transaction.settle(self.engine)
             if self.graph.returned in self.graph.cut_of:
                 loss = self._leaf(self.graph.cut_of[self.graph.returned], loss)
-            return self.level.plain(self.standins.get(self.graph.returned, loss))
+            return self.engine.plain(self.standins.get(self.graph.returned, loss))
 
-        plain = self.level.run(body)
+        plain = self.engine.run(body)
         graph = self.graph
         leaves = [self.leaves[number] for number in range(len(graph.cuts))]
         own = [p for p in sorted(graph.loss_params) if p in params]
@@ -618,20 +622,21 @@ class Pass(Interceptor):
             found = list(torch.autograd.grad(total, variables, allow_unused=True, retain_graph=self.keeps_graph))
         errors = [torch.zeros_like(v) if e is None else e for v, e in zip(leaves, found, strict=False)]
         exact = {p: e for p, e in zip(own, found[len(leaves) :], strict=True) if e is not None}
-        tangents = [self.level.tangents.get(number) for number in range(len(leaves))]
-        d = self.level.each(partial(directional_derivatives, graph, errors), tangents)
+        tangents = [self.engine.tangents.get(number) for number in range(len(leaves))]
+        d = self.engine.each(partial(directional_derivatives, graph, errors), tangents)
         return ForwardRecord(
-            loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses, visits=self.visits,
-            exact=exact, params=dict(self.directions), values=self.values, states=self.level.notes,
-            graphs=self.level.graphs, direct=self.visited, random=self.random,
+            loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses,
+            saved_calls=self.saved_calls, exact=exact, params=dict(self.directions), values=self.values,
+            states=self.engine.notes,
+            graphs=self.engine.graphs, direct=self.visited, random=self.random,
         )  # fmt: skip
 
     def check_end(self, loss: Any) -> None:
-        """Raise ``Departure`` unless the closure has made all of the graph's calls and returned the graph's loss."""
+        """Raise ``GraphMismatch`` unless the closure has made all calls and returned the graph's loss."""
         if self.count != len(self.graph.calls):
-            raise Departure(self.count, f"the closure ended before it called {self.graph.calls[self.count].op}")
+            raise GraphMismatch(self.count, f"the closure ended before it called {self.graph.calls[self.count].op}")
         if not isinstance(loss, Tensor) or self._value(loss) != self.graph.returned:
-            raise Departure(self.count, "the closure returned another tensor")
+            raise GraphMismatch(self.count, "the closure returned another tensor")
 
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from guessopt.errors import refusal, refused
 from guessopt.rng import replayed
-from guessopt.sites import ForwardRecord, Site, SiteGraph, Visit
+from guessopt.sites import ForwardRecord, SavedCall, Site, SiteGraph
 from guessopt.tracing.interceptor import AS_IT_IS
 from guessopt.tracing.writes import kept
 
@@ -66,11 +66,11 @@ def parameter_gradients(
     """
     gradients = gradients or Gradients(graph, params, ids, directed=record.params)
     cotangents = {**cotangents, **gradients.known}
-    for visit in (*gradients.visits.values(), *record.visits):
-        if visit.directions is not None:
-            gradients.direct(visit, record.d)
+    for saved in (*gradients.saved_calls.values(), *record.saved_calls):
+        if saved.directions is not None:
+            gradients.direct(saved, record.d)
         else:
-            gradients.visit(visit, cotangents)
+            gradients.saved(saved, cotangents)
     gradients.close(record)
     return gradients.take(params)
 
@@ -84,7 +84,7 @@ class Gradients:
         origin: which parameters an expression is computed from; needed to ``take`` some before the others.
 
     Attributes:
-        visits: by call, those that ``spend`` has left; ``known``: the cotangents that it has for them.
+        visits: by call, those that ``consume`` has left; ``known``: the cotangents that it has for them.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Gradients:
         self.graph, self.params, self.ids, self.directed, self.origin = graph, params, ids, directed, origin
         self.found: dict[int, Tensor] = {}
         self._expressions: list[tuple[Tensor, Tensor]] = []
-        self.visits: dict[int, Visit] = {}
+        self.saved_calls: dict[int, SavedCall] = {}
         self.known: dict[int, Tensor] = {}
 
     def add(self, position: int, gradient: Tensor) -> None:
@@ -113,9 +113,9 @@ class Gradients:
         else:
             self._expressions.append((variable, gradient.to(variable.dtype)))
 
-    def visit(self, visit: Visit, cotangents: Mapping[int, Tensor]) -> None:
+    def saved(self, saved: SavedCall, cotangents: Mapping[int, Tensor]) -> None:
         """What a site's call contributes, by its own transposed rule."""
-        for site in self.graph.sites_at[visit.call.index]:
+        for site in self.graph.sites_at[saved.call.index]:
             g = cotangents.get(site.index)
             if g is None:
                 continue
@@ -123,26 +123,26 @@ class Gradients:
             if site.dtype is torch.float16 and g.dtype is torch.float32:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
                 g = (g / unit).half()  # the largest entry one: the rule's products stay within range
-            autocast = torch.autocast(*visit.autocast) if visit.autocast else AS_IT_IS
-            hidden = kept(visit.call.hidden) if visit.call.hidden else AS_IT_IS
-            state = replayed(visit.random) if visit.random is not None else AS_IT_IS
+            autocast = torch.autocast(*saved.autocast) if saved.autocast else AS_IT_IS
+            hidden = kept(saved.call.hidden) if saved.call.hidden else AS_IT_IS
+            state = replayed(saved.random) if saved.random is not None else AS_IT_IS
             try:
                 with state, autocast, hidden:
                     gradients = site.rule.gradients(
-                        visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g
+                        saved.call.fn, saved.args, saved.kwargs, site.output, saved.wanted, g
                     )
             except RuntimeError as error:
                 if (why := refusal(error)) is None:
                     raise
-                raise refused(visit.call.fn, f"its backward: {why}") from error
-            for variable, gradient in zip(visit.variables, gradients, strict=True):
+                raise refused(saved.call.fn, f"its backward: {why}") from error
+            for variable, gradient in zip(saved.variables, gradients, strict=True):
                 if gradient is not None:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)
 
-    def spend(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
+    def consume(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
         """What those calls of the record contribute whose cotangents are here; they are taken out of the record."""
-        if record.visits:
-            self.visits, record.visits = {visit.call.index: visit for visit in record.visits}, []
+        if record.saved_calls:
+            self.saved_calls, record.saved_calls = {saved.call.index: saved for saved in record.saved_calls}, []
         calls = dict.fromkeys(
             self.graph.sites[k].call.index
             for index in cotangents
@@ -152,12 +152,12 @@ class Gradients:
             self.known |= dict.fromkeys((index, *self.graph.shared_by.get(index, ())), g)
         for call in calls:
             sites = self.graph.sites_at[call]
-            if call in self.visits and all(site.index in self.known for site in sites):
-                self.visit(self.visits.pop(call), {site.index: self.known.pop(site.index) for site in sites})
+            if call in self.saved_calls and all(site.index in self.known for site in sites):
+                self.saved(self.saved_calls.pop(call), {site.index: self.known.pop(site.index) for site in sites})
 
-    def direct(self, visit: Visit, d: Tensor) -> None:
+    def direct(self, saved: SavedCall, d: Tensor) -> None:
         """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""
-        for variable, v in zip(visit.variables, visit.directions or (), strict=True):
+        for variable, v in zip(saved.variables, saved.directions or (), strict=True):
             self._keep(variable, sum_over_examples(d, v))
 
     def close(self, record: ForwardRecord, share: float = 1.0) -> None:

@@ -1,7 +1,7 @@
 """Where tangents live: the primitives of forward-mode AD behind one small interface.
 
-``FuncLevel`` is the reference, ``torch.func.jvp`` with ``s + t y`` (t a scalar with primal 0 and tangent 1).
-``DualLevel`` attaches tangents to tensors directly (``torch.autograd.forward_ad``): the same numbers, less arithmetic.
+``FuncEngine`` is the reference, ``torch.func.jvp`` with ``s + t y`` (t a scalar with primal 0 and tangent 1).
+``DualEngine`` attaches tangents to tensors directly (``torch.autograd.forward_ad``): the same numbers, less arithmetic.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.rules.attention import drops_out
-from guessopt.rules.base import Known, tangent_for, without_side_effects
+from guessopt.rules.base import CachedCall, tangent_for, without_side_effects
 from guessopt.rules.drawing import RECURRENT
-from guessopt.sites import End, Graphs, Stream, is_differentiable
+from guessopt.sites import GraphInput, Graphs, Stream, is_differentiable
 from guessopt.tracing.interceptor import AS_IT_IS
 from guessopt.tracing.writes import plain
 
 T = TypeVar("T")
 
 
-class Level(ABC):
+class JvpEngine(ABC):
     """One forward-mode pass. ``tangents`` holds those of the cuts, by number, and ``notes`` those of the values noted,
     once ``run`` has returned."""
 
     name: ClassVar[str]
 
-    #: Whether ``resume`` is there.
-    resumes: ClassVar[bool] = False
+    #: Whether ``reuse`` is there.
+    reuses: ClassVar[bool] = False
     #: Whether a call that returns its argument untouched returns the same object.
     same_objects: ClassVar[bool] = True
 
@@ -122,7 +122,7 @@ class Level(ABC):
         """Run an operation without derivatives that writes into tensors which the closure has not made."""
         return fn(*args, **kwargs)
 
-    def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
+    def reuse(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: CachedCall) -> Any:
         """``call`` of an operation whose result is known; ``NotImplemented`` where it has to be made again."""
         return NotImplemented
 
@@ -205,7 +205,7 @@ class Level(ABC):
         return f(list(tensors))
 
 
-class DualLevel(Level):
+class DualEngine(JvpEngine):
     """Tangents attached to tensors by ``make_dual``."""
 
     name = "dual"
@@ -257,11 +257,11 @@ class DualLevel(Level):
         return t
 
 
-class FastLevel(DualLevel):
-    """``DualLevel`` with closed-form tangent rules in place of torch's, where there is one."""
+class FastEngine(DualEngine):
+    """``DualEngine`` with closed-form tangent rules in place of torch's, where there is one."""
 
     name = "fast"
-    resumes = True
+    reuses = True
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         self._fresh = None
@@ -271,11 +271,13 @@ class FastLevel(DualLevel):
                 return out
         return super().call(fn, args, kwargs, writes=writes)
 
-    def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
+    def reuse(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: CachedCall) -> Any:
         self._fresh = None
         return self._by_rule(fn, args, kwargs, known=known)
 
-    def _by_rule(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **known: Known) -> Any:
+    def _by_rule(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **known: CachedCall
+    ) -> Any:
         entry = tangent_for(fn)
         if entry is None or len(args) < entry[1]:
             return NotImplemented
@@ -304,11 +306,11 @@ class FastLevel(DualLevel):
         return self._fresh
 
 
-class PlainLevel(Level):
+class PrimalRun(JvpEngine):
     """No tangents: for a pass that only has to see the same values again."""
 
     name = "plain"
-    resumes = True
+    reuses = True
 
     def run(self, body: Callable[[], T]) -> T:
         return body()
@@ -318,7 +320,7 @@ class PlainLevel(Level):
             return fn(*args, **kwargs)
         return super().call(fn, args, kwargs, writes=writes)
 
-    def resume(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: Known) -> Any:
+    def reuse(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: CachedCall) -> Any:
         drops = fn is F.scaled_dot_product_attention and drops_out(args, kwargs)
         return NotImplemented if drops or known.out is None else known.out
 
@@ -341,7 +343,7 @@ class PlainLevel(Level):
         return v, v
 
 
-class ErrorLevel(PlainLevel):
+class LossGradRun(PrimalRun):
     """No tangents, but the exact errors: for a step whose estimators learn and make no guess this time."""
 
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,8 +352,8 @@ class ErrorLevel(PlainLevel):
         return leaf, leaf
 
 
-class BlockLevel(ErrorLevel):
-    """``ErrorLevel`` that also keeps a reverse graph of every block of a residual stream, from the block's source on.
+class BlockVjpRun(LossGradRun):
+    """``LossGradRun`` that also keeps a reverse graph of every block of a residual stream, from the block's source on.
 
     Args:
         marked: values to which the graphs will be pulled back, beside their sources and parameters.
@@ -367,14 +369,14 @@ class BlockLevel(ErrorLevel):
     def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
         self.graphs.goals[value] = t
         leaf, t = _leaf(t, clone)
-        self.graphs.sources[value] = End.of(leaf)
+        self.graphs.sources[value] = GraphInput.of(leaf)
         return t
 
     def mark(self, value: int, t: Tensor, clone: bool) -> Tensor:
         if value not in self.marked:
             return t
         before, t = (t, t) if t.requires_grad else _leaf(t, clone)
-        self.graphs.marks[value] = End.of(before)
+        self.graphs.marks[value] = GraphInput.of(before)
         return t
 
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -497,7 +499,7 @@ def _between_one_and_two(like: Tensor) -> Tensor:
 _DROPOUTS: set[Callable[..., Any]] = {F.dropout, torch.dropout, torch.dropout_, F.alpha_dropout, torch.alpha_dropout}
 
 
-class FuncLevel(Level):
+class FuncEngine(JvpEngine):
     """``torch.func.jvp``: the documented entry, and what every other level must equal."""
 
     name = "func"
@@ -594,15 +596,15 @@ class FuncLevel(Level):
             return fn(*args, **kwargs)
 
 
-_LEVELS: dict[str, type[Level]] = {"fast": FastLevel, "dual": DualLevel, "func": FuncLevel}
+_ENGINES: dict[str, type[JvpEngine]] = {"fast": FastEngine, "dual": DualEngine, "func": FuncEngine}
 
 
-def make_level(name: str, *, frozen_statistics: bool = False) -> Level:
+def make_engine(name: str, *, frozen_statistics: bool = False) -> JvpEngine:
     """A fresh level by name.
 
     Raises:
         ValueError: unknown name.
     """
-    if name not in _LEVELS:
-        raise ValueError(f"engine: {name!r} is not one of {', '.join(_LEVELS)}")
-    return _LEVELS[name](frozen_statistics=frozen_statistics)
+    if name not in _ENGINES:
+        raise ValueError(f"engine: {name!r} is not one of {', '.join(_ENGINES)}")
+    return _ENGINES[name](frozen_statistics=frozen_statistics)

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.forward import Departure, Pass
-from guessopt.engine.levels import FastLevel, Level
+from guessopt.engine.forward import ForwardRun, GraphMismatch
+from guessopt.engine.levels import FastEngine, JvpEngine
 from guessopt.engine.probe import Found, Tangents, find_layouts
-from guessopt.engine.stacked import StackedLevel
+from guessopt.engine.stacked import StackedEngine
 from guessopt.engine.transaction import Transaction
-from guessopt.engine.witness import Mixing, WatchedPass, Witness
+from guessopt.engine.witness import Mixing, WatchedRun, Witness
 from guessopt.errors import ClosureError
-from guessopt.sites import Joint, Layout, Site, SiteGraph, is_differentiable
+from guessopt.sites import Layout, ParallelSites, Site, SiteGraph, is_differentiable
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.tape import Tape
 
@@ -38,8 +38,8 @@ class Plan:
         volatile: how many passes were stale.
         stacks: whether K guesses share a pass (None: not known yet).
         failures: how many attempts to share a pass failed.
-        ways: see ``StackedLevel``.
-        joints: sites that get one guess: index of the first site -> ``Joint``.
+        ways: see ``StackedEngine``.
+        joints: sites that get one guess: index of the first site -> ``ParallelSites``.
         keeps_graphs: whether a pass may keep the reverse graphs of a stream's blocks.
         found: where the examples lie, and through which calls no tangent has come yet.
         mixing: the operation after which examples interact; "" if none.
@@ -71,7 +71,7 @@ class Plan:
     stream: bool = False
     together: bool = True
     keeps_graphs: bool = True
-    joints: dict[int, Joint] = field(default_factory=dict)
+    joints: dict[int, ParallelSites] = field(default_factory=dict)
     modules: tuple[torch.nn.Module, ...] = ()
     elsewhere: tuple[Tensor, ...] = ()
 
@@ -80,7 +80,7 @@ class Plan:
         """Whether each site's tangent has been seen to arrive, on every way to the loss."""
         return self.found is None or self.found.alive
 
-    def observe(self, run: Pass) -> None:
+    def observe(self, run: ForwardRun) -> None:
         """Compare the tensors and numbers that a run has read with those of the last run. The first, second, fourth,
         eighth, ... change of a tensor or a number asks for a probe."""
         changed = list(run.changed)
@@ -101,7 +101,7 @@ def trace(
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
     names: Sequence[str],
-    make_level: Callable[[], Level],
+    make_engine: Callable[[], JvpEngine],
     transaction: Transaction,
     *,
     finite: bool,
@@ -143,9 +143,9 @@ def trace(
         given = int(loss.shape[0]) if loss.dim() == 1 else None
         try:
             found = layouts_of(
-                closure, analysis, sites, params, ids, make_level, transaction, given, known=found, together=together
+                closure, analysis, sites, params, ids, make_engine, transaction, given, known=found, together=together
             )
-        except Departure as departure:
+        except GraphMismatch as departure:
             if departed:
                 raise unstable(departure) from None
             # A first run may have filled caches that later runs read: trace once more.
@@ -162,7 +162,7 @@ def trace(
     plan.tolerance = precision(analysis)
     plan.modules, plan.elsewhere = tuple(changing.values()), tuple(tape.writes.elsewhere)
     plan.found, plan.stream, plan.together = found, stream, together
-    plan.mixing = mixing_of(closure, analysis, graph, found, params, ids, make_level, transaction)
+    plan.mixing = mixing_of(closure, analysis, graph, found, params, ids, make_engine, transaction)
     plan.compiled = tape.compiled
     plan.routes = analysis.routes_by_data()
     plan.normalises_batch = bool(analysis.coupled_by_batch_norm())
@@ -177,7 +177,7 @@ def layouts_of(
     sites: Sequence[Site],
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
-    make_level: Callable[[], Level],
+    make_engine: Callable[[], JvpEngine],
     transaction: Transaction,
     given: int | None,
     seed: int = 0,
@@ -186,21 +186,21 @@ def layouts_of(
 ) -> Found:
     """Probe the closure for where its examples lie. ``known``: see ``find_layouts``."""
     graph = analysis.graph(list(sites), {}, 1, segments=False)
-    frozen, witness = make_level().frozen_statistics, Witness(analysis)
+    frozen, witness = make_engine().frozen_statistics, Witness(analysis)
     together = together and not graph.shared_writes
 
-    def prepared(tangents: Mapping[int, Tangents], level: Level, lanes: Sequence[int]) -> WatchedPass:
+    def prepared(tangents: Mapping[int, Tangents], engine: JvpEngine, lanes: Sequence[int]) -> WatchedRun:
         def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
             if site.index not in tangents:
                 return None
             made = tangents[site.index](s, lanes)
-            return made if isinstance(level, StackedLevel) else made[0]
+            return made if isinstance(engine, StackedEngine) else made[0]
 
-        watched = WatchedPass(ids, graph, level, guess, {}, transaction, keeps=False)
+        watched = WatchedRun(ids, graph, engine, guess, {}, transaction, keeps=False)
         watched.watch = witness.watch
         return watched
 
-    def run(watched: WatchedPass) -> list[Tensor | None]:
+    def run(watched: WatchedRun) -> list[Tensor | None]:
         try:
             return watched.execute(closure, params).tangents
         finally:
@@ -216,7 +216,7 @@ def layouts_of(
         """All lanes in one run; each in its own run if they cannot share one."""
         nonlocal together
         if together and count > 1:
-            watched = prepared(tangents, StackedLevel(count, {}, frozen_statistics=frozen), range(count))
+            watched = prepared(tangents, StackedEngine(count, {}, frozen_statistics=frozen), range(count))
             try:
                 return run(watched)
             except Exception as error:
@@ -227,7 +227,7 @@ def layouts_of(
                 ):
                     raise
                 together = False
-        runs = [run(prepared(tangents, FastLevel(frozen_statistics=frozen), [lane])) for lane in range(count)]
+        runs = [run(prepared(tangents, FastEngine(frozen_statistics=frozen), [lane])) for lane in range(count)]
         return [_stacked(lanes) for lanes in zip(*runs, strict=True)]
 
     try:
@@ -272,7 +272,7 @@ def mixing_of(
     found: Found,
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
-    make_level: Callable[[], Level],
+    make_engine: Callable[[], JvpEngine],
     transaction: Transaction,
 ) -> str:
     """The operation after which the examples of the last coupled site interact; "" if none was found. Takes one run of
@@ -296,12 +296,12 @@ def mixing_of(
         noise = torch.randn(s.shape, generator=generator).to(s)
         return noise.mul_(layout.spread(moving.to(s), tuple(s.shape)))
 
-    level = FastLevel(frozen_statistics=make_level().frozen_statistics)
-    watched = WatchedPass(ids, graph, level, guess, {}, transaction, keeps=False)
+    engine = FastEngine(frozen_statistics=make_engine().frozen_statistics)
+    watched = WatchedRun(ids, graph, engine, guess, {}, transaction, keeps=False)
     watched.watch = mixing.watch
     try:
         watched.execute(closure, params)
-    except Departure as departure:
+    except GraphMismatch as departure:
         raise unstable(departure) from None
     finally:
         transaction.rewind()
@@ -345,7 +345,7 @@ def reprobe(
     closure: Callable[[], Any],
     params: Mapping[int, Tensor],
     ids: Mapping[int, int],
-    make_level: Callable[[], Level],
+    make_engine: Callable[[], JvpEngine],
     transaction: Transaction,
 ) -> None:
     """Probe again: tangents of a site that could not reach the loss (a zero-initialised head) may reach it now."""
@@ -358,7 +358,7 @@ def reprobe(
         plan.sites,
         params,
         ids,
-        make_level,
+        make_engine,
         transaction,
         plan.given,
         plan.uses,
@@ -450,7 +450,7 @@ def independent(names: Sequence[str], graph: SiteGraph) -> str:
     )
 
 
-def unstable(departure: Departure) -> ClosureError:
+def unstable(departure: GraphMismatch) -> ClosureError:
     where = f" (call {departure.index + 1}: {departure.what})" if departure.what else ""
     return ClosureError(
         f"the closure does not repeat: run twice with the same random state, it made other calls or read other tensors"

@@ -29,10 +29,10 @@ Tangents = Callable[[Tensor, Sequence[int]], Tensor]
 Push = Callable[[Mapping[int, Tangents], int], list["Tensor | None"]]
 
 #: Tangents that one run carries at most.
-LANES = 8
+MAX_LANES = 8
 
 #: Trials of parts of a group in the search for one N. The sites left after these are called coupled.
-BUDGET = 128
+MAX_TRIALS = 128
 
 #: Candidates for N that are tried; those that are searched site by site.
 CANDIDATES = 6
@@ -237,7 +237,7 @@ class _Search:
         for site in sites:
             if site.value not in self.last:
                 groups.setdefault(site.shape, []).append(site)
-        pending, budget, layouts = list(groups.values()), BUDGET, dict(known)
+        pending, budget, layouts = list(groups.values()), MAX_TRIALS, dict(known)
         while pending:
             trials = [
                 (number, _Trial(n, {site.value: layout for site in group}, each))
@@ -309,8 +309,8 @@ class _Search:
                 same.setdefault((trial.batch, *trial.layouts.items()), []).append(number)
         lanes = [(numbers, row) for numbers in same.values() for row in examples(trials[numbers[0]].batch)]
         clean = [True] * len(trials)
-        for start in range(0, len(lanes), LANES):
-            carried = [lane for lane in lanes[start : start + LANES] if any(clean[number] for number in lane[0])]
+        for start in range(0, len(lanes), MAX_LANES):
+            carried = [lane for lane in lanes[start : start + MAX_LANES] if any(clean[number] for number in lane[0])]
             which = [(trials[numbers[0]].layouts, row) for numbers, row in carried]
             moved = self.push(self._tangents(which), len(carried)) if carried else []
             for k, (numbers, row) in enumerate(carried):

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.engine.forward import Guess, Pass
+from guessopt.engine.forward import ForwardRun, Guess
 from guessopt.engine.gradients import Gradients, scaled
-from guessopt.engine.levels import PlainLevel
+from guessopt.engine.levels import PrimalRun
 from guessopt.engine.transaction import Transaction
 from guessopt.rng import RandomState
-from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, Visit
+from guessopt.sites import ForwardRecord, Kind, SavedCall, Site, SiteGraph
 
 #: Takes whole gradients, by position.
 Deliver = Callable[[dict[int, Tensor]], None]
@@ -35,7 +35,7 @@ class Journal:
     done: set[int] = field(default_factory=set)
 
 
-class Replay(Pass):
+class Replay(ForwardRun):
     """A pass without tangents that forms each site's cotangent, and from it the gradients, as the site is reached.
 
     Args:
@@ -60,8 +60,8 @@ class Replay(Pass):
         deliver: Deliver | None = None,
         done: Collection[int] = (),
     ) -> None:
-        level = PlainLevel(frozen_statistics=frozen_statistics)
-        super().__init__(ids, graph, level, guesses[0], records[0].params, transaction, keeps=False, repeats=True)
+        engine = PrimalRun(frozen_statistics=frozen_statistics)
+        super().__init__(ids, graph, engine, guesses[0], records[0].params, transaction, keeps=False, repeats=True)
         self.share = 1 / sum(record.count for record in records)
         rates = [record.d if self.share == 1 else record.d * self.share for record in records]
         self.sources = list(zip(guesses, (rate if rate.dim() == 2 else rate[None] for rate in rates), strict=True))
@@ -69,12 +69,16 @@ class Replay(Pass):
         self.deliver, self.done = deliver, frozenset(done)
         self.gradients = Gradients(graph, params, ids, records[0].params, self.positions if deliver else None)
         self.cotangents: dict[int, Tensor | None] = {}
-        self.waiting: deque[Visit] = deque()
+        self.waiting: deque[SavedCall] = deque()
         self.due = due(graph, params) if deliver else {}
         self.whole: list[tuple[int, ...]] = []
 
     def replay(self, closure: Callable[[], object]) -> dict[int, Tensor]:
-        """The gradients by position that have not been delivered. Raises ``Departure`` where the closure differs."""
+        """The gradients by position that have not been delivered.
+
+        Raises:
+            GraphMismatch: the closure made other calls.
+        """
         self.check_end(self.run(closure))
         assert not self.waiting
         for record in self.records:
@@ -92,7 +96,7 @@ class Replay(Pass):
     def _deliver(self) -> None:
         """Hand over the gradients that no call which waits will add to."""
         assert self.deliver is not None
-        open_ = {p for visit in self.waiting for site in self.graph.sites_at[visit.call.index] for p in site.params}
+        open_ = {p for saved in self.waiting for site in self.graph.sites_at[saved.call.index] for p in site.params}
         ready = [group for group in self.whole if open_.isdisjoint(group)]
         self.whole = [group for group in self.whole if not open_.isdisjoint(group)]
         positions = [p for group in ready for p in group if p not in self.done]
@@ -103,7 +107,7 @@ class Replay(Pass):
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """Nothing is injected: the site's cotangent is formed."""
-        primal = self.level.primal(s)
+        primal = self.engine.primal(s)
         found: Tensor | None = None
         for guess, rates in self.sources:
             y = guess(site, primal, self.values)
@@ -132,22 +136,22 @@ class Replay(Pass):
 
     def _add_directed(self, directions: list[Tensor], rates: Tensor) -> None:
         """``sum_n D_n v[n]`` of parameters that were guessed example by example."""
-        assert self.visit is not None
+        assert self.saved is not None
         for k, rate in enumerate(rates):
-            self.visit.directions = [v[k] for v in directions] if len(rates) > 1 else directions
-            self.gradients.direct(self.visit, rate)
+            self.saved.directions = [v[k] for v in directions] if len(rates) > 1 else directions
+            self.gradients.direct(self.saved, rate)
 
-    def leave(self, visit: Visit) -> None:
+    def leave(self, saved: SavedCall) -> None:
         """Gradients in the order of the calls: a call whose cotangent a later one brings holds up those after it."""
-        if visit.directions is not None:
+        if saved.directions is not None:
             return
-        self.waiting.append(visit)
+        self.waiting.append(saved)
         while self.waiting:
             sites = self.graph.sites_at[self.waiting[0].call.index]
             if not all(self._is_known(site) for site in sites):
                 return
             known = {site.index: self.cotangents.pop(site.index) for site in sites}
-            self.gradients.visit(self.waiting.popleft(), {k: g for k, g in known.items() if g is not None})
+            self.gradients.saved(self.waiting.popleft(), {k: g for k, g in known.items() if g is not None})
         self.cotangents.clear()
 
     def _is_known(self, site: Site) -> bool:

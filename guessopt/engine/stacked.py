@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from guessopt.engine.levels import FastLevel, Level, _pack, _unpack, check_tangent, is_foreign
+from guessopt.engine.levels import FastEngine, JvpEngine, _pack, _unpack, check_tangent, is_foreign
 from guessopt.rng import RandomState, draws
 from guessopt.rules.attention import stacked_attention
 from guessopt.rules.base import is_in_place, tangent_for
 from guessopt.rules.elementwise import ADDITION, RELU, UNARY, relu_pull_back
 from guessopt.rules.linear import linear
-from guessopt.sites import ForwardRecord, Layout, SiteGraph, Visit, is_differentiable
+from guessopt.sites import ForwardRecord, Layout, SavedCall, SiteGraph, is_differentiable
 from guessopt.tracing.interceptor import map_tensors, tensors_in
 
 T = TypeVar("T")
@@ -47,11 +47,11 @@ _STACKED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
 }
 
 
-class StackedLevel(FastLevel):
+class StackedEngine(FastEngine):
     """K tangents to a tensor, ``[K, *shape]``, in a table beside the tensors; these stay ordinary tensors.
 
     An operation's tangents come, in this order of preference, from a rule that takes the stack as it is; from the
-    derivative, computed once, of an elementwise function; from ``FastLevel``'s rule or torch's own under ``vmap``,
+    derivative, computed once, of an elementwise function; from ``FastEngine``'s rule or torch's own under ``vmap``,
     the primal unbatched; or, where ``vmap`` refuses, from this one operation K times over.
 
     Args:
@@ -59,7 +59,7 @@ class StackedLevel(FastLevel):
         ways: by number of the operation, whether it has to go K times; kept from one pass to the next.
     """
 
-    resumes = False
+    reuses = False
 
     def __init__(self, count: int, ways: dict[int, bool], *, frozen_statistics: bool = False) -> None:
         super().__init__(frozen_statistics=frozen_statistics)
@@ -135,7 +135,7 @@ class StackedLevel(FastLevel):
         moving = {id(t): v for t in tensors_in(args, kwargs) if (v := self.tangent(t)) is not None}
         self._fresh = None
         if not moving:
-            return Level.call(self, fn, args, kwargs, writes=writes)
+            return JvpEngine.call(self, fn, args, kwargs, writes=writes)
         args, kwargs, flagged = _out_of_place(fn, args, kwargs)
         if not flagged and not is_in_place(fn):
             out, results = self._differentiate(fn, args, kwargs, moving, writes)
@@ -188,11 +188,11 @@ class StackedLevel(FastLevel):
             if stacked:
                 result = _apply(rule, duals, args, tangents, kwargs)
             else:
-                with _vmap(self.count) as level:
-                    batched = [None if v is None else functorch._add_batch_dim(v, 0, level) for v in tangents]
+                with _vmap(self.count) as engine:
+                    batched = [None if v is None else functorch._add_batch_dim(v, 0, engine) for v in tangents]
                     result = _apply(rule, duals, args, batched, kwargs)
                     if result is not NotImplemented:
-                        result = _unbatched(result[0]), self._stack_of(result[1], level)
+                        result = _unbatched(result[0]), self._stack_of(result[1], engine)
             if result is not NotImplemented:
                 out, tangent = result
                 self._fresh = out
@@ -215,20 +215,20 @@ class StackedLevel(FastLevel):
         """Torch's own rule: tangents batched by ``vmap``, the primal not."""
         check_tangent(fn, args, kwargs)
         duals: dict[int, Tensor] = {}
-        with _vmap(self.count) as level, _jvp() as inner:
+        with _vmap(self.count) as engine, _jvp() as inner:
 
             def dual(t: Tensor) -> Tensor:
                 v = moving.get(id(t))
                 if v is None:
                     return t
-                made = _pack(t, functorch._add_batch_dim(v, 0, level))
+                made = _pack(t, functorch._add_batch_dim(v, 0, engine))
                 duals[id(made)] = made
                 origins[id(made)] = t
                 return made
 
             origins: dict[int, Tensor] = {}
             call_args, call_kwargs = map_tensors(args, dual), map_tensors(kwargs, dual)
-            out = Level.call(self, fn, call_args, call_kwargs, writes=False)
+            out = JvpEngine.call(self, fn, call_args, call_kwargs, writes=False)
             found: dict[int, tuple[Tensor, Tensor | None]] = {}
             for t in tensors_in((out if out is not None else call_args[0],)):
                 if id(t) in duals and not is_in_place(fn):
@@ -237,7 +237,7 @@ class StackedLevel(FastLevel):
                 primal, tangent = _unpack(t)
                 primal = _unbatched(functorch._unwrap_for_grad(primal, inner))
                 if tangent is not None:
-                    tangent = self._stack_of(functorch._unwrap_for_grad(tangent, inner), level).to(primal.dtype)
+                    tangent = self._stack_of(functorch._unwrap_for_grad(tangent, inner), engine).to(primal.dtype)
                 found[id(t)] = primal, tangent
             return _swapped(out, found)
 
@@ -264,11 +264,11 @@ class StackedLevel(FastLevel):
                 try:
                     if is_foreign(fn):
                         raise NotImplementedError("forward AD passes it by")
-                    out = FastLevel.call(self, fn, call_args, call_kwargs, writes=writes)
+                    out = FastEngine.call(self, fn, call_args, call_kwargs, writes=writes)
                 except NotImplementedError:
                     if writes or is_in_place(fn):
                         raise
-                    out = Level.through_backward(self, fn, call_args, call_kwargs)
+                    out = JvpEngine.through_backward(self, fn, call_args, call_kwargs)
                 results = tensors_in((out if out is not None else call_args[0],))
                 pairs = [_unpack(t) for t in results]
                 if not k:
@@ -281,9 +281,9 @@ class StackedLevel(FastLevel):
             found[id(t)] = primal, torch.stack(moved) if any(v is not None for v in tangents) else None
         return _swapped(first[0], found)
 
-    def _stack_of(self, tangent: Tensor, level: int) -> Tensor:
+    def _stack_of(self, tangent: Tensor, engine: int) -> Tensor:
         if functorch.is_batchedtensor(tangent):
-            stack: Tensor = functorch._remove_batch_dim(tangent, level, self.count, 0)
+            stack: Tensor = functorch._remove_batch_dim(tangent, engine, self.count, 0)
             return stack
         return tangent.expand(self.count, *tangent.shape).clone()
 
@@ -353,19 +353,19 @@ def _out_of_place(
 
 @contextmanager
 def _vmap(count: int) -> Iterator[int]:
-    level = functorch._vmap_increment_nesting(count, "same")
+    engine = functorch._vmap_increment_nesting(count, "same")
     try:
-        yield level
+        yield engine
     finally:
         functorch._vmap_decrement_nesting()
 
 
 @contextmanager
 def _jvp() -> Iterator[int]:
-    level = functorch._jvp_increment_nesting()
+    engine = functorch._jvp_increment_nesting()
     try:
         with fw.dual_level():
-            yield level
+            yield engine
     finally:
         functorch._jvp_decrement_nesting()
 
@@ -392,26 +392,27 @@ def stack(records: Sequence[ForwardRecord]) -> ForwardRecord:
     def together(parts: list[Mapping[int, Tensor]]) -> dict[int, Tensor]:
         return {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
 
-    visits = [
-        visits[0]
-        if visits[0].directions is None
+    saved_calls = [
+        saved_calls[0]
+        if saved_calls[0].directions is None
         else replace(
-            visits[0], directions=[torch.stack(vs) for vs in zip(*(_directions(v) for v in visits), strict=True)]
+            saved_calls[0],
+            directions=[torch.stack(vs) for vs in zip(*(_directions(v) for v in saved_calls), strict=True)],
         )
-        for visits in zip(*(record.visits for record in records), strict=True)
+        for saved_calls in zip(*(record.saved_calls for record in records), strict=True)
     ]
     return replace(
         first,
         d=torch.stack([record.d for record in records]),
         guesses=together([record.guesses for record in records]),
         params=together([record.params for record in records]),
-        visits=visits,
+        saved_calls=saved_calls,
     )
 
 
-def _directions(visit: Visit) -> list[Tensor]:
-    assert visit.directions is not None
-    return visit.directions
+def _directions(saved: SavedCall) -> list[Tensor]:
+    assert saved.directions is not None
+    return saved.directions
 
 
 @dataclass(frozen=True)
@@ -460,8 +461,8 @@ def projection_weights(record: ForwardRecord, graph: SiteGraph) -> Weights:
     for index, y in record.guesses.items():
         y = _real(y)
         add(_by_example(graph.sites[index].layout, y, n))
-    for visit in record.visits:
-        for v in visit.directions or ():
+    for saved in record.saved_calls:
+        for v in saved.directions or ():
             add(_real(v).reshape(*v.shape[:2], -1).transpose(0, 1))
     for v in record.params.values():
         add(_real(v).reshape(1, count, -1))
@@ -501,14 +502,14 @@ def combined(record: ForwardRecord, graph: SiteGraph, weights: Weights) -> tuple
     """The K estimates as one: a record in which every guess has been weighted, and the cotangents by site."""
     ones = record.d.new_ones(1)
     cotangents = {index: weights.sum(graph.sites[index].layout, y) for index, y in record.guesses.items()}
-    visits = [
-        visit
-        if visit.directions is None
-        else replace(visit, directions=[_contracted(v, weights) for v in visit.directions])
-        for visit in record.visits
+    saved_calls = [
+        saved
+        if saved.directions is None
+        else replace(saved, directions=[_contracted(v, weights) for v in saved.directions])
+        for saved in record.saved_calls
     ]
     params = {p: torch.tensordot(weights.batch.to(v.dtype), v, 1) for p, v in record.params.items()}
-    return replace(record, d=ones, guesses={}, visits=visits, params=params), cotangents
+    return replace(record, d=ones, guesses={}, saved_calls=saved_calls, params=params), cotangents
 
 
 def _contracted(v: Tensor, weights: Weights) -> Tensor:

@@ -129,12 +129,12 @@ class Transaction:
             put(owner, value)
         random.restore()
 
-    def settle(self, level: Any) -> None:
+    def settle(self, engine: Any) -> None:
         """Replace tensors of the level's own kind, which are of no use after the pass, in everything that the closure
         has bound."""
-        if not level.wraps:
+        if not engine.wraps:
             return
-        plain = level.plain
+        plain = engine.plain
         for owner, before, put in self._kept:
             if put is _put_dict:
                 for key, value in owner.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from guessopt.estimators.base import Estimator, check_noise, register_estimator
 from guessopt.sites import Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("activation_perturbation")
@@ -44,13 +44,13 @@ class ActivationPerturbation(Estimator):
     def guided(self) -> bool:  # type: ignore[override]
         return self.masked
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        y = local.noise(local.s.shape, self.noise)
-        m = local.derivative() if self.masked and local.is_elementwise else None
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        y = ctx.noise(ctx.s.shape, self.noise)
+        m = ctx.derivative() if self.masked and ctx.is_elementwise else None
         return y if m is None else y * m
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        m = local.derivative() if self.masked and local.is_elementwise else None
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        m = ctx.derivative() if self.masked and ctx.is_elementwise else None
         return g if m is None else g * m * m
 
     def note(self, site: Site) -> str | None:

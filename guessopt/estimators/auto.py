@@ -12,7 +12,7 @@ from guessopt.estimators.base import Estimator, register_estimator
 from guessopt.estimators.downstream import Downstream
 from guessopt.estimators.perp import WPerp
 from guessopt.sites import Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("auto")
@@ -48,8 +48,8 @@ class Auto(Estimator):
             return ActivationPerturbation() if site.cut is None else self
         return WPerp(k=self.k) if site.rank > 2 * self.k or not site.segment.onward else Downstream()
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        return local.noise(local.s.shape)
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        return ctx.noise(ctx.s.shape)
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor:
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor:
         return g

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guessopt.linalg import conjugate_gradients
 from guessopt.sites import ForwardRecord, Matrix, Shape, Site, SiteGraph
-from guessopt.tracing.local import NOISES, Local
+from guessopt.tracing.context import NOISES, SiteContext
 
 _ESTIMATORS: dict[str, type[Estimator]] = {}
 
@@ -32,9 +32,9 @@ class Estimator(ABC):
     ... @dataclass(frozen=True)
     ... class Whisper(guessopt.estimators.Estimator):
     ...     scale: float = 0.1
-    ...     def sample(self, state, local):
-    ...         return self.scale * local.noise(local.s.shape)
-    ...     def second_moment(self, state, local, g):
+    ...     def sample(self, state, ctx):
+    ...         return self.scale * ctx.noise(ctx.s.shape)
+    ...     def second_moment(self, state, ctx, g):
     ...         return self.scale**2 * g
     >>> net = torch.nn.Linear(3, 2)
     >>> opt = guessopt.GuessGradOptimizer(net.parameters(), torch.optim.SGD, "whisper", lr=0.1)
@@ -50,7 +50,7 @@ class Estimator(ABC):
     exact_last: ClassVar[bool] = False
     #: Steps after which ``prepare`` runs again.
     refresh: int = 50
-    #: Kind of noise; see ``Local.noise``.
+    #: Kind of noise; see ``SiteContext.noise``.
     noise: str = "normal"
     #: Undo the bias within the span of the guesses; see ``correct``.
     debias: bool = False
@@ -64,7 +64,7 @@ class Estimator(ABC):
     #: Whether ``joint`` may be true.
     joins: ClassVar[bool] = False
 
-    #: Whether a ``Lesson`` forms the cotangents, in place of ``g^ = D y``, from states that learn with every step.
+    #: Whether a ``LearningStep`` forms the cotangents, in place of ``g^ = D y``, from states that it learns.
     learns: ClassVar[bool] = False
 
     #: Whether it works along a residual stream where there is one (``SiteGraph.stream``).
@@ -78,7 +78,7 @@ class Estimator(ABC):
     @property
     def joint(self) -> bool:
         """Whether parallel sites (``SiteGraph.joints``) are guessed as the one layer that they might be: ``sample`` and
-        ``second_moment`` then take a ``JointLocal`` there, and tuples in place of a tensor of the site's shape."""
+        ``second_moment`` then take a ``ParallelContext`` there, and tuples in place of a tensor of the site's shape."""
         return self.joins and not self.debias
 
     def for_site(self, site: Site) -> Estimator:
@@ -106,16 +106,16 @@ class Estimator(ABC):
         return False
 
     @abstractmethod
-    def sample(self, state: Any, local: Local) -> Tensor:
-        """The guess ``y``: shape, dtype and device of ``local.s``. ``state`` is what ``prepare`` gave (else None)."""
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        """The guess ``y``: shape, dtype and device of ``ctx.s``. ``state`` is what ``prepare`` gave (else None)."""
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        """``E[y y^T] g``, shape of ``g`` (that of ``local.s``), for noise of mean zero and unit variance; None where
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        """``E[y y^T] g``, shape of ``g`` (that of ``ctx.s``), for noise of mean zero and unit variance; None where
         there is no closed form. Give one only if the guess is linear in the noise: ``diagnostics.expected_gradient``
         then finds what the mean of ``noise="uniform"`` adds, by which sites act on each other."""
         return None
 
-    def correct(self, state: Any, local: Local, y: Tensor) -> Tensor:
+    def correct(self, state: Any, ctx: SiteContext, y: Tensor) -> Tensor:
         """What takes the guess's place in ``g^ = D y`` (not in the pass): with ``debias``, ``E[y y^T]^+ y``, so that
         ``E g^`` is the true cotangent projected on the span of the guesses ("undo the bias", which Singhal section 5
         leaves open). Conjugate gradients on ``second_moment``, all examples at once; variance grows with its condition
@@ -124,12 +124,12 @@ class Estimator(ABC):
             return y
 
         def apply(v: Tensor) -> Tensor:
-            moment = self.second_moment(state, local, v)
+            moment = self.second_moment(state, ctx, v)
             if moment is None:
                 raise ValueError(f"debias: {self.name} has no second moment in closed form with these options")
             return moment
 
-        layout, n = local.site.layout, local.examples
+        layout, n = ctx.site.layout, ctx.examples
         return conjugate_gradients(
             apply, y, lambda t: layout.spread(layout.sum_examples(t, n), tuple(t.shape)).to(t.dtype)
         )
@@ -147,7 +147,7 @@ class Estimator(ABC):
         """Whether this step needs guesses."""
         return step % self.period(graph) == 0
 
-    def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:
+    def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> LearningStep:
         """A step; only where ``learns``.
 
         Args:
@@ -190,13 +190,14 @@ class Estimator(ABC):
 Noise = Callable[[Site, Shape], Tensor]
 
 
-class Lesson(ABC):
+class LearningStep(ABC):
     """One step of an estimator that learns: the cotangents of its sites, and what their guesses teach.
 
     ``memory="store"`` asks for all at once (``estimate``), and keeps for it what ``keeps`` says. Where nothing is kept
-    between passes, each site is shown as a pass reaches it: to ``begin`` as long as it ``begins``; to ``see`` in the
-    pass with guesses, which ``close`` ends; if it ``looks``, to ``look`` in one more; and to ``serve`` in the last,
-    which ``open`` begins (again, if it fails half-way). What was learned is then ``learned``.
+    between passes, each site is shown as a pass reaches it: to ``begin`` as long as it ``needs_init``; to
+    ``observe`` in
+    the pass with guesses, which ``close`` ends; if it ``subtracts``, to ``subtract`` in one more; and to ``cotangents``
+    in the last, which ``open`` begins (again, if it fails half-way). What was learned is then ``learned``.
     """
 
     #: Whether ``estimate`` needs the surroundings of every site, and the guesses.
@@ -204,9 +205,9 @@ class Lesson(ABC):
 
     @abstractmethod
     def estimate(
-        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+        self, contexts: dict[int, SiteContext], record: ForwardRecord, consume: Callable[[dict[int, Tensor]], None]
     ) -> dict[int, Tensor]:
-        """Cotangents by site index, where there are any, but for those handed to ``spend``.
+        """Cotangents by site index, where there are any, but for those handed to ``consume``.
 
         Args:
             locals: every site's; they may be taken out.
@@ -218,15 +219,15 @@ class Lesson(ABC):
         """The states that take the place of those given, by site index."""
 
     @property
-    def begins(self) -> bool:
+    def needs_init(self) -> bool:
         """Whether a pass must be made before the first, for what has not been learned yet to begin at."""
         return False
 
-    def begin(self, local: Local, y: Tensor | None) -> None:
+    def begin(self, ctx: SiteContext, y: Tensor | None) -> None:
         """A site; the guess is not used."""
         raise NotImplementedError
 
-    def see(self, local: Local, y: Tensor) -> None:
+    def observe(self, ctx: SiteContext, y: Tensor) -> None:
         """A site and its guess, under way to the output."""
         raise NotImplementedError
 
@@ -235,11 +236,11 @@ class Lesson(ABC):
         raise NotImplementedError
 
     @property
-    def looks(self) -> bool:
+    def subtracts(self) -> bool:
         """Whether a pass must look at every site before the first can be served."""
         return False
 
-    def look(self, local: Local, y: Tensor | None) -> None:
+    def subtract(self, ctx: SiteContext, y: Tensor | None) -> None:
         """A site and its guess, once more."""
         raise NotImplementedError
 
@@ -247,7 +248,7 @@ class Lesson(ABC):
         """A pass begins that looks or serves."""
         raise NotImplementedError
 
-    def serve(self, local: Local, y: Tensor | None) -> dict[int, Tensor | None]:
+    def cotangents(self, ctx: SiteContext, y: Tensor | None) -> dict[int, Tensor | None]:
         """A site and its guess, for the last time: the cotangents now known, of this site or of earlier ones (None:
         there is none)."""
         raise NotImplementedError

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
 from guessopt.sites import Site, SiteGraph
+from guessopt.tracing.context import SiteContext
 from guessopt.tracing.graph import FURTHEST
-from guessopt.tracing.local import Local
 
 
 @register_estimator("downstream")
@@ -23,8 +23,8 @@ class Downstream(Estimator):
     layers), the noise is at the last matrix site's output: ``y = M_i W_{i+1}^T e`` there. Last site: ``N(0, I)``. Every
     operation in between is passed, attention, norms and residual branches included, and evaluated once more for it.
 
-    Departure: eq. 7 taken by its index would put the guess at ``x_{i+l}``, which for l = 1 gives ``M_i e``; A.2 ("until
-    the next layer") and the paper's results show that the next layer's weights are meant.
+    Departure from the paper: eq. 7 taken by its index would put the guess at ``x_{i+l}``, which for l = 1 gives
+    ``M_i e``; A.2 ("until the next layer") and the paper's results show that the next layer's weights are meant.
 
     Biased: ``E[y y^T] = J^T J``.
 
@@ -49,15 +49,15 @@ class Downstream(Estimator):
         check_noise(self.noise)
         check_debias(self.debias, self.noise)
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        way = local.onward(self.l)
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        way = ctx.onward(self.l)
         if way is None:
-            return local.noise(local.s.shape, self.noise)
-        return local.pull_back_from(way, [local.noise(shape, self.noise) for shape in way.shapes])
+            return ctx.noise(ctx.s.shape, self.noise)
+        return ctx.pull_back_from(way, [ctx.noise(shape, self.noise) for shape in way.shapes])
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        way = local.onward(self.l)
-        return g if way is None else local.pull_back_from(way, local.push_forward_to(way, g))
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        way = ctx.onward(self.l)
+        return g if way is None else ctx.pull_back_from(way, ctx.push_forward_to(way, g))
 
     def reversed_matrices(self, graph: SiteGraph) -> int:
         return self.l

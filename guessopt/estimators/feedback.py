@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, Lesson, Noise, describe, make_estimator, register_estimator
+from guessopt.estimators.base import Estimator, LearningStep, Noise, describe, make_estimator, register_estimator
 from guessopt.estimators.correction import amplitude
 from guessopt.estimators.fitting import readers
-from guessopt.estimators.places import STRUCTURES, Form, Output, Place
-from guessopt.estimators.sitewise import Chart, Sitewise, open_ways
+from guessopt.estimators.places import STRUCTURES, FeedbackMap, Form, Output
+from guessopt.estimators.sitewise import Sitewise, SitewisePlan, separable_sites
 from guessopt.estimators.stream import Streamwise, stream_places
 from guessopt.sites import Matrix, Site, SiteGraph, Stream
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 STARTS = ("weights", "random", "zero")
 SOURCES = ("auto", "guesses", "weights")
@@ -159,14 +159,14 @@ class LearnedFeedback(Estimator):
     def prepare(self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: Any = None) -> Any:
         return self.guess.prepare(site, weights, previous)
 
-    def sample(self, state: Any, local: Local) -> Tensor:
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
         """The guess at the site's amplitude ``a_i``; ``state``: what was prepared, and what was learned."""
         prepared, learned = state
-        y: Tensor = self.guess.sample(prepared, local)
+        y: Tensor = self.guess.sample(prepared, ctx)
         loud = amplitude(learned)
         return y * loud.to(y.dtype) if isinstance(loud, Tensor) else y
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
         """In closed form where the estimate is unbiased; elsewhere it depends on what ``B`` has learned."""
         return g if self.unbiased else None
 
@@ -203,7 +203,7 @@ class LearnedFeedback(Estimator):
                     place, site = kept.get(index), graph.sites[index]
                     found[index] = (text + _b_of(place, self.along_weights), _bytes(place, site, index in reading))
             return {site.index: found[site.index] for site in sites if site.index in found}
-        chart = Chart.of(self, sites, graph)
+        chart = SitewisePlan.of(self, sites, graph)
         reading = set(readers(chart.fitted).values())
         for site in sites:
             way = chart.ways.get(site.index)
@@ -267,15 +267,15 @@ class LearnedFeedback(Estimator):
         able = whole and bool(self.ahead and self.beta and self.start == "weights") and self.source != "guesses"
         return able and (self.source == "weights" or 2 * self._rows(graph) > AMPLE)
 
-    def _places(self, graph: SiteGraph) -> list[Place]:
+    def _places(self, graph: SiteGraph) -> list[FeedbackMap]:
         """Wherever a ``B`` may be learned."""
         if self._stream(graph):
             every = {site.index for site in graph.sites}
             return [place for _, place in stream_places(every, graph, self).values()]
         inner = (site for site in graph.sites if site.shares is None and site.cut is None)
-        return list(open_ways(inner, Output.of_cuts(graph), self.form).values())
+        return list(separable_sites(inner, Output.of_cuts(graph), self.form).values())
 
-    def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> Lesson:
+    def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> LearningStep:
         if self._stream(graph):
             return Streamwise(self, sites, graph, states)
         return Sitewise(self, sites, graph, states, noise)
@@ -290,11 +290,11 @@ class LearnedFeedback(Estimator):
         return None
 
 
-def _b_of(place: Place | None, by_weights: bool) -> str:
+def _b_of(place: FeedbackMap | None, by_weights: bool) -> str:
     return "" if place is None else f", B {list(place.b_shape)}" + (" from weights" if by_weights else "")
 
 
-def _bytes(place: Place | None, site: Site, reads: bool) -> int:
+def _bytes(place: FeedbackMap | None, site: Site, reads: bool) -> int:
     """Of ``B``, and of the errors' second moment where it is kept; both are float32 at least."""
     if place is None:
         return 0

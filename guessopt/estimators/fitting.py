@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guessopt.estimators.moments import TINY, Products, State, stepped
-from guessopt.estimators.places import Place
+from guessopt.estimators.places import FeedbackMap
 
 if TYPE_CHECKING:
     from guessopt.estimators.feedback import LearnedFeedback
@@ -56,7 +56,9 @@ class Fitting:
         before: the states as they were.
     """
 
-    def __init__(self, options: LearnedFeedback, places: dict[int, Place], before: dict[int, State | None]) -> None:
+    def __init__(
+        self, options: LearnedFeedback, places: dict[int, FeedbackMap], before: dict[int, State | None]
+    ) -> None:
         self.options, self.places, self.before = options, places, before
         self.readers = readers(places)
         self.known: dict[Reader, Errors] = {}
@@ -89,6 +91,6 @@ class Fitting:
         return steps, max(min(KNOWN * self.options.beta, 1.0), 1 / steps)
 
 
-def readers(places: dict[int, Place]) -> dict[Reader, int]:
+def readers(places: dict[int, FeedbackMap]) -> dict[Reader, int]:
     """The site that keeps what is known of the errors that a ``B`` reads: of those alike, the last."""
     return {(place.matched, place.rank): index for index, place in places.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
 from guessopt.sites import Layout, Shape
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("activation_mixing")
@@ -50,31 +50,31 @@ class ActivationMixing(Estimator):
         if self.debias and self.normalise:
             raise ValueError("debias: a normalised mixture has no second moment in closed form; set normalise=False")
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        if local.site.is_last:
-            return local.noise(local.s.shape, self.noise)
-        x = local.next_input()
-        layout = _layout_of(x, local)
-        rows = _rows(x, layout, local.examples)
-        a = local.noise((rows.shape[0], rows.shape[0]), self.noise).to(rows.dtype)
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        if ctx.site.is_last:
+            return ctx.noise(ctx.s.shape, self.noise)
+        x = ctx.next_input()
+        layout = _layout_of(x, ctx)
+        rows = _rows(x, layout, ctx.examples)
+        a = ctx.noise((rows.shape[0], rows.shape[0]), self.noise).to(rows.dtype)
         u = a @ rows  # n m, m j -> n j
-        y = local.pull_back(_unrows(u, layout, tuple(x.shape)))
+        y = ctx.pull_back(_unrows(u, layout, tuple(x.shape)))
         if not self.normalise:
             return y
-        each = _rows(y, local.site.layout, local.examples)
+        each = _rows(y, ctx.site.layout, ctx.examples)
         norm = each.norm(dim=1, keepdim=True)
-        scale = (each.shape[1] ** 0.5 / norm).masked_fill(norm <= _rounding(u, local.s), 0.0)
-        return _unrows(each * scale, local.site.layout, tuple(y.shape))
+        scale = (each.shape[1] ** 0.5 / norm).masked_fill(norm <= _rounding(u, ctx.s), 0.0)
+        return _unrows(each * scale, ctx.site.layout, tuple(y.shape))
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        if local.site.is_last:
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        if ctx.site.is_last:
             return g
         if self.normalise:
             return None
-        x = local.next_input()
-        layout = _layout_of(x, local)
-        rows, v = (_rows(t, layout, local.examples) for t in (x, local.push_forward(g)))
-        return local.pull_back(_unrows((v @ rows.T) @ rows, layout, tuple(x.shape)))
+        x = ctx.next_input()
+        layout = _layout_of(x, ctx)
+        rows, v = (_rows(t, layout, ctx.examples) for t in (x, ctx.push_forward(g)))
+        return ctx.pull_back(_unrows((v @ rows.T) @ rows, layout, tuple(x.shape)))
 
 
 def _rounding(u: Tensor, s: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ def _rounding(u: Tensor, s: Tensor) -> Tensor:
     return torch.maximum(u.norm(), s.norm().to(u.dtype)) * (share / max(len(u), 1) ** 0.5)
 
 
-def _layout_of(x: Tensor, local: Local) -> Layout:
+def _layout_of(x: Tensor, ctx: SiteContext) -> Layout:
     """Where the examples lie in the next matrix site's input: as at the site, if the shape allows it."""
-    layout, shape = local.site.layout, tuple(x.shape)
-    if layout.fits(shape, local.examples):
+    layout, shape = ctx.site.layout, tuple(x.shape)
+    if layout.fits(shape, ctx.examples):
         return layout
-    return Layout.candidates(shape, local.examples)[0]
+    return Layout.candidates(shape, ctx.examples)[0]
 
 
 def _rows(t: Tensor, layout: Layout, n: int) -> Tensor:

@@ -53,7 +53,7 @@ def recent(old: Any, new: Tensor, steps: int) -> Tensor:
     return mean
 
 
-def crowd(news: list[tuple[State, int]]) -> Tensor:
+def shared_gain(news: list[tuple[State, int]]) -> Tensor:
     """``1 + sum E|r|^2 / (width N)``: by how much regressors that learn together, each from N samples, slow down."""
     return 1 + torch.stack([new["power"] / new["width"].clamp_min(TINY) / n for new, n in news]).sum()
 

@@ -19,7 +19,7 @@ from guessopt.estimators.perp import OVERSAMPLING, is_masked_linear
 from guessopt.estimators.transpose import moment_through, pull_back_noise
 from guessopt.linalg import masked_right_basis, newton_schulz, odd_polynomial, refined_right_basis, right_singular_basis
 from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 #: Made by ``python -m benchmarks.newton_schulz``.
 DATA = Path(__file__).with_name("newton_schulz.json")
@@ -106,22 +106,22 @@ class WPerpNS(Estimator):
             found.append(entry)
         return found
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        if local.site.is_last or state is None:
-            return local.noise(local.s.shape, self.noise)
-        if self._is_of_examples(local.site):
-            (_, w), m = local.weights()[0], self._mask(local)
-            e = local.noise((m.shape[0], w.shape[1]), self.noise)
-            return self._of_examples(w[0], m, state[0]["rows"][0], e, None).reshape(local.s.shape)
-        return pull_back_noise(local, self._rows(state, local), self.noise)
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        if ctx.site.is_last or state is None:
+            return ctx.noise(ctx.s.shape, self.noise)
+        if self._is_of_examples(ctx.site):
+            (_, w), m = ctx.weights()[0], self._mask(ctx)
+            e = ctx.noise((m.shape[0], w.shape[1]), self.noise)
+            return self._of_examples(w[0], m, state[0]["rows"][0], e, None).reshape(ctx.s.shape)
+        return pull_back_noise(ctx, self._rows(state, ctx), self.noise)
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        if local.site.is_last or state is None:
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        if ctx.site.is_last or state is None:
             return g
-        if self._is_of_examples(local.site):
-            (_, w), m = local.weights()[0], self._mask(local)
+        if self._is_of_examples(ctx.site):
+            (_, w), m = ctx.weights()[0], self._mask(ctx)
             return self._of_examples(w[0], m, state[0]["rows"][0], None, g.reshape(m.shape)).reshape(g.shape)
-        return moment_through(local, self._rows(state, local), g)
+        return moment_through(ctx, self._rows(state, ctx), g)
 
     def note(self, site: Site) -> str | None:
         if self.basis == "example" and site.segment is not None and not is_masked_linear(site):
@@ -139,14 +139,14 @@ class WPerpNS(Estimator):
         return self.basis == "example" and is_masked_linear(site)
 
     @staticmethod
-    def _rows(state: list[dict[str, Tensor]], local: Local) -> list[tuple[Matrix, Tensor]]:
-        assert local.site.segment is not None
-        return [(m, entry["p"]) for m, entry in zip(local.site.segment.matrices, state, strict=True)]
+    def _rows(state: list[dict[str, Tensor]], ctx: SiteContext) -> list[tuple[Matrix, Tensor]]:
+        assert ctx.site.segment is not None
+        return [(m, entry["p"]) for m, entry in zip(ctx.site.segment.matrices, state, strict=True)]
 
     @staticmethod
-    def _mask(local: Local) -> Tensor:
-        m = local.derivative()
-        mask = local.s.new_ones(local.s.shape) if m is None else m.to(local.s.dtype)
+    def _mask(ctx: SiteContext) -> Tensor:
+        m = ctx.derivative()
+        mask = ctx.s.new_ones(ctx.s.shape) if m is None else m.to(ctx.s.dtype)
         return mask.reshape(-1, mask.shape[-1])
 
     def _of_examples(self, w: Tensor, m: Tensor, rows: Tensor, e: Tensor | None, g: Tensor | None) -> Tensor:

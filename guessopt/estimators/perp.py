@@ -15,7 +15,7 @@ from guessopt.estimators.base import Estimator, check_debias, check_noise, check
 from guessopt.estimators.transpose import moment_through, pull_back_noise
 from guessopt.linalg import masked_right_basis, refined_right_basis, right_singular_basis
 from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local, alike
+from guessopt.tracing.context import SiteContext, alike
 
 #: Basis vectors kept beyond k: subspace iteration converges with the ratio of singular values that far apart.
 OVERSAMPLING = 10
@@ -85,29 +85,29 @@ class WPerp(Estimator):
             return [right_singular_basis(w, self.k + OVERSAMPLING) for _, w in weights]
         return [refined_right_basis(w, rows) for (_, w), rows in zip(weights, previous, strict=True)]
 
-    def sample(self, state: list[Tensor] | None, local: Local) -> Tensor:
-        if local.site.is_last or state is None:
-            return local.noise(local.s.shape, self.noise)
-        if self._masks(local.site):
+    def sample(self, state: list[Tensor] | None, ctx: SiteContext) -> Tensor:
+        if ctx.site.is_last or state is None:
+            return ctx.noise(ctx.s.shape, self.noise)
+        if self._masks(ctx.site):
             return (
-                self._of_examples(state[0][0], local)
+                self._of_examples(state[0][0], ctx)
                 if self.basis == "example"
-                else masked(state[0][0, : self.k], local, self.noise)
+                else masked(state[0][0, : self.k], ctx, self.noise)
             )
-        return pull_back_noise(local, self._rows(state, local), self.noise)
+        return pull_back_noise(ctx, self._rows(state, ctx), self.noise)
 
-    def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        if local.site.is_last or state is None:
+    def second_moment(self, state: list[Tensor] | None, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        if ctx.site.is_last or state is None:
             return g
-        if not self._masks(local.site):
-            return moment_through(local, self._rows(state, local), g)
+        if not self._masks(ctx.site):
+            return moment_through(ctx, self._rows(state, ctx), g)
         if self.basis == "masked":
-            return masked_moment(state[0][0, : self.k], local, g)
+            return masked_moment(state[0][0, : self.k], ctx, g)
         if self.select == "bottom":
-            chosen, rows = self._inactive(local)
+            chosen, rows = self._inactive(ctx)
             u = g * chosen
         else:
-            u, rows = torch.zeros_like(g), self._top(state[0][0], local)
+            u, rows = torch.zeros_like(g), self._top(state[0][0], ctx)
         if rows is not None:
             u = u + project(rows, g)
         return u
@@ -128,39 +128,39 @@ class WPerp(Estimator):
     def _masks(self, site: Site) -> bool:
         return self.basis != "shared" and is_masked_linear(site)
 
-    def _rows(self, state: list[Tensor], local: Local) -> list[tuple[Matrix, Tensor]]:
-        assert local.site.segment is not None
-        return [(m, rows[:, : self.k]) for m, rows in zip(local.site.segment.matrices, state, strict=True)]
+    def _rows(self, state: list[Tensor], ctx: SiteContext) -> list[tuple[Matrix, Tensor]]:
+        assert ctx.site.segment is not None
+        return [(m, rows[:, : self.k]) for m, rows in zip(ctx.site.segment.matrices, state, strict=True)]
 
-    def _of_examples(self, rows: Tensor, local: Local) -> Tensor:
+    def _of_examples(self, rows: Tensor, ctx: SiteContext) -> Tensor:
         if self.select == "bottom":
-            chosen, few = self._inactive(local)
-            y = local.noise(local.s.shape, self.noise) * chosen
+            chosen, few = self._inactive(ctx)
+            y = ctx.noise(ctx.s.shape, self.noise) * chosen
         else:
-            y, few = local.s.new_zeros(local.s.shape), self._top(rows, local)
+            y, few = ctx.s.new_zeros(ctx.s.shape), self._top(rows, ctx)
         if few is None:
             return y
-        z = local.noise((few.shape[0], few.shape[1]), self.noise)
+        z = ctx.noise((few.shape[0], few.shape[1]), self.noise)
         return y + (alike(z, few)[:, None] @ few)[:, 0].reshape(y.shape)  # n k, n k i -> n i
 
-    def _top(self, rows: Tensor, local: Local) -> Tensor:
+    def _top(self, rows: Tensor, ctx: SiteContext) -> Tensor:
         """``V_k`` of ``W M_n``, rows; ``[n, k, i]``, n every leading index of ``s``."""
-        (_, w), m = local.weights()[0], local.derivative()
-        mask = local.s.new_ones(local.s.shape) if m is None else m.to(local.s.dtype)
+        (_, w), m = ctx.weights()[0], ctx.derivative()
+        mask = ctx.s.new_ones(ctx.s.shape) if m is None else m.to(ctx.s.dtype)
         return masked_right_basis(w[0], mask.reshape(-1, mask.shape[-1]), rows, self.k)
 
-    def _inactive(self, local: Local) -> tuple[Tensor, Tensor | None]:
+    def _inactive(self, ctx: SiteContext) -> tuple[Tensor, Tensor | None]:
         """The first k units of each example where ``M`` is 0, as a mask; and, where some have fewer, the bottom k right
         singular vectors of ``W M_n`` of those that do (zero for the others), ``[n, k, i]``."""
-        m = local.derivative()
-        zero = local.s.new_zeros(local.s.shape, dtype=torch.bool) if m is None else m == 0
+        m = ctx.derivative()
+        zero = ctx.s.new_zeros(ctx.s.shape, dtype=torch.bool) if m is None else m == 0
         chosen = zero & (zero.cumsum(-1) <= self.k)
         short = chosen.sum(-1) < min(self.k, zero.shape[-1])
         chosen = chosen & ~short[..., None]
         if not bool(short.any()):
             return chosen, None
-        (_, w), k = local.weights()[0], min(self.k, zero.shape[-1])
-        mask = local.s.new_ones(local.s.shape) if m is None else m.to(local.s.dtype)
+        (_, w), k = ctx.weights()[0], min(self.k, zero.shape[-1])
+        mask = ctx.s.new_ones(ctx.s.shape) if m is None else m.to(ctx.s.dtype)
         wm = w * mask[short][:, None]  # n o i
         wm = wm if wm.dtype is torch.float64 else wm.float()
         rows = torch.linalg.eigh(wm.mT @ wm)[1][..., :k].mT.to(w.dtype)
@@ -184,22 +184,22 @@ def project(rows: Tensor, g: Tensor) -> Tensor:
     return (rows.mT @ (rows @ flat))[..., 0].reshape(g.shape)
 
 
-def masked(v: Tensor, local: Local, noise: str) -> Tensor:
+def masked(v: Tensor, ctx: SiteContext, noise: str) -> Tensor:
     """``M V^T (V M^2 V^T)^{-1/2} z`` for shared rows ``v`` ``[k, i]``: noise in the span of ``M V^T``."""
-    m = local.derivative()
-    z = local.noise((*local.s.shape[:-1], v.shape[0]), noise)
+    m = ctx.derivative()
+    z = ctx.noise((*ctx.s.shape[:-1], v.shape[0]), noise)
     # L^-T z in place of (L L^T)^{-1/2} z: the two differ by a rotation of z, so y has the same distribution.
-    factor = _factor(v, m, local.s)
+    factor = _factor(v, m, ctx.s)
     z = torch.linalg.solve_triangular(factor.mT, z[..., None].to(factor.dtype), upper=True)[..., 0]
     y = z.to(v.dtype) @ v
     return y if m is None else y * m
 
 
-def masked_moment(v: Tensor, local: Local, g: Tensor) -> Tensor:
+def masked_moment(v: Tensor, ctx: SiteContext, g: Tensor) -> Tensor:
     """``E[y y^T] g`` of ``masked``: the projection on the span of ``M V^T``."""
-    m = local.derivative()
+    m = ctx.derivative()
     vt_m_g = alike(g if m is None else g * m, v) @ v.T
-    factor = _factor(v, m, local.s)
+    factor = _factor(v, m, ctx.s)
     u = torch.cholesky_solve(vt_m_g[..., None].to(factor.dtype), factor)[..., 0].to(v.dtype) @ v
     return u if m is None else u * m
 

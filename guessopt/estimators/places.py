@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from guessopt.sites import Layout, Matrix, Shape, Site, SiteGraph, numel
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 STRUCTURES = ("auto", "position", "shared")
 
 
-class View:
+class Axes:
     """A tensor as ``[n, p, f]``, and back. ``maps``: features come before positions."""
 
     def __init__(self, layout: Layout, shape: Shape, n: int, maps: bool) -> None:
@@ -33,9 +33,9 @@ class View:
         self.features = 1 if not inner else inner[0] if self.maps else inner[-1]
         self.positions = numel(inner) // max(self.features, 1)
 
-    def of(self, n: int) -> View:
+    def of(self, n: int) -> Axes:
         """The same, of fewer examples, which come first."""
-        return View(self.layout, (n, *self.shape[1:]), n, self.maps)
+        return Axes(self.layout, (n, *self.shape[1:]), n, self.maps)
 
     def unfold(self, t: Tensor) -> Tensor:
         if self.layout is Layout.BATCH_SECOND:
@@ -64,7 +64,7 @@ class Output:
 
     def __init__(self, values: list[tuple[int, Layout, Shape]], n: int) -> None:
         self.n = n
-        self.views = {k: View(layout, shape, n, len(shape) > 3) for k, layout, shape in values}
+        self.views = {k: Axes(layout, shape, n, len(shape) > 3) for k, layout, shape in values}
         positions = {view.positions for view in self.views.values()}
         self.same = len(positions) == 1
         self.positions = next(iter(positions)) if self.same else 1
@@ -101,7 +101,7 @@ class Form:
     entries: int | None
 
 
-class Place:
+class FeedbackMap:
     """A tensor whose cotangent ``B`` predicts from the output's error.
 
     Where it has as many positions as the output, each position's error serves that position; otherwise the output's
@@ -116,7 +116,7 @@ class Place:
     """
 
     def __init__(self, layout: Layout, shape: Shape, maps: bool, output: Output, form: Form) -> None:
-        self.view, self.output = View(layout, shape, output.n, maps), output
+        self.view, self.output = Axes(layout, shape, output.n, maps), output
         p, f, c = self.view.positions, self.view.features, output.features
         most = math.inf if form.entries is None else form.entries
         self.matched = p == output.positions > 1
@@ -151,7 +151,7 @@ class Place:
             return u.mT.contiguous().mT if self.view.maps else u
         return u.expand(n, p, f) if self.cells == 1 else (u.mT @ self._cells(u).mT).mT
 
-    def see(self, t: Tensor) -> Tensor:
+    def unfold(self, t: Tensor) -> Tensor:
         """A tangent of the place as ``B`` sees it, ``[n, g, f]``."""
         r = self.view.unfold(wide(t))
         if self.matched:
@@ -164,7 +164,7 @@ class Place:
 
     def mean(self, c: Tensor) -> Tensor:
         """A cotangent of the place in the mean of each cell, ``[n, g, f]``: what ``B e`` is to be like."""
-        r = self.see(c)
+        r = self.unfold(c)
         if self.matched or self.cells == self.view.positions:
             return r
         return (r.unflatten(-1, (self.cells, -1)) / self._cells(r).sum(0)[:, None]).flatten(2)
@@ -207,7 +207,7 @@ def _mixtures(features: int, rank: int, dtype: torch.dtype, device: torch.device
     return (2 * signs - 1).to(device, dtype) / features**0.5
 
 
-class Way(Place):
+class SiteFeedback(FeedbackMap):
     """A site's way to the place where ``B`` predicts: the next matrix site's input, or its own output where none
     follows.
 
@@ -225,15 +225,15 @@ class Way(Place):
             maps = _maps(segment.matrices[0]) if segment is not None else len(shape) > 3
             super().__init__(layout, shape, maps, output, form)
 
-    def pull_back(self, local: Local, e: Tensor, b: Tensor) -> Tensor:
-        """``M B e``: the predicted cotangent of the site that ``local`` is about."""
-        u = self.predict(e, b).to(local.s.dtype)
+    def pull_back(self, ctx: SiteContext, e: Tensor, b: Tensor) -> Tensor:
+        """``M B e``: the predicted cotangent of the site that ``ctx`` is about."""
+        u = self.predict(e, b).to(ctx.s.dtype)
         alone = self.view.positions == 1  # elsewhere it may be one row for all positions
-        return u if local.site.segment is None else local.pull_back(u, spent=alone)
+        return u if ctx.site.segment is None else ctx.pull_back(u, spent=alone)
 
-    def push_forward(self, local: Local, y: Tensor) -> Tensor:
+    def push_forward(self, ctx: SiteContext, y: Tensor) -> Tensor:
         """``M y`` as ``[n, g, f]``: what ``B`` sees of the guess."""
-        return self.see(y if local.site.segment is None else local.push_forward(y))
+        return self.unfold(y if ctx.site.segment is None else ctx.push_forward(y))
 
 
 def apart(layout: Layout, shape: Shape, n: int) -> Layout:
@@ -245,7 +245,7 @@ def by_example(t: Tensor, layout: Layout, n: int) -> Tensor:
     """``[n, -1]``; coupled: ``[1, -1]``."""
     if layout is Layout.COUPLED:
         return wide(t).reshape(1, -1)
-    return View(layout, tuple(t.shape), n, False).unfold(wide(t)).flatten(1)
+    return Axes(layout, tuple(t.shape), n, False).unfold(wide(t)).flatten(1)
 
 
 def _maps(matrix: Matrix) -> bool:

@@ -13,7 +13,7 @@ from guessopt.estimators.perp import is_masked_linear, masked, masked_moment
 from guessopt.estimators.transpose import moment_through, pull_back_noise
 from guessopt.linalg import of_singular_values
 from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("w_preconditioned")
@@ -28,7 +28,8 @@ class WPreconditioned(Estimator):
 
     Neither an SVD nor ``sigma`` is needed for a linear layer behind an elementwise path: a square ``V`` has the same
     noise for every rotation, so ``y ~ N(0, I)`` where ``W~`` is tall or square, and the row space of ``W M_n`` is
-    spanned by the few rows of a wide one. (Departure: where ``W M_n`` has fewer active units than rows, the paper
+    spanned by the few rows of a wide one. (Departure from the paper: where ``W M_n`` has fewer active units than
+    rows, the paper
     completes ``V`` at random; here the completion is left out.)
 
     Args:
@@ -74,19 +75,19 @@ class WPreconditioned(Estimator):
             return None
         return [of_singular_values(w, torch.ones_like) for _, w in weights]
 
-    def sample(self, state: list[Tensor] | None, local: Local) -> Tensor:
-        if local.site.is_last or self._is_complete(local.site):
-            return local.noise(local.s.shape, self.noise)
-        if self._is_of_examples(local.site):
-            return masked(self._rows(local), local, self.noise)
-        return pull_back_noise(local, self._polar(state, local), self.noise)
+    def sample(self, state: list[Tensor] | None, ctx: SiteContext) -> Tensor:
+        if ctx.site.is_last or self._is_complete(ctx.site):
+            return ctx.noise(ctx.s.shape, self.noise)
+        if self._is_of_examples(ctx.site):
+            return masked(self._rows(ctx), ctx, self.noise)
+        return pull_back_noise(ctx, self._polar(state, ctx), self.noise)
 
-    def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        if local.site.is_last or self._is_complete(local.site):
+    def second_moment(self, state: list[Tensor] | None, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        if ctx.site.is_last or self._is_complete(ctx.site):
             return g
-        if self._is_of_examples(local.site):
-            return masked_moment(self._rows(local), local, g)
-        return moment_through(local, self._polar(state, local), g)
+        if self._is_of_examples(ctx.site):
+            return masked_moment(self._rows(ctx), ctx, g)
+        return moment_through(ctx, self._polar(state, ctx), g)
 
     def note(self, site: Site) -> str | None:
         if self.basis == "example" and site.segment is not None and not is_masked_linear(site):
@@ -104,14 +105,14 @@ class WPreconditioned(Estimator):
         return m.rule.rank(m) == m.x_shape[-1]
 
     @staticmethod
-    def _rows(local: Local) -> Tensor:
-        w = local.weights()[0][1][0]
+    def _rows(ctx: SiteContext) -> Tensor:
+        w = ctx.weights()[0][1][0]
         size = w.norm(dim=1).mean().clamp_min(torch.finfo(w.dtype).tiny)  # a weight of zeros has no size
         return w / size  # of the size of an orthonormal basis, for the ridge in the factor
 
     @staticmethod
-    def _polar(state: list[Tensor] | None, local: Local) -> list[tuple[Matrix, Tensor]]:
-        assert local.site.segment is not None
+    def _polar(state: list[Tensor] | None, ctx: SiteContext) -> list[tuple[Matrix, Tensor]]:
+        assert ctx.site.segment is not None
         if state is None:
-            state = [of_singular_values(w, torch.ones_like) for _, w in local.weights()]
-        return list(zip(local.site.segment.matrices, state, strict=True))
+            state = [of_singular_values(w, torch.ones_like) for _, w in ctx.weights()]
+        return list(zip(ctx.site.segment.matrices, state, strict=True))

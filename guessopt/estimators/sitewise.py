@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Lesson, Noise
+from guessopt.estimators.base import LearningStep, Noise
 from guessopt.estimators.correction import Correction, Remainder, amplitude
 from guessopt.estimators.fitting import Fitting
-from guessopt.estimators.moments import TINY, State, crowd, fits, moments, normalised, samples, stepped
-from guessopt.estimators.places import Form, Output, Place, View, Way, apart, wide
+from guessopt.estimators.moments import TINY, State, fits, moments, normalised, samples, shared_gain, stepped
+from guessopt.estimators.places import Axes, FeedbackMap, Form, Output, SiteFeedback, apart, wide
 from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 if TYPE_CHECKING:
     from guessopt.estimators.feedback import LearnedFeedback
 
 #: Largest amplitude of a guess, in units of the smallest.
-LOUDEST = 1e4
+MAX_AMPLITUDE = 1e4
 
 #: Most features of the output, each of which takes a pull-back at every site, for ``B`` to begin at the product of the
 #: weights, and so to come from weights.
@@ -37,7 +37,7 @@ Shown = tuple[int, "Tensor | None", "Tensor | None"]
 
 
 @dataclass(frozen=True)
-class Chart:
+class SitewisePlan:
     """What does not change from step to step.
 
     ``ways``: of the sites whose examples can be told apart; ``closed``: the others. ``ahead``: by site, the one that
@@ -47,7 +47,7 @@ class Chart:
     ``fitted``: the ways of those that do, which are those that predict for another site."""
 
     output: Output
-    ways: dict[int, Way]
+    ways: dict[int, SiteFeedback]
     closed: frozenset[int]
     ahead: dict[int, int]
     exact: dict[int, int]
@@ -55,21 +55,23 @@ class Chart:
     by_weights: bool
 
     @cached_property
-    def fitted(self) -> dict[int, Place]:
+    def fitted(self) -> dict[int, FeedbackMap]:
         return {index: self.ways[index] for index in reversed(self.products)} if self.by_weights else {}
 
     @staticmethod
     def of(
         options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, by_weights: bool | None = None
-    ) -> Chart:
+    ) -> SitewisePlan:
         """``by_weights``: where ``B`` has come from so far; None: nowhere yet."""
         key = options, tuple(site.index for site in sites), by_weights
-        return graph.derive(key, lambda: Chart._made(options, sites, graph, by_weights))
+        return graph.derive(key, lambda: SitewisePlan._made(options, sites, graph, by_weights))
 
     @staticmethod
-    def _made(options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, by_weights: bool | None) -> Chart:
+    def _made(
+        options: LearnedFeedback, sites: tuple[Site, ...], graph: SiteGraph, by_weights: bool | None
+    ) -> SitewisePlan:
         output, form = Output.of_cuts(graph), options.form
-        ways, ahead, exact = open_ways(sites, output, form), dict[int, int](), dict[int, int]()
+        ways, ahead, exact = separable_sites(sites, output, form), dict[int, int](), dict[int, int]()
         closed = frozenset(site.index for site in sites if site.index not in ways)
         for index in ways:
             site = following(graph, graph.sites[index])
@@ -86,19 +88,19 @@ class Chart:
         whole = not closed and len(products) == len(ways)
         by_weights = options.takes_weights(graph, whole) if by_weights is None else by_weights and whole
         if by_weights and form.structure == "auto":
-            ways = open_ways(sites, output, Form("position", form.entries))
+            ways = separable_sites(sites, output, Form("position", form.entries))
         if by_weights:
             products = [index for index in products if index in ahead.values()]
-        return Chart(output, ways, closed, ahead, exact, products, by_weights)
+        return SitewisePlan(output, ways, closed, ahead, exact, products, by_weights)
 
 
-def open_ways(sites: Iterable[Site], output: Output, form: Form) -> dict[int, Way]:
+def separable_sites(sites: Iterable[Site], output: Output, form: Form) -> dict[int, SiteFeedback]:
     """Of the sites whose examples can be told apart."""
-    every = ((site.index, Way(site, output, form)) for site in sites)
+    every = ((site.index, SiteFeedback(site, output, form)) for site in sites)
     return {index: way for index, way in every if way.is_open}
 
 
-class Sitewise(Lesson):
+class Sitewise(LearningStep):
     """One step."""
 
     def __init__(
@@ -111,7 +113,7 @@ class Sitewise(Lesson):
     ) -> None:
         self.options, self.graph, self.noise = options, graph, noise
         own = next((state for state in states.values() if state is not None and "B" in state), None)
-        self.chart = Chart.of(options, sites, graph, None if own is None else "power" not in own)
+        self.chart = SitewisePlan.of(options, sites, graph, None if own is None else "power" not in own)
         graph.derived["by weights", options] = self.chart.by_weights
         self.before = {
             index: state if fits(state := states[index], way.b_shape, self.chart.by_weights) else None
@@ -120,7 +122,7 @@ class Sitewise(Lesson):
         self.correction = Correction(options.gamma, graph, states, self.chart.closed)
         self.fitting = Fitting(options, self.chart.fitted, self.before)
         self.fresh: dict[int, State] = {}
-        self.unborn = [k for k in self.chart.products if self._is_new(k)] if options.start == "weights" else []
+        self.uninitialised = [k for k in self.chart.products if self._is_new(k)] if options.start == "weights" else []
         if options.start == "random" or (options.start == "weights" and not options.beta):
             self._draw()
         self.moments: dict[int, State] = {}
@@ -129,65 +131,65 @@ class Sitewise(Lesson):
         self.steps: dict[int, State] = {}
         self.q: Any = 0
         self.guessed = False
-        self.unseen = deque[tuple[Local, Tensor]]()
+        self.unseen = deque[tuple[SiteContext, Tensor]]()
         self.open()
 
     # --- all at once ---
 
     def estimate(
-        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+        self, contexts: dict[int, SiteContext], record: ForwardRecord, consume: Callable[[dict[int, Tensor]], None]
     ) -> dict[int, Tensor]:
-        for index in tuple(self.unborn):
+        for index in tuple(self.uninitialised):
             ahead = self.chart.ahead.get(index)
-            self._born(locals[index], None if ahead is None else locals[ahead])
-        guesses = {index: record.guesses[index] for index in locals if index in record.guesses}
+            self._initialise(contexts[index], None if ahead is None else contexts[ahead])
+        guesses = {index: record.guesses[index] for index in contexts if index in record.guesses}
         for index, y in guesses.items():
-            self._see(locals[index], y, keep=True)
+            self._see(contexts[index], y, keep=True)
         self.close(record)
-        if not self.looks:
+        if not self.subtracts:
             for index in guesses:
                 del record.guesses[index]
-            self._spend(locals, guesses, spend)
+            self._spend(contexts, guesses, consume)
             return {}
-        known = [each for index, local in locals.items() for each in self._predicted(local, guesses.get(index))]
+        known = [each for index, ctx in contexts.items() for each in self._predicted(ctx, guesses.get(index))]
         for each in known:
             self._subtract_explained(*each)
         for index in guesses:
-            self._learn(locals[index], guesses[index])
+            self._learn(contexts[index], guesses[index])
         found = ((index, self._corrected(index, c, y)) for index, c, y in known)
         return {index: c for index, c in found if c is not None}
 
     def _spend(
-        self, locals: dict[int, Local], guesses: dict[int, Tensor], spend: Callable[[dict[int, Tensor]], None]
+        self, contexts: dict[int, SiteContext], guesses: dict[int, Tensor], consume: Callable[[dict[int, Tensor]], None]
     ) -> None:
         """Serve each site and forget it; gradients add up in the order of the calls."""
-        order, known = deque(locals), dict[int, Tensor | None]()
-        for index in tuple(locals):
-            known |= self.serve(locals.pop(index), guesses.pop(index, None))
+        order, known = deque(contexts), dict[int, Tensor | None]()
+        for index in tuple(contexts):
+            known |= self.cotangents(contexts.pop(index), guesses.pop(index, None))
             while order and order[0] in known:
                 c = known.pop(order[0])
                 if c is not None:
-                    spend({order[0]: c})
+                    consume({order[0]: c})
                 order.popleft()
 
     # --- site by site ---
 
-    def see(self, local: Local, y: Tensor) -> None:
+    def observe(self, ctx: SiteContext, y: Tensor) -> None:
         """Where the network's own draws lie ahead, at once when these have been made."""
-        self.unseen.append((local.held() if self.unseen or local.awaits_draws else local, y))
+        self.unseen.append((ctx.held() if self.unseen or ctx.awaits_draws else ctx, y))
         self._see_drawn()
 
     def _see_drawn(self) -> None:
         while self.unseen and not self.unseen[0][0].awaits_draws:
             self._see(*self.unseen.popleft(), keep=False)
 
-    def _see(self, local: Local, y: Tensor, keep: bool) -> None:
+    def _see(self, ctx: SiteContext, y: Tensor, keep: bool) -> None:
         """Add what the site's ``B`` foresees of its guess; look at the guess as its ``B`` does."""
-        self.guessed, index = True, local.site.index
+        self.guessed, index = True, ctx.site.index
         way = self.chart.ways.get(index)
         if way is None or self.chart.by_weights or not self.options.beta:
             return
-        state, r = self.before[index], way.push_forward(local, y)
+        state, r = self.before[index], way.push_forward(ctx, y)
         if state is not None:
             self.q = self.q + way.foreseen(r, state["B"])
         self.moments[index] = moments(state, r, amplitude(state))
@@ -196,8 +198,8 @@ class Sitewise(Lesson):
             self.moved[index] = r
 
     def close(self, record: ForwardRecord) -> None:
-        for local, y in self.unseen:
-            self._see(local, y, keep=False)
+        for ctx, y in self.unseen:
+            self._see(ctx, y, keep=False)
         self.unseen.clear()
         self.errors, self.remainder = record.errors, Remainder(record.d)
         self.e = self.chart.output.join(dict(enumerate(record.errors)))
@@ -206,50 +208,50 @@ class Sitewise(Lesson):
             self.moments = {}
         else:
             self.d = tangent - self.q
-            self.crowded = crowd([(new, self.samples[index]) for index, new in self.moments.items()])
+            self.crowded = shared_gain([(new, self.samples[index]) for index, new in self.moments.items()])
 
     @property
-    def looks(self) -> bool:
+    def subtracts(self) -> bool:
         return self.guessed and (self.options.gamma != 0 or bool(self.chart.closed))
 
     def open(self) -> None:
-        self.waiting: dict[int, list[tuple[Local, Tensor | None]]] = {}
+        self.waiting: dict[int, list[tuple[SiteContext, Tensor | None]]] = {}
 
-    def look(self, local: Local, y: Tensor | None) -> None:
-        for each in self._predicted(local, y):
+    def subtract(self, ctx: SiteContext, y: Tensor | None) -> None:
+        for each in self._predicted(ctx, y):
             self._subtract_explained(*each)
 
-    def serve(self, local: Local, y: Tensor | None) -> dict[int, Tensor | None]:
+    def cotangents(self, ctx: SiteContext, y: Tensor | None) -> dict[int, Tensor | None]:
         if y is not None:
-            self._learn(local, y)
-        return {index: self._corrected(index, c, y) for index, c, y in self._predicted(local, y)}
+            self._learn(ctx, y)
+        return {index: self._corrected(index, c, y) for index, c, y in self._predicted(ctx, y)}
 
-    def _predicted(self, local: Local, y: Tensor | None) -> list[Shown]:
+    def _predicted(self, ctx: SiteContext, y: Tensor | None) -> list[Shown]:
         """The sites whose ``c_i`` are known now: those that have waited for this one, and itself, unless it waits."""
-        index, chart = local.site.index, self.chart
+        index, chart = ctx.site.index, self.chart
         ahead, cut = (chart.ahead.get(index), chart.exact.get(index)) if self.options.ahead else (None, None)
         ahead = None if ahead is None or self.before[ahead] is None else ahead
         served, state, c = self.waiting.pop(index, ()), self.before.get(index), None
         found: list[Shown] = []
         if state is not None and (served or (ahead is None and cut is None)):
             assert self.e is not None
-            c = chart.ways[index].pull_back(local, self.e, state["B"])  # M_i B_i e
+            c = chart.ways[index].pull_back(ctx, self.e, state["B"])  # M_i B_i e
             found += [(each.site.index, self._through_next(each, c), guess) for each, guess in served]
         if ahead is not None:
-            self.waiting.setdefault(ahead, []).append((local.held(), y))
+            self.waiting.setdefault(ahead, []).append((ctx.held(), y))
         elif cut is not None:
-            found.append((index, self._through_next(local, self.errors[cut]), y))
+            found.append((index, self._through_next(ctx, self.errors[cut]), y))
         else:
             found.append((index, c, y))
         return found
 
-    def _through_next(self, local: Local, c: Tensor) -> Tensor:
+    def _through_next(self, ctx: SiteContext, c: Tensor) -> Tensor:
         """``M_i W_{i+1}^T c_{i+1}``; what ``B_i`` follows lies on the way."""
-        u, index = _before_next(local, c), local.site.index
+        u, index = _before_next(ctx, c), ctx.site.index
         if index in self.chart.fitted and index not in self.fresh:
             assert self.e is not None
             self.fresh[index], _ = self.fitting.step(index, self.e, self.chart.ways[index].mean(u))
-        return local.pull_back(u, spent=True)
+        return ctx.pull_back(u, spent=True)
 
     def _subtract_explained(self, index: int, c: Tensor | None, y: Tensor | None) -> None:
         if c is not None and y is not None:
@@ -258,13 +260,13 @@ class Sitewise(Lesson):
     def _corrected(self, index: int, c: Tensor | None, y: Tensor | None) -> Tensor | None:
         return c if y is None else self.correction.of(index, c, y, self.remainder.value)
 
-    def _learn(self, local: Local, y: Tensor) -> None:
+    def _learn(self, ctx: SiteContext, y: Tensor) -> None:
         """A normalised least-mean-squares step of the site's ``B`` on ``d = v' - sum_i B_i^T M_i y_i``."""
-        index, options = local.site.index, self.options
+        index, options = ctx.site.index, self.options
         if index not in self.moments or index in self.steps:
             return
         way, state, new = self.chart.ways[index], self.before[index], self.moments[index]
-        r = self.moved.pop(index) if index in self.moved else way.push_forward(local, y)
+        r = self.moved.pop(index) if index in self.moved else way.push_forward(ctx, y)
         gradient = way.outer(r, self.d) / (self.samples[index] * amplitude(state) ** 2)
         gain = normalised(new, self.crowded, options.beta)
         self.steps[index] = new | stepped(state, new["steps"], gradient, gain, leak=options.leak, clip=options.clip)
@@ -273,7 +275,7 @@ class Sitewise(Lesson):
         reach = {index: new["B"].norm() * new["width"].sqrt() for index, new in self.steps.items()}
         furthest = torch.stack(list(reach.values())).max() if reach else None
         steps = {
-            index: new | {"amplitude": (furthest / reach[index].clamp_min(TINY)).clamp(1, LOUDEST)}
+            index: new | {"amplitude": (furthest / reach[index].clamp_min(TINY)).clamp(1, MAX_AMPLITUDE)}
             for index, new in self.steps.items()
         }
         return self.correction.together(dict(sorted((self.fresh | steps).items())))
@@ -281,23 +283,23 @@ class Sitewise(Lesson):
     # --- how B begins ---
 
     @property
-    def begins(self) -> bool:
-        return bool(self.unborn)
+    def needs_init(self) -> bool:
+        return bool(self.uninitialised)
 
-    def begin(self, local: Local, y: Tensor | None) -> None:
+    def begin(self, ctx: SiteContext, y: Tensor | None) -> None:
         """One matrix site further back in each pass: forwards, the last comes last."""
-        index, ahead = local.site.index, self.chart.ahead.get(local.site.index)
+        index, ahead = ctx.site.index, self.chart.ahead.get(ctx.site.index)
         for each, _ in self.waiting.pop(index, ()):
-            self._born(each, local)
-        if index in self.unborn:
+            self._initialise(each, ctx)
+        if index in self.uninitialised:
             if ahead is None:
-                self._born(local, None)
+                self._initialise(ctx, None)
             elif not self._is_new(ahead):
-                self.waiting.setdefault(ahead, []).append((local.held(), None))
+                self.waiting.setdefault(ahead, []).append((ctx.held(), None))
 
-    def _born(self, local: Local, ahead: Local | None) -> None:
-        self.unborn.remove(local.site.index)
-        self._begin(local.site.index, self._product(local, ahead))
+    def _initialise(self, ctx: SiteContext, ahead: SiteContext | None) -> None:
+        self.uninitialised.remove(ctx.site.index)
+        self._begin(ctx.site.index, self._product(ctx, ahead))
 
     def _is_new(self, index: int) -> bool:
         return self.before[index] is None
@@ -311,27 +313,27 @@ class Sitewise(Lesson):
     def _draw(self) -> None:
         """At random; where weights are wanted and nothing will be learned, wherever no product leads."""
         for index in sorted(self.before, reverse=True):
-            if self._is_new(index) and index not in self.unborn:
+            if self._is_new(index) and index not in self.uninitialised:
                 shape = self.chart.ways[index].b_shape
                 self._begin(index, wide(self.noise(self.graph.sites[index], shape)) / shape[0] ** 0.5)
 
-    def _product(self, local: Local, ahead: Local | None) -> Tensor:
+    def _product(self, ctx: SiteContext, ahead: SiteContext | None) -> Tensor:
         """``W_{i+1}^T mean_n M_{i+1} B_{i+1}``, column by column; ``ahead``: site i + 1, None where it is the head."""
-        way, n = self.chart.ways[local.site.index], self.chart.output.n
-        view, columns = self._columns(ahead, wide(local.s))
+        way, n = self.chart.ways[ctx.site.index], self.chart.output.n
+        view, columns = self._columns(ahead, wide(ctx.s))
         few = view.layout is way.view.layout is Layout.BATCH_FIRST
         found = []
         for some in columns.split(n):  # each in an example's place
             if few:
                 c = view.of(len(some)).fold(some)
-                u = _padded(_before_next(local, c, len(some)), n)
+                u = _padded(_before_next(ctx, c, len(some)), n)
             else:
-                u = _before_next(local, view.fold(_padded(some, n)))
-            found.append(way.see(u)[: len(some)].mean(1))
+                u = _before_next(ctx, view.fold(_padded(some, n)))
+            found.append(way.unfold(u)[: len(some)].mean(1))
         b = torch.cat(found).T
         return (b if way.matched else b * (way.cells / way.view.positions)).contiguous()
 
-    def _columns(self, ahead: Local | None, like: Tensor) -> tuple[View, Tensor]:
+    def _columns(self, ahead: SiteContext | None, like: Tensor) -> tuple[Axes, Tensor]:
         """``mean_n M_{i+1} B_{i+1}`` as ``[c, p, f]``, and how site i + 1's output is seen so."""
         output = self.chart.output
         ((_, last),) = output.views.items()
@@ -345,7 +347,7 @@ class Sitewise(Lesson):
         if ahead.is_elementwise and way.view.shape == tuple(ahead.s.shape):
             u, m = way.spread(b.T[:, None]), ahead.derivative()
             return way.view, u if m is None else u * way.view.unfold(m).to(u.dtype).mean(0)
-        view = View(apart(ahead.site.layout, ahead.site.shape, output.n), ahead.site.shape, output.n, False)
+        view = Axes(apart(ahead.site.layout, ahead.site.shape, output.n), ahead.site.shape, output.n, False)
         columns, ahead = [], ahead.held(several=True)
         for k in range(c):
             e = b.new_zeros(output.n, last.positions, c)
@@ -371,7 +373,7 @@ def following(graph: SiteGraph, site: Site) -> Site | None:
     return found
 
 
-def _before_next(local: Local, c: Tensor, n: int | None = None) -> Tensor:
+def _before_next(ctx: SiteContext, c: Tensor, n: int | None = None) -> Tensor:
     """``W_{i+1}^T c_{i+1}``: the cotangent of the next matrix site's input from that of its output (``n`` examples)."""
-    m, w = local.weights()[0]
+    m, w = ctx.weights()[0]
     return m.rule.transpose(m, w, c.to(w.dtype), m.x_shape if n is None else (n, *m.x_shape[1:]))

@@ -14,20 +14,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Lesson
+from guessopt.estimators.base import LearningStep
 from guessopt.estimators.correction import Correction, Remainder
 from guessopt.estimators.fitting import Fitting
-from guessopt.estimators.moments import State, agreement, crowd, fits, moments, normalised, proven, samples, stepped
-from guessopt.estimators.places import Form, Output, Place, apart
+from guessopt.estimators.moments import (
+    State,
+    agreement,
+    fits,
+    moments,
+    normalised,
+    proven,
+    samples,
+    shared_gain,
+    stepped,
+)
+from guessopt.estimators.places import FeedbackMap, Form, Output, apart
 from guessopt.rules.base import push
 from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
-from guessopt.tracing.local import Local, Stretch, evaluate
+from guessopt.tracing.context import SiteContext, Subgraph, evaluate
 
 if TYPE_CHECKING:
     from guessopt.estimators.feedback import LearnedFeedback
 
 
-class Streamwise(Lesson):
+class Streamwise(LearningStep):
     """One step along the stream: after the pass, from its end back to its beginning."""
 
     def __init__(
@@ -43,15 +53,15 @@ class Streamwise(Lesson):
         return False, self.options.gamma != 0
 
     def estimate(
-        self, locals: dict[int, Local], record: ForwardRecord, spend: Callable[[dict[int, Tensor]], None]
+        self, contexts: dict[int, SiteContext], record: ForwardRecord, consume: Callable[[dict[int, Tensor]], None]
     ) -> dict[int, Tensor]:
         found, guesses = dict[int, Tensor](), record.guesses
-        course = Course(self.options, self.served, record, self.graph, self.states)
+        course = BackwardSweep(self.options, self.served, record, self.graph, self.states)
         for piece in course.predicted():
             if guesses:
                 found |= piece
             else:
-                spend(piece)
+                consume(piece)
         if self.options.beta and not course.by_weights:
             course.learn()
         self.steps, remainder = course.steps, Remainder(record.d)
@@ -67,7 +77,7 @@ class Streamwise(Lesson):
         return self.correction.together(self.steps)
 
 
-class Course:
+class BackwardSweep:
     """One step along the stream of ``graph``.
 
     ``p_l = S^T p_{l+1} + B_l e``. ``ahead=0``: ``c_l = p_l``. ``ahead=1``: ``c_l = S^T c_{l+1} + F^T p_{l+1}``, which
@@ -93,7 +103,7 @@ class Course:
         self.served = served
         assert self.head.source is not None
         self.last = self.head.source
-        self.autocast = next((visit.autocast for visit in record.visits if visit.autocast), None)
+        self.autocast = next((saved.autocast for saved in record.saved_calls if saved.autocast), None)
         self.output = _output(graph)
         self.places = graph.derive((options, frozenset(served)), lambda: stream_places(served, graph, options))
         self.exact = self.served.intersection(self.head.sites)
@@ -107,7 +117,7 @@ class Course:
     def predicted(self) -> Iterator[dict[int, Tensor]]:
         """Cotangents by site index, block by block, from the head on."""
         inside, variables = self._inside(self.head), self._variables(self.head)
-        run: Stretch | None = self._stretch(self.head, [self.last], inside, variables)
+        run: Subgraph | None = self._stretch(self.head, [self.last], inside, variables)
         assert run is not None
         c, *found = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values(), *variables])
         yield self._sorted(found, inside, variables)
@@ -146,16 +156,16 @@ class Course:
         self.record.gradients += zip(variables.values(), found[len(inside) :], strict=False)
         return dict(zip(inside, found, strict=False))
 
-    def _stretch(self, block: Block, own: list[int], inside: dict[int, int], variables: dict[int, Tensor]) -> Stretch:
+    def _stretch(self, block: Block, own: list[int], inside: dict[int, int], variables: dict[int, Tensor]) -> Subgraph:
         """The block with a graph: as the pass has left it, or run once more."""
         if self.record.graphs is not None:
-            return Stretch.kept(self.record.graphs, block, inside.values(), variables)
+            return Subgraph.kept(self.record.graphs, block, inside.values(), variables)
         return self._again(block.program, [*own, *inside.values(), *variables])
 
-    def _again(self, calls: tuple[Call, ...], ends: list[int]) -> Stretch:
+    def _again(self, calls: tuple[Call, ...], ends: list[int]) -> Subgraph:
         """The calls run once more, under the autocast that they ran under."""
         with torch.autocast(*self.autocast) if self.autocast else nullcontext():
-            return Stretch.again(calls, self.record.values, ends, self.record.random)
+            return Subgraph.again(calls, self.record.values, ends, self.record.random)
 
     def _inside(self, block: Block) -> dict[int, int]:
         """Values of the block's sites whose cotangents are wanted, by index."""
@@ -164,11 +174,11 @@ class Course:
 
     def _variables(self, block: Block) -> dict[int, Tensor]:
         """The tensors whose gradients the block's graph gives, by value."""
-        visits = (self.record.direct[call.index] for call in block.program if call.index in self.record.direct)
+        saved_calls = (self.record.direct[call.index] for call in block.program if call.index in self.record.direct)
         return {
-            visit.call.inputs[k]: variable
-            for visit in visits
-            for k, variable in zip(visit.wanted, visit.variables, strict=True)
+            saved.call.inputs[k]: variable
+            for saved in saved_calls
+            for k, variable in zip(saved.wanted, saved.variables, strict=True)
         }
 
     def _deviation(self, v: int, e: Tensor, wanted: Tensor | None) -> Any:
@@ -182,7 +192,7 @@ class Course:
             self.steps[keeper] = new | proven(state, agreed, new["steps"], new["B"])
         return 0 if state is None else place.predict(e, state["share"] * state["B"]).to(self.record.values[v].dtype)
 
-    def _skip(self, block: Block, run: Stretch | None) -> Callable[[Tensor], Tensor]:
+    def _skip(self, block: Block, run: Subgraph | None) -> Callable[[Tensor], Tensor]:
         """``S^T``; ``run``: the block's."""
         if block.skip is None:
             assert block.source is not None
@@ -222,13 +232,13 @@ class Course:
                 continue
             keeper, place = self.places[v]
             old = self.before[keeper]
-            r = place.see(t)
+            r = place.unfold(t)
             missed = t_last - self._foreseen(number, t)
             own = None if old is None else place.foreseen(r, old["B"])
             new = moments(old, r)
             new |= proven(old, None if own is None else agreement(missed, own), new["steps"], missed)
             gradient = place.outer(r, missed if own is None else missed - own) / samples(r)
-            gain = normalised(new, crowd([(new, samples(r))]), options.beta)
+            gain = normalised(new, shared_gain([(new, samples(r))]), options.beta)
             self.steps[keeper] = new | stepped(old, new["steps"], gradient, gain, leak=options.leak, clip=options.clip)
 
     def _foreseen(self, number: int, t: Tensor) -> Tensor:
@@ -243,7 +253,7 @@ class Course:
                 keeper, place = self.places[v]
                 state = self.before[keeper]
                 if state is not None:
-                    total = total + state["share"] * place.foreseen(place.see(t), state["B"])
+                    total = total + state["share"] * place.foreseen(place.unfold(t), state["B"])
         last = self.output.join({self.last: t})
         assert last is not None
         return last + total
@@ -262,7 +272,7 @@ def _output(graph: SiteGraph) -> Output:
     return Output([(last, apart(Layout.COUPLED, shape, n), shape)], n)
 
 
-def stream_places(served: set[int], graph: SiteGraph, options: LearnedFeedback) -> dict[int, tuple[int, Place]]:
+def stream_places(served: set[int], graph: SiteGraph, options: LearnedFeedback) -> dict[int, tuple[int, FeedbackMap]]:
     """By state, where a ``B`` is learned, and the site that keeps it: the last one served of the block before."""
     assert graph.stream is not None
     output, found, form = _output(graph), {}, options.form
@@ -273,5 +283,5 @@ def stream_places(served: set[int], graph: SiteGraph, options: LearnedFeedback) 
         if keeper is not None:
             shape = graph.stream.shapes[v]
             layout = apart(Layout.COUPLED, shape, graph.batch)
-            found[v] = (keeper, Place(layout, shape, len(shape) > 3, output, form))
+            found[v] = (keeper, FeedbackMap(layout, shape, len(shape) > 3, output, form))
     return found

@@ -10,29 +10,29 @@ from torch import Tensor
 from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
 from guessopt.linalg import of_singular_values
 from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local, alike
+from guessopt.tracing.context import SiteContext, alike
 
 
-def pull_back_noise(local: Local, rows: list[tuple[Matrix, Tensor]], noise: str) -> Tensor:
+def pull_back_noise(ctx: SiteContext, rows: list[tuple[Matrix, Tensor]], noise: str) -> Tensor:
     """``y = J^T sum_m rows_m^T e_m``: noise through matrices ``[b, r, i]`` and the segment before them."""
     u: Tensor | None = None
     for m, r in rows:
-        e = local.noise(m.rule.cotangent_shape(m, r, m.x_shape), noise)
+        e = ctx.noise(m.rule.cotangent_shape(m, r, m.x_shape), noise)
         v = m.rule.transpose(m, r, alike(e, r), m.x_shape)
         u = v if u is None else u + v
     assert u is not None
-    return local.pull_back(u, spent=True)
+    return ctx.pull_back(u, spent=True)
 
 
-def moment_through(local: Local, rows: list[tuple[Matrix, Tensor]], g: Tensor) -> Tensor:
+def moment_through(ctx: SiteContext, rows: list[tuple[Matrix, Tensor]], g: Tensor) -> Tensor:
     """``J^T (sum_m rows_m^T rows_m) J g``: the second moment of ``pull_back_noise`` (Wang eq. 6)."""
-    v = local.push_forward(g)
+    v = ctx.push_forward(g)
     u: Tensor | None = None
     for m, r in rows:
         w = m.rule.transpose(m, r, m.rule.apply(m, r, alike(v, r)), m.x_shape)
         u = w if u is None else u + w
     assert u is not None
-    return local.pull_back(u)
+    return ctx.pull_back(u)
 
 
 @register_estimator("w_transpose")
@@ -76,18 +76,18 @@ class WTranspose(Estimator):
         """``U S^p V^T`` of each next matrix, ``[b, o, i]``."""
         return [of_singular_values(w, lambda s: s**self.power) for _, w in weights]
 
-    def sample(self, state: list[Tensor] | None, local: Local) -> Tensor:
-        if local.site.is_last:
-            return local.noise(local.s.shape, self.noise)
-        return pull_back_noise(local, rows_of(state, local), self.noise)
+    def sample(self, state: list[Tensor] | None, ctx: SiteContext) -> Tensor:
+        if ctx.site.is_last:
+            return ctx.noise(ctx.s.shape, self.noise)
+        return pull_back_noise(ctx, rows_of(state, ctx), self.noise)
 
-    def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        return g if local.site.is_last else moment_through(local, rows_of(state, local), g)
+    def second_moment(self, state: list[Tensor] | None, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        return g if ctx.site.is_last else moment_through(ctx, rows_of(state, ctx), g)
 
 
-def rows_of(state: list[Tensor] | None, local: Local) -> list[tuple[Matrix, Tensor]]:
+def rows_of(state: list[Tensor] | None, ctx: SiteContext) -> list[tuple[Matrix, Tensor]]:
     """The next matrices with what ``prepare`` made of them; with their weights where it made nothing."""
     if state is None:
-        return local.weights()
-    assert local.site.segment is not None
-    return list(zip(local.site.segment.matrices, state, strict=True))
+        return ctx.weights()
+    assert ctx.site.segment is not None
+    return list(zip(ctx.site.segment.matrices, state, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.rules.base import Place, Rule, register_rule
+from guessopt.rules.base import FeedbackMap, Rule, register_rule
 from guessopt.rules.elementwise import ADDITION
 
 _PRODUCT: set[Callable[..., Any]] = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply}
@@ -51,7 +51,7 @@ class _Affine(Rule):
         kwargs: dict[str, Any],
         wanted: list[int],
         vs: list[Tensor],
-        place: Place,
+        place: FeedbackMap,
     ) -> Tensor:
         slope = self._slope(args, wanted[0])
         return place(vs[0]) if slope is None else place(vs[0]) * slope

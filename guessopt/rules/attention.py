@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import PULLED_BACK, Known, register_tangent
+from guessopt.rules.base import PULLED_BACK, CachedCall, register_tangent
 
 _jacobian = torch._softmax_backward_data
 
@@ -56,7 +56,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    known: Known | None = None,
+    known: CachedCall | None = None,
 ) -> Any:
     """``p = softmax(c q k^T + mask)``, ``out = p v``; ``da = c (dq k^T + q dk^T)``, ``dout = dp v + p dv``.
 
@@ -122,7 +122,7 @@ def _attend_by_head(
     tangents: tuple[Tensor, Tensor, Tensor],
     is_causal: bool,
     c: float,
-    known: Known | None,
+    known: CachedCall | None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = qkv
     n, h, l_, e = *q.shape[:3], v.shape[-1]

@@ -25,7 +25,7 @@ _RULES: dict[Callable[..., Any], Rule] = {}
 
 
 #: Lays per-example parameters ``[N, *shape]`` out so that they broadcast against the operation's output.
-Place = Callable[[Tensor], Tensor]
+FeedbackMap = Callable[[Tensor], Tensor]
 
 
 class Rule:
@@ -55,7 +55,7 @@ class Rule:
         kwargs: dict[str, Any],
         wanted: list[int],
         vs: list[Tensor],
-        place: Place,
+        place: FeedbackMap,
     ) -> Tensor:
         """The output's tangent when each example's own copy of the parameters moves along ``vs``.
 
@@ -202,7 +202,7 @@ _NUMBERS = (bool, int, float, complex, str)
 
 
 @dataclass
-class Known:
+class CachedCall:
     """What a pull-back has found of a call that the closure has yet to make.
 
     ``args`` and ``kwargs`` are the call's, ``versions`` those of their tensors (-1: writes into it do not show): the
@@ -217,7 +217,7 @@ class Known:
     more: Any = None
 
     @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None, more: Any = None) -> Known:
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None, more: Any = None) -> CachedCall:
         versions: list[int] = []
 
         def plain(node: Any) -> Any:
@@ -228,9 +228,9 @@ class Known:
             return [plain(item) for item in node] if isinstance(node, (tuple, list)) else node
 
         args, kwargs = tuple(plain(a) for a in args), {k: plain(a) for k, a in kwargs.items()}
-        return Known(args, kwargs, versions, None if out is None else out.detach(), more)
+        return CachedCall(args, kwargs, versions, None if out is None else out.detach(), more)
 
-    def serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the call is made with the same numbers in the same memory."""
         versions = iter(self.versions)
 
@@ -260,7 +260,7 @@ TangentRule = Callable[..., Any]
 _TANGENTS: dict[Callable[..., Any], tuple[TangentRule, int]] = {}
 
 #: Operations whose tangent rule takes ``known``: from the result of a run of the operation, what to keep of it besides.
-RESUMED: dict[Callable[..., Any], Callable[[Tensor], Any]] = {}
+REUSED: dict[Callable[..., Any], Callable[[Tensor], Any]] = {}
 
 
 def no_more(out: Tensor) -> None:
@@ -276,8 +276,9 @@ def register_tangent(
     torch's own serves then. With ``duals=3``, say, it is ``rule((q, k, v), (dq, dk, dv), *rest, **kwargs)``, some (not
     all) of the tangents None; a number among the first arguments (``x * 2``) comes with None as well.
 
-    ``known``: the rule takes a keyword of that name, a ``Known`` with the operation's result (or None): what a guess's
-    pull-back has computed already. The function given here finds ``Known.more`` from the result of such a run.
+    ``known``: the rule takes a keyword of that name, a ``CachedCall`` with the operation's result (or None): what a
+    guess's pull-back has computed already. The function given here finds ``CachedCall.more`` from the result of such
+    a run.
 
     >>> @register_tangent(torch.special.exp2)
     ... def exp2(x, dx):
@@ -291,7 +292,7 @@ def register_tangent(
         for fn in functions:
             _TANGENTS[fn] = (rule, duals)
             if known is not None:
-                RESUMED[fn] = known
+                REUSED[fn] = known
         return rule
 
     return decorate

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import PULLED_BACK, Known, no_more, register_tangent
+from guessopt.rules.base import PULLED_BACK, CachedCall, no_more, register_tangent
 from guessopt.sites import Call
 
 UNARY: set[Callable[..., Any]] = {
@@ -138,7 +138,7 @@ Pair = tuple[Any, Any]
 
 
 @register_tangent(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, duals=2, known=no_more)
-def add(ab: Pair, tangents: Pair, *, known: Known | None = None, **other: Any) -> Any:
+def add(ab: Pair, tangents: Pair, *, known: CachedCall | None = None, **other: Any) -> Any:
     """``d(a + b) = da`` where b is constant."""
     (a, b), (da, db) = ab, tangents
     if other or (known is None and da is not None and db is not None):
@@ -164,7 +164,7 @@ def subtract(ab: Pair, tangents: Pair, **other: Any) -> Any:
 @register_tangent(
     torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__, duals=2, known=no_more
 )
-def multiply(ab: Pair, tangents: Pair, *, known: Known | None = None, **other: Any) -> Any:
+def multiply(ab: Pair, tangents: Pair, *, known: CachedCall | None = None, **other: Any) -> Any:
     """``d(a b) = da b + a db``."""
     (a, b), (da, db) = ab, tangents
     if other:
@@ -176,20 +176,20 @@ def multiply(ab: Pair, tangents: Pair, *, known: Known | None = None, **other: A
 
 
 @register_tangent(torch.neg, Tensor.neg, Tensor.__neg__, known=no_more)
-def negative(x: Tensor, dx: Tensor, *, known: Known | None = None) -> tuple[Tensor, Tensor]:
+def negative(x: Tensor, dx: Tensor, *, known: CachedCall | None = None) -> tuple[Tensor, Tensor]:
     """``d(-x) = -dx``."""
     return -x if known is None else known.out, -dx
 
 
 @register_tangent(torch.rsqrt, Tensor.rsqrt, known=no_more)
-def reciprocal_root(x: Tensor, dx: Tensor, *, known: Known | None = None) -> tuple[Tensor, Tensor]:
+def reciprocal_root(x: Tensor, dx: Tensor, *, known: CachedCall | None = None) -> tuple[Tensor, Tensor]:
     """``d(x^-1/2) = -1/2 x^-3/2 dx``."""
     out = torch.rsqrt(x) if known is None else known.out
     return out, dx * out.pow(3).mul_(-0.5)
 
 
 @register_tangent(torch.mean, Tensor.mean, known=no_more)
-def mean(x: Tensor, dx: Tensor, *dim: Any, known: Known | None = None, **other: Any) -> Any:
+def mean(x: Tensor, dx: Tensor, *dim: Any, known: CachedCall | None = None, **other: Any) -> Any:
     """The mean of the tangent."""
     if "out" in other:
         return NotImplemented
@@ -197,7 +197,7 @@ def mean(x: Tensor, dx: Tensor, *dim: Any, known: Known | None = None, **other: 
 
 
 @register_tangent(torch.cat, torch.concat, torch.concatenate, known=no_more)
-def concatenate(xs: Any, dxs: Any, *dim: Any, known: Known | None = None, **other: Any) -> Any:
+def concatenate(xs: Any, dxs: Any, *dim: Any, known: CachedCall | None = None, **other: Any) -> Any:
     """The tangents side by side."""
     if "out" in other:
         return NotImplemented
@@ -206,7 +206,7 @@ def concatenate(xs: Any, dxs: Any, *dim: Any, known: Known | None = None, **othe
 
 
 @register_tangent(F.gelu, known=no_more)
-def gelu(x: Tensor, dx: Tensor, *, known: Known | None = None, **kind: Any) -> tuple[Tensor, Tensor]:
+def gelu(x: Tensor, dx: Tensor, *, known: CachedCall | None = None, **kind: Any) -> tuple[Tensor, Tensor]:
     """``ds = gelu'(x) dx``; in the memory of ``known.more``, the derivative, where a pull-back has computed it."""
     out = F.gelu(x, **kind) if known is None or known.out is None else known.out
     if known is not None and known.more is not None:
@@ -215,7 +215,7 @@ def gelu(x: Tensor, dx: Tensor, *, known: Known | None = None, **kind: Any) -> t
 
 
 @register_tangent(F.silu, known=no_more)
-def silu(x: Tensor, dx: Tensor, inplace: bool = False, *, known: Known | None = None) -> Any:
+def silu(x: Tensor, dx: Tensor, inplace: bool = False, *, known: CachedCall | None = None) -> Any:
     """``ds = silu'(x) dx`` in one kernel."""
     if inplace:
         return NotImplemented
@@ -244,7 +244,7 @@ def divide(ab: Pair, tangents: Pair, **other: Any) -> Any:
 
 
 @register_tangent(torch.pow, Tensor.pow, Tensor.__pow__, known=no_more)
-def power(x: Tensor, dx: Tensor, exponent: Any, *, known: Known | None = None, **other: Any) -> Any:
+def power(x: Tensor, dx: Tensor, exponent: Any, *, known: CachedCall | None = None, **other: Any) -> Any:
     """``d(x^n) = n x^(n-1) dx`` for a number n."""
     if other or isinstance(exponent, (Tensor, complex)) or exponent == 0:
         return NotImplemented

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import Known, MatrixRule, no_more, register_rule, register_tangent
+from guessopt.rules.base import CachedCall, MatrixRule, no_more, register_rule, register_tangent
 from guessopt.sites import Matrix, Shape
 
 
@@ -103,7 +103,7 @@ class AddmmRule(_Linear):
 
 @register_tangent(F.linear, known=no_more)
 def linear(
-    x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: Known | None = None
+    x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: CachedCall | None = None
 ) -> tuple[Tensor, Tensor]:
     """``ds = dx W^T``."""
     return F.linear(x, weight, bias) if known is None else known.out, F.linear(dx, weight)

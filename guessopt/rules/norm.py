@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import Known, Place, Rule, register_rule, register_tangent
+from guessopt.rules.base import CachedCall, FeedbackMap, Rule, register_rule, register_tangent
 
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -44,7 +44,7 @@ class NormRule(Rule):
         kwargs: dict[str, Any],
         wanted: list[int],
         vs: list[Tensor],
-        place: Place,
+        place: FeedbackMap,
     ) -> Tensor:
         """``v_w xhat + v_b``, of each example's own weight and bias."""
         bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
@@ -134,7 +134,7 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
     *,
-    known: Known | None = None,
+    known: CachedCall | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``ds = w r (dx - mean(dx) - xhat mean(xhat dx))`` over the normalised dimensions."""
     shape = list(normalized_shape)

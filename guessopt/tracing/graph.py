@@ -16,13 +16,13 @@ from guessopt.rules.norm import CHANNELS_SECOND
 from guessopt.sites import (
     Call,
     Cut,
-    Joint,
+    DownstreamPath,
     Kind,
     Layout,
     Matrix,
-    Onward,
+    OutputSpan,
     Outside,
-    Reach,
+    ParallelSites,
     Segment,
     Shape,
     Site,
@@ -208,7 +208,7 @@ class Analysis:
         """Whether one of the values is complex."""
         return any(self.tape.dtypes[v].is_complex for v in values)
 
-    def _reach(self, call: Call) -> Reach | None:
+    def _reach(self, call: Call) -> OutputSpan | None:
         """For tensors joined by ``cat``: the spans that hold parameters."""
         tape = self.tape
         if call.fn not in _JOINS or not call.args or not isinstance(call.args[0], (tuple, list)):
@@ -220,7 +220,7 @@ class Analysis:
             if k in tape.mine[call.index]:
                 spans.append((start, stop))
             start = stop
-        return Reach(dim, tuple(spans))
+        return OutputSpan(dim, tuple(spans))
 
     def _kept(self, call: Call, output: int) -> int:
         """Bytes that a pass keeps for a site: its activations, and the guess (not the parameters)."""
@@ -342,11 +342,11 @@ class Analysis:
         found = ((call, self.matrix_of(call)) for call in calls)
         return [(call, m[0], m[1]) for call, m in found if m is not None and m[2] == x]
 
-    def _onward(self, source: int, x: int) -> tuple[Onward, ...]:
+    def _onward(self, source: int, x: int) -> tuple[DownstreamPath, ...]:
         """The ways from a site's output through 1, 2, ... matrix sites (Singhal eq. 7); ``x``: the
         first one's input."""
         tape = self.tape
-        found: list[Onward] = []
+        found: list[DownstreamPath] = []
         following: int | None = x
         while following is not None and len(found) < FURTHEST:
             outputs = [o for call, _, _ in self._readers(following) for o in call.outputs]
@@ -358,7 +358,7 @@ class Analysis:
                 program = self._program(source, goals)
             except _SharedMemory:
                 break
-            found.append(Onward(tuple(goals), tuple(tape.shapes[v] for v in goals), program))
+            found.append(DownstreamPath(tuple(goals), tuple(tape.shapes[v] for v in goals), program))
         return tuple(found)
 
     def _weight_key(self, w: int) -> str:
@@ -496,7 +496,7 @@ class Analysis:
             for call in program
         )  # fmt: skip
 
-    def _joints(self, sites: tuple[Site, ...]) -> tuple[Joint, ...]:
+    def _joints(self, sites: tuple[Site, ...]) -> tuple[ParallelSites, ...]:
         """Sites of linear layers with one input, one layout and one next matrix site, on the way to which they meet."""
         groups: dict[tuple[Any, ...], list[Site]] = {}
         for site in sites:
@@ -509,13 +509,13 @@ class Analysis:
                 groups.setdefault(key, []).append(site)
         return tuple(self._joint(group) for group in groups.values() if len(group) > 1)
 
-    def _joint(self, sites: list[Site]) -> Joint:
+    def _joint(self, sites: list[Site]) -> ParallelSites:
         first, *rest = sites
         assert first.segment is not None
         others = self._program(first.value, [site.value for site in rest])
         done = {call.index for call in others}
         program = tuple(call for call in first.segment.program if call.index not in done)
-        return Joint(tuple(site.index for site in sites), tuple(site.value for site in sites), others, program)
+        return ParallelSites(tuple(site.index for site in sites), tuple(site.value for site in sites), others, program)
 
     def _stream(self, sites: tuple[Site, ...], batch: int) -> Stream | None:
         tape, calls = self.tape, tuple(sorted(self.useful - self.loss))

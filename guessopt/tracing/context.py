@@ -15,15 +15,28 @@ from torch import Tensor
 
 from guessopt.errors import refusal, refused
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.base import PULLED_BACK, RESUMED, Known, moves_statistics, push, without_side_effects
+from guessopt.rules.base import PULLED_BACK, REUSED, CachedCall, moves_statistics, push, without_side_effects
 from guessopt.rules.drawing import draws_now
 from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
-from guessopt.sites import Block, Call, End, Graphs, Joint, Layout, Matrix, Onward, Segment, Shape, Site, Value
+from guessopt.sites import (
+    Block,
+    Call,
+    DownstreamPath,
+    GraphInput,
+    Graphs,
+    Layout,
+    Matrix,
+    ParallelSites,
+    Segment,
+    Shape,
+    Site,
+    Value,
+)
 from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, dense, tensors_in
 from guessopt.tracing.writes import copied, kept
 
 
-class Local:
+class SiteContext:
     """A site in the middle of a run, as ``Estimator.sample`` sees it.
 
     Attributes:
@@ -46,7 +59,7 @@ class Local:
         source: NoiseSource,
         *,
         several: bool = False,
-        known: dict[int, Known] | None = None,
+        known: dict[int, CachedCall] | None = None,
         random: Random | None = None,
     ) -> None:
         self.site, self.s, self._values, self._source = site, s, values, source
@@ -61,16 +74,16 @@ class Local:
         ``"uniform"`` (U[0, 1), Singhal A.2)."""
         return draw(self._source, kind, shape, self.s.dtype, self.s.device)
 
-    def held(self, *, several: bool = False) -> Local:
+    def held(self, *, several: bool = False) -> SiteContext:
         """The same, with what the segment reads and no more, to outlast its place in the run; ``several``: for several
         pull-backs."""
         segment, values = self.site.segment, self._values
         needed = {} if segment is None else {v: values[v] for v in segment.needs if v in values}
-        return Local(self.site, self.s, needed, self._source, several=several, random=self._random)
+        return SiteContext(self.site, self.s, needed, self._source, several=several, random=self._random)
 
-    def replaying(self, random: Random) -> Local:
+    def replaying(self, random: Random) -> SiteContext:
         """A copy whose segment draws the numbers that the pass draws."""
-        return Local(self.site, self.s, self._values, self._source, several=self._several, random=random)
+        return SiteContext(self.site, self.s, self._values, self._source, several=self._several, random=random)
 
     @property
     def awaits_draws(self) -> bool:
@@ -136,7 +149,7 @@ class Local:
             call, m = lasting
             assert self._known is not None
             args = _fill(call.args, {segment.source: self.s})
-            self._known[call.index] = Known.of(args, call.kwargs, None, m)
+            self._known[call.index] = CachedCall.of(args, call.kwargs, None, m)
             return u.mul_(m) if spent else u * m
         if self.is_elementwise:
             once = self._m is None and not self._several and not self._has_drawn
@@ -171,20 +184,20 @@ class Local:
             x = x if fn in DROPOUT else run(x)
         return x
 
-    def onward(self, matrices: int) -> Onward | None:
+    def onward(self, matrices: int) -> DownstreamPath | None:
         """The way through so many matrix sites, or as many as there are; None where it cannot be run by itself."""
         ways = self.site.segment.onward if self.site.segment is not None else ()
         return ways[min(matrices, len(ways)) - 1] if ways else None
 
-    def pull_back_from(self, way: Onward, us: list[Tensor]) -> Tensor:
+    def pull_back_from(self, way: DownstreamPath, us: list[Tensor]) -> Tensor:
         """``J^T u``: from the way's goals back to ``s``."""
         return self._pulled(way.goals, self._onward(way), us)
 
-    def push_forward_to(self, way: Onward, v: Tensor) -> list[Tensor]:
+    def push_forward_to(self, way: DownstreamPath, v: Tensor) -> list[Tensor]:
         """``J v``: from ``s`` to the way's goals."""
         return push(self._onward(way), [self.s], [v])
 
-    def _onward(self, way: Onward) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def _onward(self, way: DownstreamPath) -> Callable[[Tensor], tuple[Tensor, ...]]:
         segment = self.site.segment
         assert segment is not None
 
@@ -215,8 +228,8 @@ class Local:
         return run
 
 
-class JointLocal(Local):
-    """Parallel sites as the one layer that they might be: what ``Local`` has as one tensor, the site's output, its
+class ParallelContext(SiteContext):
+    """Parallel sites as one layer: what ``SiteContext`` has as one tensor, the site's output, its
     cotangents and tangents, is here a tuple, in the order of ``joint.sites``.
 
     Args:
@@ -225,14 +238,14 @@ class JointLocal(Local):
 
     def __init__(
         self,
-        joint: Joint,
+        joint: ParallelSites,
         site: Site,
         s: Tensor,
         values: dict[int, Tensor],
         source: NoiseSource,
         *,
         several: bool = False,
-        known: dict[int, Known] | None = None,
+        known: dict[int, CachedCall] | None = None,
     ) -> None:
         super().__init__(site, s, values, source, several=several, known=known)
         if known is not None:
@@ -254,7 +267,7 @@ class JointLocal(Local):
         """``J v``: a tensor for each site, to the next matrix site's input."""
         return push(self._meet, self.outputs, v)[0]
 
-    def _meet(self, *ss: Tensor, known: dict[int, Known] | None = None) -> tuple[Tensor]:
+    def _meet(self, *ss: Tensor, known: dict[int, CachedCall] | None = None) -> tuple[Tensor]:
         segment = self.site.segment
         assert segment is not None
         values = {**self._values, **dict(zip(self.joint.values, ss, strict=True))}
@@ -269,7 +282,7 @@ def alike(t: Tensor, w: Tensor) -> Tensor:
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Noise of a kind; see ``Local.noise``. With ``source.means`` its mean. In a complex dtype both parts are such
+    """Noise of a kind; see ``SiteContext.noise``. With ``source.means`` its mean. In a complex dtype both parts are
     noise: then ``E[Re(conj(g) y) y] = g`` for torch's gradient ``g``, as for real numbers."""
     if dtype.is_complex:
         return torch.view_as_complex(draw(source, kind, (*shape, 2), dtype.to_real(), device))
@@ -298,7 +311,7 @@ def evaluate(
     calls: tuple[Call, ...],
     values: dict[int, Tensor],
     variables: frozenset[int] = frozenset(),
-    known: dict[int, Known] | None = None,
+    known: dict[int, CachedCall] | None = None,
     random: Random | None = None,
 ) -> dict[int, Tensor]:
     """Run recorded calls on values, functionally: in-place writes go to a copy, global random states are left alone.
@@ -329,17 +342,17 @@ def walked(segment: Segment) -> tuple[Call, ...]:
     return (*(segment.elementwise or segment.program), *segment.weight_program)
 
 
-class Stretch:
+class Subgraph:
     """A stretch of the network with a reverse graph of its own, to be pulled back through as often as asked.
 
     ``values``: by number, the goals among them; ``ends``: where ``pull_back`` may lead.
     """
 
-    def __init__(self, values: dict[int, Tensor], ends: dict[int, End]) -> None:
+    def __init__(self, values: dict[int, Tensor], ends: dict[int, GraphInput]) -> None:
         self.values, self.ends = values, ends
 
     @staticmethod
-    def again(calls: tuple[Call, ...], values: dict[int, Tensor], ends: list[int], random: Random) -> Stretch:
+    def again(calls: tuple[Call, ...], values: dict[int, Tensor], ends: list[int], random: Random) -> Subgraph:
         """Recorded calls run once more.
 
         Args:
@@ -355,17 +368,17 @@ class Stretch:
             own[v].requires_grad_()
         with torch.enable_grad():
             own = evaluate(calls, own, variables, random=random)
-        return Stretch(own, {v: End.of(own[v]) for v in ends})
+        return Subgraph(own, {v: GraphInput.of(own[v]) for v in ends})
 
     @staticmethod
-    def kept(graphs: Graphs, block: Block, outputs: Iterable[int], variables: Mapping[int, Tensor]) -> Stretch:
+    def kept(graphs: Graphs, block: Block, outputs: Iterable[int], variables: Mapping[int, Tensor]) -> Subgraph:
         """As the closure's own calls have left it, taken over; ``outputs``: of sites."""
-        ends = {v: graphs.marks.pop(v) for v in outputs} | {v: End.of(t) for v, t in variables.items()}
+        ends = {v: graphs.marks.pop(v) for v in outputs} | {v: GraphInput.of(t) for v, t in variables.items()}
         if block.ends_in_skip and block.origin is not None:
             ends[block.origin] = graphs.marks.pop(block.origin)
         if block.source is not None:
             ends[block.source] = graphs.sources.pop(block.source)
-        return Stretch({v: graphs.goals.pop(v) for v in block.goals}, ends)
+        return Subgraph({v: graphs.goals.pop(v) for v in block.goals}, ends)
 
     def pull_back(self, goals: tuple[int, ...], us: list[Tensor], variables: list[int]) -> list[Tensor]:
         """``J^T u``: from the goals to each of the variables."""
@@ -385,7 +398,7 @@ def _run(
     calls: tuple[Call, ...],
     values: dict[int, Tensor],
     variables: frozenset[int],
-    known: dict[int, Known] | None,
+    known: dict[int, CachedCall] | None,
     random: Random,
 ) -> None:
     for call in calls:
@@ -411,8 +424,8 @@ def _run(
             raise refused(fn, why) from error
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
-            if known is not None and fn in RESUMED and not (call.in_place or call.writes or call.hidden):
-                known[call.index] = Known.of(args, kwargs, out, RESUMED[fn](out))
+            if known is not None and fn in REUSED and not (call.in_place or call.writes or call.hidden):
+                known[call.index] = CachedCall.of(args, kwargs, out, REUSED[fn](out))
         else:
             results = tensors_in((out,)) if out is not None else [args[0]]
             values.update(zip(call.outputs[: call.direct], results, strict=True))
