@@ -28,7 +28,7 @@ from benchmarks.mezo import problem as language_model
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.zoo import Entry, Subject, entries, sized
 from guessopt import GuessGradOptimizer, GuessWarning
-from guessopt.sites import Layout
+from guessopt.layout import Layout
 
 #: Relative errors allowed: where the library computes in float64 or float32; in 16 bits.
 EXACT, LOW = 1e-6, 2e-2

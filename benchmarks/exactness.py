@@ -23,10 +23,12 @@ from benchmarks.zoo import Subject
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
 from guessopt.engine.gradients import parameter_gradients
-from guessopt.engine.levels import inner
+from guessopt.engine.jvp.engines import inner
 from guessopt.estimators import Estimator
-from guessopt.rules import Rule
-from guessopt.sites import ForwardRecord, Layout, SiteGraph
+from guessopt.graph import SiteGraph
+from guessopt.layout import Layout
+from guessopt.ops import Rule
+from guessopt.record import ForwardRecord
 
 
 class _Apart(Estimator):

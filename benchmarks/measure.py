@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training import Learner
-from guessopt.memory import cpu_peak, cuda_peak
+from guessopt.memory_plan import cpu_peak, cuda_peak
 
 Step = Callable[[], object]
 

@@ -33,10 +33,11 @@ from benchmarks.measure import Ratio, Step, Stopwatch, interleaved, ratio, secon
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.training import ESTIMATORS, LABELS
-from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, stepping
-from guessopt.engine import levels
+from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import parameter_gradients
+from guessopt.engine.jvp import engines
+from guessopt.step import estimation
 from guessopt.tracing import context
 
 
@@ -209,11 +210,11 @@ POINTS: tuple[tuple[Any, str, str], ...] = (
     (context.SiteContext, "pull_back", "guesses: pull back"),
     (WPerp, "prepare", REFRESH),
     (ForwardRun, "execute", PASS),
-    (stepping, "estimated_cotangents", "parameter gradients"),
-    (stepping, "parameter_gradients", "parameter gradients"),
+    (estimation, "estimated_cotangents", "parameter gradients"),
+    (estimation, "parameter_gradients", "parameter gradients"),
     (GuessGradOptimizer, "_update", "base update"),
-    (stepping, "trace", PROBE),
-    (stepping, "reprobe", PROBE),
+    (estimation, "trace", PROBE),
+    (estimation, "reprobe", PROBE),
 )
 """Places in the package, and the phase that each is. What is in none is bookkeeping."""
 PHASES = ("forward", "interception", "tangents", *dict.fromkeys(phase for *_, phase in POINTS if phase != PASS), REST)
@@ -346,7 +347,7 @@ def guess_cost(problem: Problem, estimator: Any, guesses: int, rounds: int) -> G
         "update": one._update,
     }
     times: dict[str, list[float]] = {name: [] for name in (*kinds, "gradients")}
-    with mock.patch.object(stepping, "parameter_gradients", timed):
+    with mock.patch.object(estimation, "parameter_gradients", timed):
         for _ in range(rounds):
             for name, step in kinds.items():
                 gradients.clear()
@@ -471,14 +472,14 @@ def run(args: argparse.Namespace) -> None:
         finally:
             torch.set_num_threads(before)
         return
-    engines = [name for name in levels._ENGINES if name != "func" or args.reference]
+    chosen = [name for name in engines._ENGINES if name != "func" or args.reference]
     settings = Settings(
         quick=args.quick,
         device=args.device,
         rounds=args.rounds or (3 if args.quick else 15),
         steps=args.steps or (6 if args.quick else 100),
         engine=args.engine,
-        methods={f"{method}, {engine}": (method, engine) for engine in engines for method in ESTIMATORS},
+        methods={f"{method}, {engine}": (method, engine) for engine in chosen for method in ESTIMATORS},
     )
     path, before = out / "speed.json", torch.get_num_threads()
     rows: dict[str, Row] = {}

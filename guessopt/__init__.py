@@ -20,10 +20,10 @@ from guessopt.estimators import (
     WTranspose,
     register_estimator,
 )
-from guessopt.memory import MemoryPlan, ModeCost, plan
+from guessopt.memory_plan import MemoryPlan, ModeCost, plan
+from guessopt.ops import register_rule
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.preflight import Preflight, preflight
-from guessopt.rules import register_rule
 from guessopt.saving import load, save
 
 __all__ = [

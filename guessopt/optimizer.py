@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
-from guessopt.engine.levels import make_engine
-from guessopt.engine.planning import (
+from guessopt.engine.jvp.engines import make_engine
+from guessopt.estimator import Estimator, estimators_for, plain
+from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
+from guessopt.groups import build, check_tensors, check_trainable, groups_of, listed, names_of, tensors_of, with_fused
+from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
+from guessopt.memory_plan import bytes_of, choose
+from guessopt.rng import NoiseSource, RandomState, cuda_devices
+from guessopt.state import Before, check, described, load_base, moved, placement
+from guessopt.step.estimation import MODES, Estimation
+from guessopt.step.plan import (
     Plan,
     Transaction,
     trace,
 )
-from guessopt.engine.replay import Journal
-from guessopt.estimators.base import Estimator, estimators_for, plain
-from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
-from guessopt.groups import build, check_tensors, check_trainable, groups_of, listed, names_of, tensors_of, with_fused
-from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
-from guessopt.memory import bytes_of
-from guessopt.rng import NoiseSource, RandomState, cuda_devices
-from guessopt.state import Before, check, described, load_base, moved, placement
-from guessopt.stepping import MODES, Estimation
+from guessopt.step.replay import Journal
 from guessopt.update import Updates
 
 
@@ -243,6 +243,11 @@ class GuessGradOptimizer(Estimation, Optimizer):
             self._estimated_ids.update(id(self._params[k]) for k in gradients)
         self._pending = True
         return loss
+
+    def _settle(self, closure: Callable[[], Any]) -> None:
+        """Replace ``memory="auto"`` by the mode that ``guessopt.plan`` recommends."""
+        if self.memory == "auto":
+            self.memory = choose(self, closure, self._budget)
 
     def _hooked(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
         """An estimate after the hooks on parameters."""

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from guessopt.engine.levels import TREATMENTS, is_foreign
-from guessopt.engine.planning import trace
+from guessopt.engine.jvp.engines import TREATMENTS, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
 from guessopt.exclusive import exclusive
 from guessopt.hooks import lifted
+from guessopt.layout import Layout, Shape
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.sites import Layout, Matrix, Shape, Site
+from guessopt.sites import Matrix, Site
+from guessopt.step.plan import trace
 
 
 @dataclass(frozen=True)

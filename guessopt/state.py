@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from guessopt.estimators.base import estimators_for, plain
+from guessopt.estimator import estimators_for, plain
 from guessopt.groups import names_of
 from guessopt.rng import is_here
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.errors import PartialUpdateError
+from guessopt.layout import is_differentiable
 from guessopt.rng import RandomState, cuda_devices
-from guessopt.sites import is_differentiable
 
 #: Updates before which parameters and state are copied, and the most bytes that copies may take.
 COPIED, MOST = 8, 64 * 2**20

@@ -14,8 +14,8 @@ from guessopt import ClosureError, GuessGradOptimizer, LearnedFeedback
 from guessopt.diagnostics import cosine, expected_gradient, true_cotangents, true_gradient, variance
 from guessopt.diagnostics.reverse import unrows
 from guessopt.estimators import Estimator, estimator_names
+from guessopt.layout import Layout, numel
 from guessopt.rng import NoiseSource
-from guessopt.sites import Layout, numel
 from guessopt.tracing.context import NOISES, draw
 
 from .problems import Problem, labels, of

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from guessopt import GuessGradOptimizer, WPerp
-from guessopt.estimators.base import _ESTIMATORS
-from guessopt.rules.base import _RULES, _TANGENTS
+from guessopt.estimator import _ESTIMATORS
+from guessopt.ops.base import _RULES, _TANGENTS
 
 ROOT = Path(__file__).parents[1]
 SETUP = """import torch

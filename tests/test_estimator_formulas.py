@@ -20,7 +20,7 @@ from guessopt import (
 from guessopt.diagnostics import _backpropagate, estimated_gradient, true_gradient
 from guessopt.estimators import Estimator, make_estimator
 from guessopt.estimators.newton_schulz import polynomials
-from guessopt.sites import Layout
+from guessopt.layout import Layout
 from guessopt.tracing.context import SiteContext
 
 from .problems import build

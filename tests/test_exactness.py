@@ -10,7 +10,7 @@ from torch import Tensor
 from guessopt import GuessGradOptimizer
 from guessopt.diagnostics import true_gradient
 from guessopt.estimators import Estimator
-from guessopt.sites import Layout, numel
+from guessopt.layout import Layout, numel
 
 from .problems import PROBLEMS, Problem, build
 

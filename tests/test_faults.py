@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer
-from guessopt.engine.stacked import StackedEngine
-from guessopt.stepping import MODES
+from guessopt.engine.jvp.stacked import StackedEngine
+from guessopt.step.estimation import MODES
 from tests.fuzzing.faults import (
     FAULTS,
     PLACES,
@@ -542,7 +542,7 @@ def test_two_optimizers_in_two_threads() -> None:
 
 def test_a_lost_state_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the transaction's way back, faults leave buffers and random states changed."""
-    from guessopt.engine.planning import Transaction
+    from guessopt.step.plan import Transaction
 
     make = partial(World, "store")
     calm = reference(make, 2, "function", "closure")

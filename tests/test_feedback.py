@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from guessopt import ClosureError, Downstream, GuessGradOptimizer, LearnedFeedback, preflight
 from guessopt.diagnostics import cosine, estimated_gradient, expected_gradient, true_gradient
 from guessopt.estimators import describe, make_estimator
-from guessopt.estimators.places import FeedbackMap, Form, Output
-from guessopt.sites import Layout
+from guessopt.feedback.maps import FeedbackMap, Form, Output
+from guessopt.layout import Layout
 
 from .problems import Problem, build, learned
 
@@ -200,7 +200,7 @@ def test_a_failed_step_leaves_the_feedback_alone() -> None:
 
 
 def test_no_tangents_between_forward_mode_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    import guessopt.stepping as module
+    import guessopt.step.estimation as module
 
     net, closure = network()
     opt = optimizer(net, gamma=0.0, every=4)

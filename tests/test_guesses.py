@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guessopt import GuessGradOptimizer, GuessWarning, LearnedFeedback, stepping
+from guessopt import GuessGradOptimizer, GuessWarning, LearnedFeedback
 from guessopt.diagnostics import estimated_gradient, true_gradient
-from guessopt.engine.stacked import StackedEngine
+from guessopt.engine.jvp.stacked import StackedEngine
+from guessopt.estimator import _ESTIMATORS, Estimator
 from guessopt.estimators import estimator_names
-from guessopt.estimators.base import _ESTIMATORS, Estimator
+from guessopt.step import estimation
 from guessopt.tracing.context import SiteContext
 from tests.problems import PROBLEMS, Problem, labels, of
 
@@ -255,7 +256,7 @@ def test_the_closure_runs_once_for_all_guesses() -> None:
 
 def test_one_guess_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """No stack, no second stream; and the first guess of several is that of one."""
-    monkeypatch.setattr(stepping, "StackedEngine", None)
+    monkeypatch.setattr(estimation, "StackedEngine", None)
     problem = build("mlp")
     one = sgd(problem, "activation_perturbation", seed=3)
     first = estimated_gradient(one, problem.closure)
@@ -418,9 +419,9 @@ def test_a_seed_fixes_every_guess_and_each_differs() -> None:
     assert_close(a, b, 0)
     ys: list[Tensor] = []
     opt = sgd(problem, "activation_perturbation", **options)
-    combined = stepping.combined
+    combined = estimation.combined
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepping, "combined", lambda r, *rest: (ys.extend(r.guesses.values()), combined(r, *rest))[1])
+        patch.setattr(estimation, "combined", lambda r, *rest: (ys.extend(r.guesses.values()), combined(r, *rest))[1])
         estimated_gradient(opt, problem.closure)
     assert all(not torch.equal(y[k], y[j]) for y in ys for k in range(4) for j in range(k))
 
@@ -464,14 +465,14 @@ def test_the_last_site_may_be_exact(orthogonal: bool) -> None:
 def joint_guesses(opt: GuessGradOptimizer, problem: Problem) -> tuple[Tensor, Tensor]:
     """``Y`` ``[N, K, d]``, all sites joined, and ``D`` ``[K, N]`` of the pass that ``estimate`` makes."""
     kept: list[Any] = []
-    combined = stepping.combined
+    combined = estimation.combined
     with pytest.MonkeyPatch.context() as patch:
 
         def keep(record: Any, *rest: Any) -> Any:
             kept.append(([y.clone() for y in record.guesses.values()], record.d.clone()))
             return combined(record, *rest)
 
-        patch.setattr(stepping, "combined", keep)
+        patch.setattr(estimation, "combined", keep)
         estimate(opt, problem)
     ys, d = kept[-1]
     return torch.cat([y.transpose(0, 1).flatten(2) for y in ys], 2), d

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from guessopt import ClosureError, GuessGradOptimizer
-from guessopt.sites import Layout
+from guessopt.layout import Layout
 
 from .problems import Attention, Cube, Problem, Transformer, labels, of
 from .test_exactness import Summing, sum_over_one_hots

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function
 
 from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.errors import refusal
-from guessopt.rules import Rule
+from guessopt.ops import Rule
 
 from .machine import refused, skip_if_refused
 from .problems import labels

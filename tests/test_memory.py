@@ -25,7 +25,7 @@ from guessopt import (
     WPerp,
     WTranspose,
 )
-from guessopt.memory import cpu_peak
+from guessopt.memory_plan import cpu_peak
 
 from .machine import refused, skip_if_refused
 from .problems import learned, unfollowed

@@ -24,8 +24,8 @@ from benchmarks.zoo import Entry, Subject, entries
 from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, LearnedFeedback, preflight
 from guessopt.diagnostics.reverse import Truth
 from guessopt.estimators import estimator_names
-from guessopt.rules.base import MatrixRule
-from guessopt.sites import Layout
+from guessopt.layout import Layout
+from guessopt.ops.base import MatrixRule
 
 from .machine import skip_if_refused
 from .problems import labels

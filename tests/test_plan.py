@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import guessopt
 from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp
-from guessopt.memory import bytes_of, cpu_peak
+from guessopt.memory_plan import bytes_of, cpu_peak
 
 from .machine import skip_if_refused
 

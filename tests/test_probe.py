@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
 from guessopt.estimators import Estimator
-from guessopt.sites import Layout
+from guessopt.layout import Layout
 
 from .problems import Attention, Problem, Recurrent, Rotary, labels, of
 from .test_exactness import sum_over_one_hots
@@ -436,7 +436,7 @@ def test_runs_of_the_closure(make: Callable[[], Problem], first: int) -> None:
 
 
 def test_lanes_that_do_not_go_together_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from guessopt.engine import planning
+    from guessopt.step import plan as planning
 
     class Refuses(planning.StackedEngine):
         def call(self, fn: Any, args: Any, kwargs: Any, *, writes: bool) -> Any:

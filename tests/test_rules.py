@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from guessopt.rules import attention, conv, elementwise, linear, norm
-from guessopt.rules.base import _TANGENTS, PULLED_BACK, REUSED, CachedCall, MatrixRule, Rule, rule_for, tangent_for
+from guessopt.ops import attention, conv, elementwise, linear, norm
+from guessopt.ops.base import _TANGENTS, PULLED_BACK, REUSED, CachedCall, MatrixRule, Rule, rule_for, tangent_for
 from guessopt.sites import Call, Matrix, Value
 
 from .machine import skip_if_refused
@@ -541,7 +541,7 @@ def test_gradients_are_those_of_autograd(case: Case) -> None:
 
 
 def test_every_gradient_rule_has_a_case() -> None:
-    from guessopt.rules.base import _RULES
+    from guessopt.ops.base import _RULES
 
     covered = {type(rule_for(case.fn)) for case in GRADIENTS}
     assert {type(rule) for rule in _RULES.values() if type(rule).__module__ in FAMILIES} <= covered | {Rule}

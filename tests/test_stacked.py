@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import GuessGradOptimizer
-from guessopt.engine.levels import DualEngine, _pack, _unpack
-from guessopt.engine.stacked import StackedEngine
+from guessopt.engine.jvp.engines import DualEngine, _pack, _unpack
+from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.tracing.interceptor import tensors_in
 
 from .problems import Problem, labels

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from guessopt import GuessGradOptimizer, GuessWarning, LearnedFeedback
+from guessopt.chains import Stream
 from guessopt.diagnostics import cosine, estimated_gradient, true_gradient
-from guessopt.memory import cpu_peak
-from guessopt.sites import Stream
+from guessopt.memory_plan import cpu_peak
 
 from .problems import build, labels, learned
 
@@ -427,7 +427,7 @@ def test_engines_agree(engine: str, ahead: int) -> None:
 def test_no_tangents_where_nothing_is_corrected_or_learned_from_them(
     options: dict[str, Any], tangents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import guessopt.stepping as module
+    import guessopt.step.estimation as module
 
     net, closure = stack(2)
     opt = optimizer(net.named_parameters(), gamma=0, **options)

@@ -17,13 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import JvpEngine
+from guessopt.engine.jvp.engines import JvpEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.exclusive import exclusive
+from guessopt.graph import SiteGraph
 from guessopt.hooks import lifted
+from guessopt.layout import Layout
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.sites import ForwardRecord, Layout, ParallelSites, Site, SiteGraph
-from guessopt.stepping import lasting
+from guessopt.record import ForwardRecord
+from guessopt.sites import ParallelSites, Site
+from guessopt.step.estimation import lasting
 from guessopt.tracing.context import ParallelContext, SiteContext
 
 Closure = Callable[[], Any]

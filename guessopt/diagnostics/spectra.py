@@ -16,9 +16,11 @@ from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
 from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, unrows, wide
+from guessopt.layout import Layout
+from guessopt.ops.base import MatrixRule
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.rules.base import MatrixRule
-from guessopt.sites import Layout, SavedCall, Site
+from guessopt.record import SavedCall
+from guessopt.sites import Site
 from guessopt.tracing.context import SiteContext
 
 #: Sites with more entries an example than this are left out: a Jacobian is built column by column.

@@ -42,12 +42,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from guessopt.engine.forward import ForwardRun, Guess
-from guessopt.engine.levels import DualEngine, FastEngine, JvpEngine, PrimalRun, is_foreign
+from guessopt.engine.jvp.engines import DualEngine, FastEngine, JvpEngine, PrimalRun, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import AuditError
+from guessopt.graph import Kind, SiteGraph
+from guessopt.layout import is_differentiable
+from guessopt.ops.base import is_in_place
+from guessopt.record import ForwardRecord
 from guessopt.rng import RandomState, cuda_devices
-from guessopt.rules.base import is_in_place
-from guessopt.sites import ForwardRecord, Kind, Site, SiteGraph, is_differentiable
+from guessopt.sites import Site
 from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, results_of, tensors_in
 from guessopt.tracing.tape import memory_of, version_of
 

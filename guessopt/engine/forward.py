@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.levels import JvpEngine, inner, is_foreign
+from guessopt.engine.jvp.engines import JvpEngine, inner, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
+from guessopt.graph import Kind, SiteGraph
+from guessopt.ops.base import CachedCall, is_in_place, moves_statistics
+from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws, replayed
-from guessopt.rules.base import CachedCall, is_in_place, moves_statistics
-from guessopt.sites import Call, ForwardRecord, Kind, SavedCall, Site, SiteGraph, Value, name_of
+from guessopt.sites import Call, Site, Value, name_of
 from guessopt.tracing.interceptor import (
     AS_IT_IS,
     CustomFunction,

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from guessopt.errors import refusal, refused
+from guessopt.graph import SiteGraph
+from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import replayed
-from guessopt.sites import ForwardRecord, SavedCall, Site, SiteGraph
+from guessopt.sites import Site
 from guessopt.tracing.interceptor import AS_IT_IS
 from guessopt.tracing.writes import kept
 

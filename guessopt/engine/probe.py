@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.sites import Cut, Layout, Shape, Site
+from guessopt.graph import Cut
+from guessopt.layout import Layout, Shape
+from guessopt.sites import Site
 
 #: From a site's output and the numbers of some lanes: the site's tangents in these, ``[lanes, *shape]``.
 Tangents = Callable[[Tensor, Sequence[int]], Tensor]

@@ -1,16 +1,16 @@
 """The estimators: one family a file, all on one contract (``base.py``)."""
 
+from guessopt.estimator import Estimator, describe, estimator_names, make_estimator, register_estimator
 from guessopt.estimators.activation import ActivationPerturbation
 from guessopt.estimators.auto import Auto
-from guessopt.estimators.base import Estimator, describe, estimator_names, make_estimator, register_estimator
 from guessopt.estimators.directional import DirectionalDescent
 from guessopt.estimators.downstream import Downstream, SelfSharpening
-from guessopt.estimators.feedback import LearnedFeedback
 from guessopt.estimators.mixing import ActivationMixing
 from guessopt.estimators.newton_schulz import WPerpNS
 from guessopt.estimators.perp import WPerp
 from guessopt.estimators.precondition import WPreconditioned
 from guessopt.estimators.transpose import WTranspose
+from guessopt.feedback.options import LearnedFeedback
 
 __all__ = [
     "ActivationMixing",

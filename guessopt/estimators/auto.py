@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from guessopt.estimator import Estimator, register_estimator
 from guessopt.estimators.activation import ActivationPerturbation
-from guessopt.estimators.base import Estimator, register_estimator
 from guessopt.estimators.downstream import Downstream
 from guessopt.estimators.perp import WPerp
 from guessopt.sites import Site

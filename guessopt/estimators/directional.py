@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_noise, register_estimator
+from guessopt.estimator import Estimator, check_noise, register_estimator
 from guessopt.tracing.context import SiteContext
 
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
-from guessopt.sites import Site, SiteGraph
+from guessopt.estimator import Estimator, check_debias, check_noise, register_estimator
+from guessopt.graph import SiteGraph
+from guessopt.sites import Site
 from guessopt.tracing.context import SiteContext
 from guessopt.tracing.graph import FURTHEST
 

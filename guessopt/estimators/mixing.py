@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
-from guessopt.sites import Layout, Shape
+from guessopt.estimator import Estimator, check_debias, check_noise, register_estimator
+from guessopt.layout import Layout, Shape
 from guessopt.tracing.context import SiteContext
 
 

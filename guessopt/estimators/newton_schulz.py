@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
+from guessopt.estimator import Estimator, check_debias, check_noise, check_refresh, register_estimator
 from guessopt.estimators.perp import OVERSAMPLING, is_masked_linear
 from guessopt.estimators.transpose import moment_through, pull_back_noise
 from guessopt.linalg import masked_right_basis, newton_schulz, odd_polynomial, refined_right_basis, right_singular_basis

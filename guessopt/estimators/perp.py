@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
+from guessopt.estimator import Estimator, check_debias, check_noise, check_refresh, register_estimator
 from guessopt.estimators.transpose import moment_through, pull_back_noise
 from guessopt.linalg import masked_right_basis, refined_right_basis, right_singular_basis
 from guessopt.sites import Matrix, Site

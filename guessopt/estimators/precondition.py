@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
+from guessopt.estimator import Estimator, check_debias, check_noise, check_refresh, register_estimator
 from guessopt.estimators.perp import is_masked_linear, masked, masked_moment
 from guessopt.estimators.transpose import moment_through, pull_back_noise
 from guessopt.linalg import of_singular_values

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
+from guessopt.estimator import Estimator, check_debias, check_noise, check_refresh, register_estimator
 from guessopt.linalg import of_singular_values
 from guessopt.sites import Matrix, Site
 from guessopt.tracing.context import SiteContext, alike

@@ -13,25 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guessopt.chains import Block
 from guessopt.errors import refusal, refused
+from guessopt.layout import Layout, Shape
+from guessopt.ops.base import PULLED_BACK, REUSED, CachedCall, moves_statistics, push, without_side_effects
+from guessopt.ops.drawing import draws_now
+from guessopt.ops.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
+from guessopt.record import GraphInput, Graphs
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
-from guessopt.rules.base import PULLED_BACK, REUSED, CachedCall, moves_statistics, push, without_side_effects
-from guessopt.rules.drawing import draws_now
-from guessopt.rules.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
-from guessopt.sites import (
-    Block,
-    Call,
-    DownstreamPath,
-    GraphInput,
-    Graphs,
-    Layout,
-    Matrix,
-    ParallelSites,
-    Segment,
-    Shape,
-    Site,
-    Value,
-)
+from guessopt.sites import Call, DownstreamPath, Matrix, ParallelSites, Segment, Site, Value
 from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, dense, tensors_in
 from guessopt.tracing.writes import copied, kept
 

@@ -10,27 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import MatrixRule, Rule, rule_for
-from guessopt.rules.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
-from guessopt.rules.norm import CHANNELS_SECOND
-from guessopt.sites import (
-    Call,
-    Cut,
-    DownstreamPath,
-    Kind,
-    Layout,
-    Matrix,
-    OutputSpan,
-    Outside,
-    ParallelSites,
-    Segment,
-    Shape,
-    Site,
-    SiteGraph,
-    Stream,
-    Value,
-    numel,
-)
+from guessopt.chains import Stream
+from guessopt.graph import Cut, Kind, Outside, SiteGraph
+from guessopt.layout import Layout, Shape, numel
+from guessopt.ops.base import MatrixRule, Rule, rule_for
+from guessopt.ops.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
+from guessopt.ops.norm import CHANNELS_SECOND
+from guessopt.sites import Call, DownstreamPath, Matrix, OutputSpan, ParallelSites, Segment, Site, Value
 from guessopt.tracing.interceptor import CustomFunction, dense
 from guessopt.tracing.residual import Chain
 from guessopt.tracing.tape import Tape

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from guessopt.errors import ClosureError, refusal, refused
 from guessopt.exclusive import Interrupts, interrupts_now, running
-from guessopt.sites import is_differentiable
+from guessopt.layout import is_differentiable
 
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:

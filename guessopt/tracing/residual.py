@@ -14,9 +14,10 @@ from functools import reduce
 
 from torch import Tensor
 
-from guessopt.rules.drawing import draws_now
-from guessopt.rules.elementwise import ADDITION
-from guessopt.sites import Block, Call, Site, Stream
+from guessopt.chains import Block, Stream
+from guessopt.ops.drawing import draws_now
+from guessopt.ops.elementwise import ADDITION
+from guessopt.sites import Call, Site
 from guessopt.tracing.tape import Tape
 
 #: Matrix sites on the longest way through a block, at most: one that is deeper would be a network of its own.

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.errors import ClosureError
-from guessopt.rules.base import is_in_place
-from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
+from guessopt.graph import Kind
+from guessopt.layout import Shape, is_differentiable
+from guessopt.ops.base import is_in_place
+from guessopt.sites import Call, Value
 from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, results_of, stops_gradient
 from guessopt.tracing.writes import Writes, plain
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from guessopt import GuessGradOptimizer
-from guessopt.sites import Layout
+from guessopt.layout import Layout
 from tests.fuzzing.networks import FAMILY_NAMES, LOSS_NAMES, Network, Op, alone, build, from_seed, networks
 from tests.fuzzing.oracles import CHANGES, ORACLES, Finding, check, optimizer, seeded
 from tests.fuzzing.parts import LOSSES, OPERATIONS

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import register_tangent
+from guessopt.ops.base import register_tangent
 
 
 @register_tangent(F.embedding_bag, duals=2)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import PULLED_BACK, CachedCall, no_more, register_tangent
+from guessopt.ops.base import PULLED_BACK, CachedCall, no_more, register_tangent
 from guessopt.sites import Call
 
 UNARY: set[Callable[..., Any]] = {

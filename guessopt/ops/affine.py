@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.rules.base import FeedbackMap, Rule, register_rule
-from guessopt.rules.elementwise import ADDITION
+from guessopt.ops.base import FeedbackMap, Rule, register_rule
+from guessopt.ops.elementwise import ADDITION
 
 _PRODUCT: set[Callable[..., Any]] = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply}
 

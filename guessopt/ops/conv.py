@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import grad as nn_grad
 
-from guessopt.rules.base import MatrixRule, TangentRule, pull_back_by_vjp, register_rule, register_tangent
-from guessopt.sites import Matrix, Shape
+from guessopt.layout import Shape
+from guessopt.ops.base import MatrixRule, TangentRule, pull_back_by_vjp, register_rule, register_tangent
+from guessopt.sites import Matrix
 
 _DIMS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _INPUT = {1: nn_grad.conv1d_input, 2: nn_grad.conv2d_input, 3: nn_grad.conv3d_input}

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from guessopt.ops.attention import drops_out
 from guessopt.rng import draws
-from guessopt.rules.attention import drops_out
 from guessopt.sites import Call
 
 #: Each takes a probability and a flag for training.

@@ -20,10 +20,12 @@ from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from guessopt.rules.attention import drops_out
-from guessopt.rules.base import CachedCall, tangent_for, without_side_effects
-from guessopt.rules.drawing import RECURRENT
-from guessopt.sites import GraphInput, Graphs, Stream, is_differentiable
+from guessopt.chains import Stream
+from guessopt.layout import is_differentiable
+from guessopt.ops.attention import drops_out
+from guessopt.ops.base import CachedCall, tangent_for, without_side_effects
+from guessopt.ops.drawing import RECURRENT
+from guessopt.record import GraphInput, Graphs
 from guessopt.tracing.interceptor import AS_IT_IS
 from guessopt.tracing.writes import plain
 

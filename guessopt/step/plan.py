@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.engine.forward import ForwardRun, GraphMismatch
-from guessopt.engine.levels import FastEngine, JvpEngine
+from guessopt.engine.jvp.engines import FastEngine, JvpEngine
+from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.engine.probe import Found, Tangents, find_layouts
-from guessopt.engine.stacked import StackedEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.engine.witness import Mixing, WatchedRun, Witness
 from guessopt.errors import ClosureError
-from guessopt.sites import Layout, ParallelSites, Site, SiteGraph, is_differentiable
+from guessopt.graph import SiteGraph
+from guessopt.layout import Layout, is_differentiable
+from guessopt.sites import ParallelSites, Site
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.tape import Tape
 

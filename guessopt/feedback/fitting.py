@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from guessopt.estimators.moments import TINY, Products, State, stepped
-from guessopt.estimators.places import FeedbackMap
+from guessopt.feedback.maps import FeedbackMap
+from guessopt.feedback.updates import TINY, Products, State, stepped
 
 if TYPE_CHECKING:
-    from guessopt.estimators.feedback import LearnedFeedback
+    from guessopt.feedback.options import LearnedFeedback
 
 #: Gain in units of ``beta``: what is fitted is known for every example, where guesses tell it along one direction.
 KNOWN = 4

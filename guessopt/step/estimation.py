@@ -18,8 +18,21 @@ from guessopt.cache import SiteCache
 from guessopt.engine.audit import Audit, AuditReport
 from guessopt.engine.forward import ForwardRun, GraphMismatch, Guess
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import BlockVjpRun, FastEngine, JvpEngine, LossGradRun, PrimalRun
-from guessopt.engine.planning import (
+from guessopt.engine.jvp.engines import BlockVjpRun, FastEngine, JvpEngine, LossGradRun, PrimalRun
+from guessopt.engine.jvp.stacked import StackedEngine, combined, mean_weights, projection_weights, stack
+from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
+from guessopt.estimator import Estimator, LearningStep, describe
+from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, unscaled
+from guessopt.feedback.updates import sound
+from guessopt.graph import SiteGraph
+from guessopt.hooks import Hooks, apart, fire, hooked, lifted
+from guessopt.layout import Shape, numel
+from guessopt.ops.base import CachedCall
+from guessopt.ops.drawing import draws_now
+from guessopt.record import ForwardRecord, SavedCall
+from guessopt.rng import NoiseSource, RandomState
+from guessopt.sites import ParallelSites, Site
+from guessopt.step.plan import (
     Plan,
     Transaction,
     check_finite,
@@ -30,18 +43,7 @@ from guessopt.engine.planning import (
     unstable,
     warn_of_coupling,
 )
-from guessopt.engine.replay import Deliver, Journal, Replay
-from guessopt.engine.stacked import StackedEngine, combined, mean_weights, projection_weights, stack
-from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
-from guessopt.estimators.base import Estimator, LearningStep, describe
-from guessopt.estimators.moments import sound
-from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, unscaled
-from guessopt.hooks import Hooks, apart, fire, hooked, lifted
-from guessopt.memory import choose
-from guessopt.rng import NoiseSource, RandomState
-from guessopt.rules.base import CachedCall
-from guessopt.rules.drawing import draws_now
-from guessopt.sites import ForwardRecord, ParallelSites, SavedCall, Shape, Site, SiteGraph, numel
+from guessopt.step.replay import Deliver, Journal, Replay
 from guessopt.tracing.context import ParallelContext, Random, SiteContext, centred, draw, walked
 from guessopt.tracing.interceptor import NoGrad, without_autocast
 from guessopt.update import Updates, base_step, only, together
@@ -146,11 +148,6 @@ class Estimation:
                 gradients = self._gradients(plan, records[0])
         self._steps += 1
         return loss, apart({k: _laid_out(g, self._params[k]) for k, g in gradients.items()})
-
-    def _settle(self, closure: Callable[[], Any]) -> None:
-        """Replace ``memory="auto"`` by the mode that ``guessopt.plan`` recommends."""
-        if self.memory == "auto":
-            self.memory = choose(self, closure, self._budget)
 
     def _refused(self, memory: str, graph: SiteGraph | None = None) -> str | None:
         """Why a memory mode cannot be used; None if it can. Without a graph, some reasons are not known yet."""

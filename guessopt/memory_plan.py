@@ -17,13 +17,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.weak import WeakIdKeyDictionary
 
-from guessopt.engine.planning import trace
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
+from guessopt.step.plan import trace
 from guessopt.tracing.interceptor import Interceptor, read_by, results_of, tensors_in
 
 if TYPE_CHECKING:
-    from guessopt.stepping import Estimation
+    from guessopt.step.estimation import Estimation
 
 Closure = Callable[[], Any]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {

@@ -11,8 +11,11 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from guessopt.graph import SiteGraph
+from guessopt.layout import Shape
 from guessopt.linalg import conjugate_gradients
-from guessopt.sites import ForwardRecord, Matrix, Shape, Site, SiteGraph
+from guessopt.record import ForwardRecord
+from guessopt.sites import Matrix, Site
 from guessopt.tracing.context import NOISES, SiteContext
 
 _ESTIMATORS: dict[str, type[Estimator]] = {}

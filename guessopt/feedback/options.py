@@ -14,13 +14,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, LearningStep, Noise, describe, make_estimator, register_estimator
-from guessopt.estimators.correction import amplitude
-from guessopt.estimators.fitting import readers
-from guessopt.estimators.places import STRUCTURES, FeedbackMap, Form, Output
-from guessopt.estimators.sitewise import Sitewise, SitewisePlan, separable_sites
-from guessopt.estimators.stream import Streamwise, stream_places
-from guessopt.sites import Matrix, Site, SiteGraph, Stream
+from guessopt.chains import Stream
+from guessopt.estimator import Estimator, LearningStep, Noise, describe, make_estimator, register_estimator
+from guessopt.feedback.correction import amplitude
+from guessopt.feedback.fitting import readers
+from guessopt.feedback.maps import STRUCTURES, FeedbackMap, Form, Output
+from guessopt.feedback.residual import Streamwise, stream_places
+from guessopt.feedback.sitewise import Sitewise, SitewisePlan, separable_sites
+from guessopt.graph import SiteGraph
+from guessopt.sites import Matrix, Site
 from guessopt.tracing.context import SiteContext
 
 STARTS = ("weights", "random", "zero")

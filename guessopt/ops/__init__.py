@@ -1,7 +1,7 @@
 """One file per operation family: gradients of its parameters, its tangent, and W~ where it is a matrix."""
 
-from guessopt.rules import affine, attention, conv, elementwise, embedding, linear, norm
-from guessopt.rules.base import MatrixRule, Rule, register_rule, register_tangent, rule_for, tangent_for
+from guessopt.ops import affine, attention, conv, elementwise, embedding, linear, norm
+from guessopt.ops.base import MatrixRule, Rule, register_rule, register_tangent, rule_for, tangent_for
 
 __all__ = [
     "MatrixRule",

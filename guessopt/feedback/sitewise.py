@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import LearningStep, Noise
-from guessopt.estimators.correction import Correction, Remainder, amplitude
-from guessopt.estimators.fitting import Fitting
-from guessopt.estimators.moments import TINY, State, fits, moments, normalised, samples, shared_gain, stepped
-from guessopt.estimators.places import Axes, FeedbackMap, Form, Output, SiteFeedback, apart, wide
-from guessopt.sites import ForwardRecord, Layout, Site, SiteGraph
+from guessopt.estimator import LearningStep, Noise
+from guessopt.feedback.correction import Correction, Remainder, amplitude
+from guessopt.feedback.fitting import Fitting
+from guessopt.feedback.maps import Axes, FeedbackMap, Form, Output, SiteFeedback, apart, wide
+from guessopt.feedback.updates import TINY, State, fits, moments, normalised, samples, shared_gain, stepped
+from guessopt.graph import SiteGraph
+from guessopt.layout import Layout
+from guessopt.record import ForwardRecord
+from guessopt.sites import Site
 from guessopt.tracing.context import SiteContext
 
 if TYPE_CHECKING:
-    from guessopt.estimators.feedback import LearnedFeedback
+    from guessopt.feedback.options import LearnedFeedback
 
 #: Largest amplitude of a guess, in units of the smallest.
 MAX_AMPLITUDE = 1e4

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import LearningStep
-from guessopt.estimators.correction import Correction, Remainder
-from guessopt.estimators.fitting import Fitting
-from guessopt.estimators.moments import (
+from guessopt.chains import Block
+from guessopt.estimator import LearningStep
+from guessopt.feedback.correction import Correction, Remainder
+from guessopt.feedback.fitting import Fitting
+from guessopt.feedback.maps import FeedbackMap, Form, Output, apart
+from guessopt.feedback.updates import (
     State,
     agreement,
     fits,
@@ -28,13 +30,15 @@ from guessopt.estimators.moments import (
     shared_gain,
     stepped,
 )
-from guessopt.estimators.places import FeedbackMap, Form, Output, apart
-from guessopt.rules.base import push
-from guessopt.sites import Block, Call, ForwardRecord, Layout, Site, SiteGraph
+from guessopt.graph import SiteGraph
+from guessopt.layout import Layout
+from guessopt.ops.base import push
+from guessopt.record import ForwardRecord
+from guessopt.sites import Call, Site
 from guessopt.tracing.context import SiteContext, Subgraph, evaluate
 
 if TYPE_CHECKING:
-    from guessopt.estimators.feedback import LearnedFeedback
+    from guessopt.feedback.options import LearnedFeedback
 
 
 class Streamwise(LearningStep):

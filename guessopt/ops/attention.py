@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import PULLED_BACK, CachedCall, register_tangent
+from guessopt.ops.base import PULLED_BACK, CachedCall, register_tangent
 
 _jacobian = torch._softmax_backward_data
 

@@ -19,7 +19,8 @@ from torch.func import vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.sites import Matrix, Shape
+from guessopt.layout import Shape
+from guessopt.sites import Matrix
 
 _RULES: dict[Callable[..., Any], Rule] = {}
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from guessopt.engine.forward import ForwardRun, Guess
 from guessopt.engine.gradients import Gradients, scaled
-from guessopt.engine.levels import PrimalRun
+from guessopt.engine.jvp.engines import PrimalRun
 from guessopt.engine.transaction import Transaction
+from guessopt.graph import Kind, SiteGraph
+from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState
-from guessopt.sites import ForwardRecord, Kind, SavedCall, Site, SiteGraph
+from guessopt.sites import Site
 
 #: Takes whole gradients, by position.
 Deliver = Callable[[dict[int, Tensor]], None]

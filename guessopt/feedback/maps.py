@@ -12,7 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from guessopt.sites import Layout, Matrix, Shape, Site, SiteGraph, numel
+from guessopt.graph import SiteGraph
+from guessopt.layout import Layout, Shape, numel
+from guessopt.sites import Matrix, Site
 from guessopt.tracing.context import SiteContext
 
 STRUCTURES = ("auto", "position", "shared")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import CachedCall, FeedbackMap, Rule, register_rule, register_tangent
+from guessopt.ops.base import CachedCall, FeedbackMap, Rule, register_rule, register_tangent
 
 _NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.estimators.moments import State, shrunken
-from guessopt.estimators.places import apart, by_example, wide
-from guessopt.sites import Site, SiteGraph
+from guessopt.feedback.maps import apart, by_example, wide
+from guessopt.feedback.updates import State, shrunken
+from guessopt.graph import SiteGraph
+from guessopt.sites import Site
 
 #: A remainder is rounding where it is below so many machine epsilons of the numbers that were subtracted.
 ROUNDINGS = 64

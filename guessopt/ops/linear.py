@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.rules.base import CachedCall, MatrixRule, no_more, register_rule, register_tangent
-from guessopt.sites import Matrix, Shape
+from guessopt.layout import Shape
+from guessopt.ops.base import CachedCall, MatrixRule, no_more, register_rule, register_tangent
+from guessopt.sites import Matrix
 
 
 class _Linear(MatrixRule):

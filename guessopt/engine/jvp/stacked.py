@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-from guessopt.engine.levels import FastEngine, JvpEngine, _pack, _unpack, check_tangent, is_foreign
+from guessopt.engine.jvp.engines import FastEngine, JvpEngine, _pack, _unpack, check_tangent, is_foreign
+from guessopt.graph import SiteGraph
+from guessopt.layout import Layout, is_differentiable
+from guessopt.ops.attention import stacked_attention
+from guessopt.ops.base import is_in_place, tangent_for
+from guessopt.ops.elementwise import ADDITION, RELU, UNARY, relu_pull_back
+from guessopt.ops.linear import linear
+from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws
-from guessopt.rules.attention import stacked_attention
-from guessopt.rules.base import is_in_place, tangent_for
-from guessopt.rules.elementwise import ADDITION, RELU, UNARY, relu_pull_back
-from guessopt.rules.linear import linear
-from guessopt.sites import ForwardRecord, Layout, SavedCall, SiteGraph, is_differentiable
 from guessopt.tracing.interceptor import map_tensors, tensors_in
 
 T = TypeVar("T")

@@ -1,0 +1,89 @@
+"""A network as a chain of blocks between the states of its residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from guessopt.layout import Shape
+from guessopt.sites import Call
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of the network between two states of its residual stream.
+
+    ``source``: the state before it (None: the network's input); ``goals``: the state after it, or the cuts;
+    ``program``: the calls between; ``entries``: values made there from the input alone. ``skip``: the calls of a way
+    through without a matrix site, or around others with one, from ``origin`` on (up to there it is the identity); None
+    where there is no such way. ``matrices``: matrix sites on the longest way through. ``sites``: indices of the sites
+    inside."""
+
+    source: int | None
+    goals: tuple[int, ...]
+    program: tuple[Call, ...]
+    entries: tuple[int, ...]
+    skip: tuple[Call, ...] | None
+    origin: int | None
+    matrices: int
+    sites: tuple[int, ...] = ()
+
+    def needs(self) -> set[int]:
+        """Values that the programs read and do not make."""
+        found = {v for v in (self.source, self.origin, *self.entries) if v is not None}
+        return found | _read(self.program) | _read(self.skip or ())
+
+    @cached_property
+    def ends_in_skip(self) -> bool:
+        """Whether all that reads the skip's origin is the skip itself: what comes after an addition, say."""
+        if not self.skip or self.origin == self.source:
+            return False
+        reached, calls = {self.origin}, {call.index for call in self.skip}
+        for call in self.program:
+            if reached.intersection(call.inputs):
+                reached.update(call.outputs)
+                if call.index not in calls:
+                    return False
+        return True
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A network as a chain of blocks, the head last; ``shapes``: of the states, by value; ``fragile``: values that
+    later calls write into; ``drawing``: calls inside blocks that may draw random numbers."""
+
+    blocks: tuple[Block, ...]
+    shapes: dict[int, Shape]
+    fragile: frozenset[int] = frozenset()
+    drawing: frozenset[int] = frozenset()
+
+    @cached_property
+    def reverses(self) -> frozenset[int]:
+        """The calls that the blocks' reverse graphs hold."""
+        return frozenset(call.index for block in self.blocks for call in block.program)
+
+    @cached_property
+    def origins(self) -> frozenset[int]:
+        """Where skips begin to which a block's graph can be pulled back, since nothing else reads these values."""
+        return frozenset(block.origin for block in self.blocks if block.ends_in_skip and block.origin is not None)
+
+    @cached_property
+    def needs(self) -> frozenset[int]:
+        """Values that are needed beside the blocks' graphs: the states, and what skips read that are run once more."""
+        return frozenset(self.shapes).union(*map(_read, self._apart))
+
+    @cached_property
+    def redrawn(self) -> frozenset[int]:
+        """Of the calls that draw, those that are run once more beside the blocks' graphs."""
+        return self.drawing.intersection(call.index for skip in self._apart for call in skip)
+
+    @property
+    def _apart(self) -> list[tuple[Call, ...]]:
+        """Skips to which no block's graph leads."""
+        return [block.skip for block in self.blocks if block.skip and not block.ends_in_skip]
+
+
+def _read(calls: tuple[Call, ...]) -> set[int]:
+    """Values that the calls read and do not make."""
+    made = {o for call in calls for o in call.outputs}
+    return {v for call in calls for v in call.inputs if v not in made}

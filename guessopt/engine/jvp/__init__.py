@@ -1,0 +1,1 @@
+"""The engines: forward-mode AD behind one interface."""
