@@ -20,18 +20,9 @@ from guessopt.ops.base import CachedCall, is_in_place, moves_statistics
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Call, Site, Value, name_of
-from guessopt.tracing.interceptor import (
-    AS_IT_IS,
-    CustomFunction,
-    Interceptor,
-    autocast_of,
-    compared,
-    map_tensors,
-    results_of,
-    stops_gradient,
-    tensors_in,
-)
+from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient
 from guessopt.tracing.writes import BINDING, Memory, copied, generators_in
+from guessopt.tree import compared, map_tensors, results_of, tensors_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 

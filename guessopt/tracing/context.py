@@ -22,8 +22,9 @@ from guessopt.ops.elementwise import DROPOUT, derivative, lasting_derivative, pu
 from guessopt.record import GraphInput, Graphs
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.sites import Call, DownstreamPath, Matrix, ParallelSites, Segment, Site, Value
-from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, dense, tensors_in
+from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, dense
 from guessopt.tracing.writes import copied, kept
+from guessopt.tree import map_leaves, tensors_in
 
 
 class SiteContext:
@@ -461,14 +462,8 @@ def _autocasting(call: Call, values: dict[int, Tensor]) -> AbstractContextManage
 
 
 def _fill(node: Any, values: dict[int, Tensor]) -> Any:
-    kind = type(node)
-    if kind is Value:
-        return values[node.id]
-    if kind is tuple or kind is list:
-        return kind([values[item.id] if type(item) is Value else _fill(item, values) for item in node])
-    if kind is dict:
-        return {key: _fill(item, values) for key, item in node.items()} if node else {}
-    return node
+    """Recorded arguments with tensors in place of ``Value``s."""
+    return map_leaves(node, Value, lambda value: values[value.id])
 
 
 def _closed(call: Call) -> Callable[[Tensor], Tensor]:

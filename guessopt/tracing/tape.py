@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.errors import ClosureError
@@ -18,8 +17,9 @@ from guessopt.graph import Kind
 from guessopt.layout import Shape, is_differentiable
 from guessopt.ops.base import is_in_place
 from guessopt.sites import Call, Value
-from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, results_of, stops_gradient
+from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient
 from guessopt.tracing.writes import Writes, plain
+from guessopt.tree import map_tensors, results_of
 
 
 class Tape(Interceptor):
@@ -82,9 +82,7 @@ class Tape(Interceptor):
         self.compiled = self.compiled or (bool(mine) and _within_compiled_code())
         reads = tuple(self._read(t, index, position, fn) for position, t in enumerate(tensors))
         inputs = tuple(v if v >= 0 else ~v for v in reads)
-        recorded_args, recorded_kwargs = tree_map_only(
-            Tensor, lambda t: Value(self.value(t)), (args, kwargs), is_leaf=lambda node: isinstance(node, torch.Size)
-        )  # a size stays a size: ``t.new(size)`` takes a tuple for data
+        recorded_args, recorded_kwargs = map_tensors((args, kwargs), lambda t: Value(self.value(t)))
         if kwargs.get("out") is not None and (mine or any(v in self.active for v in inputs)):
             raise ClosureError(
                 f"{getattr(fn, '__name__', fn)}(out=...) has no derivative; leave out= away and use what it returns"

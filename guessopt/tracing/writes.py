@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 
 from guessopt.errors import ClosureError
-from guessopt.tracing.interceptor import map_tensors, tensors_in
+from guessopt.tree import map_tensors, tensors_in
 
 
 class Writes(TorchDispatchMode):
