@@ -20,7 +20,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
 from guessopt.step.plan import trace
-from guessopt.tracing.interceptor import Interceptor, read_by
+from guessopt.tracing.functions import read_by
+from guessopt.tracing.interceptor import Interceptor
 from guessopt.tree import results_of, tensors_in
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ class Call:
     autocast: tuple[str, torch.dtype] | None = None
     reads: tuple[int, ...] = ()
     outline: list[Any] = field(default_factory=list)
-    direct: int = 1
+    result_count: int = 1
     target: int | None = None
     moves: tuple[tuple[int, int], ...] = ()
     held: tuple[tuple[int, int], ...] = ()

@@ -51,7 +51,8 @@ from guessopt.ops.base import is_in_place
 from guessopt.record import ForwardRecord
 from guessopt.rng import RandomState, cuda_devices
 from guessopt.sites import Site
-from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction
+from guessopt.tracing.answers import CustomFunction
+from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.tape import memory_of, version_of
 from guessopt.tree import map_tensors, results_of, tensors_in
 

@@ -20,7 +20,9 @@ from guessopt.ops.base import CachedCall, is_in_place, moves_statistics
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Call, Site, Value, name_of
-from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, Interceptor, autocast_of, stops_gradient
+from guessopt.tracing.answers import CustomFunction
+from guessopt.tracing.functions import AS_IT_IS, autocast_of, stops_gradient
+from guessopt.tracing.interceptor import Interceptor
 from guessopt.tracing.writes import BINDING, Memory, copied, generators_in
 from guessopt.tree import compared, map_tensors, results_of, tensors_in
 
@@ -152,8 +154,8 @@ class ForwardRun(Interceptor):
         out = self._run(index, kind, fn, args, kwargs, tensors)
 
         results = results_of(out, tensors)
-        if len(results) != call.direct:
-            raise GraphMismatch(index, f"{name_of(fn)} returned {len(results)} tensors in place of {call.direct}")
+        if len(results) != call.result_count:
+            raise GraphMismatch(index, f"{name_of(fn)} returned {len(results)} tensors in place of {call.result_count}")
         if call.target is None and tensors and any(t is tensors[0] for t in results):
             out, results = self._copied(call, kind, out, results, tensors[0])
         for k, value in leaving:

@@ -35,7 +35,8 @@ from guessopt.layout import Layout
 from guessopt.ops.base import push
 from guessopt.record import ForwardRecord
 from guessopt.sites import Call, Site
-from guessopt.tracing.context import SiteContext, Subgraph, evaluate
+from guessopt.tracing.context import SiteContext
+from guessopt.tracing.subgraph import Subgraph, evaluate
 
 if TYPE_CHECKING:
     from guessopt.feedback.options import LearnedFeedback
@@ -206,7 +207,7 @@ class BackwardSweep:
             return lambda c: c
         assert block.origin is not None
         goals, origin = block.goals, block.origin
-        if run is None or not block.ends_in_skip or origin not in run.ends:
+        if run is None or not block.ends_in_skip or origin not in run.inputs:
             run = self._again(block.skip, [origin])
         pull_back = run.pull_back
         return lambda c: pull_back(goals, [c], [origin])[0]

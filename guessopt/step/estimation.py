@@ -44,8 +44,9 @@ from guessopt.step.plan import (
     warn_of_coupling,
 )
 from guessopt.step.replay import Deliver, Journal, Replay
-from guessopt.tracing.context import ParallelContext, Random, SiteContext, centred, draw, walked
-from guessopt.tracing.interceptor import NoGrad, without_autocast
+from guessopt.tracing.context import ParallelContext, SiteContext, centred, draw
+from guessopt.tracing.functions import NoGrad, without_autocast
+from guessopt.tracing.subgraph import Random, walked
 from guessopt.update import Updates, base_step, only, together
 
 #: What a step keeps: see ``GuessGradOptimizer``.
@@ -758,9 +759,9 @@ class Estimation:
         estimator, key, learned = found
         source, several = round.source, round.count > 1
         joint, known = plan.joints.get(site.index), None if estimator.learns else round.known
-        ctx = SiteContext(site, s, values, source, several=several, known=known)
+        ctx = SiteContext(site, s, values, source, several=several, cached=known)
         if joint is not None:
-            ctx = ParallelContext(joint, site, s, values, source, several=several, known=known)
+            ctx = ParallelContext(joint, site, s, values, source, several=several, cached=known)
         if estimator.learns:
             ctx = lasting(ctx, values, source)
             round.contexts[site.index] = ctx.replaying(round.random) if round.random else ctx

@@ -17,7 +17,8 @@ from guessopt.ops.base import MatrixRule, Rule, rule_for
 from guessopt.ops.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
 from guessopt.ops.norm import CHANNELS_SECOND
 from guessopt.sites import Call, DownstreamPath, Matrix, OutputSpan, ParallelSites, Segment, Site, Value
-from guessopt.tracing.interceptor import CustomFunction, dense
+from guessopt.tracing.answers import CustomFunction
+from guessopt.tracing.functions import dense
 from guessopt.tracing.residual import Chain
 from guessopt.tracing.tape import Tape
 
@@ -173,7 +174,7 @@ class Analysis:
                 continue
             call = tape.calls[c]
             read = {v for v in call.outputs if v in self.cut_values or self._is_read(v)}
-            for k, v in enumerate(call.outputs[: call.direct]):
+            for k, v in enumerate(call.outputs[: call.result_count]):
                 if v in self.active and (v in read or (call.in_place and read)):
                     found.append(
                         Site(

@@ -17,7 +17,8 @@ from guessopt.graph import Kind
 from guessopt.layout import Shape, is_differentiable
 from guessopt.ops.base import is_in_place
 from guessopt.sites import Call, Value
-from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, stops_gradient
+from guessopt.tracing.functions import autocast_of, read_by, stops_gradient
+from guessopt.tracing.interceptor import Interceptor
 from guessopt.tracing.writes import Writes, plain
 from guessopt.tree import map_tensors, results_of
 
@@ -128,7 +129,7 @@ class Tape(Interceptor):
                 index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place,
                 aliases=(in_place and (len(outputs) > 1 or written != [0])) or any(v in self.active for _, v in moves),
                 autocast=autocast_of(tensors[0]) if tensors else None,
-                reads=reads, outline=outline, direct=len(results),
+                reads=reads, outline=outline, result_count=len(results),
                 target=next((k for k in written if results and tensors[k] is results[0]), None), moves=moves, held=held,
                 sources=(*inputs, *(old for old, new in (*moves, *held) if new in self.active)), stopped=stopped,
                 writes=self.writes.of(index)[0], hidden=self.writes.of(index)[1],

@@ -26,7 +26,7 @@ from guessopt.ops.attention import drops_out
 from guessopt.ops.base import CachedCall, tangent_for, without_side_effects
 from guessopt.ops.drawing import RECURRENT
 from guessopt.record import GraphInput, Graphs
-from guessopt.tracing.interceptor import AS_IT_IS
+from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.writes import plain
 
 T = TypeVar("T")
