@@ -254,7 +254,7 @@ def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypa
     monkeypatch.setattr(opt, "_direct", lambda plan, learning_steps: frozenset())  # as in a step whose guesses correct
     monkeypatch.setattr(opt, "_rests", lambda plan: False)
     truth, found = Truth(opt, closure), draw(opt, closure).cotangents
-    assert truth.graph.stream is not None
+    assert truth.graph.chain is not None
     last = [site for site in truth.graph.sites if opt._names[site.params[0]].startswith("2.")]
     assert {site.op for site in last} == {"lstm_cell", "linear"} and len(last) == 3
     for site in last:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.jvp.engines import JvpEngine
 from guessopt.sites import name_of
-from guessopt.tracing.graph import Analysis
+from guessopt.tracing.analysis import Analysis
 from guessopt.tree import results_of, tensors_in
 
 #: Called before a call with the level and the call's index, function and tensors. May return a function, which is then

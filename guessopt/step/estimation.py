@@ -142,7 +142,7 @@ class Estimation:
         else:
             plan, records = self._derivatives(closure, transaction)
             loss = records[0].loss
-            if plan.graph.stream is None:
+            if plan.graph.chain is None:
                 gradients = self._replay(plan, records, closure, transaction)
                 self._learn(plan, records[0])
             else:  # block by block, without another pass
@@ -480,7 +480,7 @@ class Estimation:
         probes = is_due_for_probe(plan)
         if probes:
             self._reprobe(plan, closure, transaction)
-        if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.early:
+        if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.constant_values:
             self._look(plan, closure, transaction)
         noise, cached = self._noise.snapshot(), self._cache.copy()
         for _ in range(3):
@@ -564,7 +564,7 @@ class Estimation:
         self, plan: Plan, closure: Callable[[], Any], transaction: Transaction, count: int = 1, keeps: bool = True
     ) -> ForwardRecord:
         guesses, learning_steps = self._guesses_of(plan), self._lessons(plan)
-        keeps = keeps or plan.graph.stream is not None
+        keeps = keeps or plan.graph.chain is not None
         audited = self._is_audited(plan)
         before = None if keeps and not audited else self._noise.snapshot()
         random = dict[int, RandomState | None].fromkeys(_redrawn(plan.graph)) if learning_steps else {}
@@ -618,9 +618,9 @@ class Estimation:
                 site.cut is not None and site.index not in guesses for site in plan.graph.sites
             ):
                 record.errors = []
-        plan.graph.met.clear()
+        plan.graph.first_pass_tensors.clear()
         if not keeps:
-            plan.graph.met.update(run.met)
+            plan.graph.first_pass_tensors.update(run.met)
         if plan.loss is not None:
 
             def again() -> Tensor:
@@ -812,16 +812,16 @@ class Estimation:
         corrected = any(
             learning_step.keeps[1] and e.injects(self._steps, graph) for e, learning_step in learning_steps.items()
         )
-        return frozenset() if corrected else graph.direct
+        return frozenset() if corrected else graph.block_calls
 
     def _resting(self, plan: Plan) -> JvpEngine:
         """The level of a step without guesses: it takes the exact errors, and along a stream it keeps the blocks'
         reverse graphs unless they are made again later."""
-        frozen, stream = self._frozen, plan.graph.stream
+        frozen, stream = self._frozen, plan.graph.chain
         lacks = not plan.keeps_graphs or any(cut.shared for cut in plan.graph.cuts)
         if stream is None or lacks or self.memory == "replay":
             return LossGradRun(frozen_statistics=frozen)
-        return BlockVjpRun(stream, plan.graph.marked, frozen_statistics=frozen)
+        return BlockVjpRun(stream, plan.graph.block_inputs, frozen_statistics=frozen)
 
     def _rests(self, plan: Plan) -> bool:
         """Whether this step makes no guess: every estimator learns, and predicts without one in this step."""
@@ -1061,7 +1061,7 @@ def _redrawn(graph: SiteGraph) -> frozenset[int]:
         segments = [site.segment for site in graph.sites if site.segment is not None]
         return frozenset(call.index for segment in segments for call in walked(segment) if draws_now(call))
 
-    return frozenset() if graph.stream is not None else graph.derive("redrawn", found)
+    return frozenset() if graph.chain is not None else graph.cached("redrawn", found)
 
 
 def _let_go(graph: SiteGraph, contexts: dict[int, SiteContext], saved: SavedCall) -> None:

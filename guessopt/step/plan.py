@@ -22,7 +22,9 @@ from guessopt.errors import ClosureError
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout, is_differentiable
 from guessopt.sites import ParallelSites, Site
-from guessopt.tracing.graph import Analysis
+from guessopt.tracing.analysis import Analysis
+from guessopt.tracing.extract import sites_of
+from guessopt.tracing.graph import site_graph
 from guessopt.tracing.tape import Tape
 
 
@@ -137,7 +139,7 @@ def trace(
             as_expression |= weights
             transaction.rewind()
             continue
-        sites = analysis.sites()
+        sites = sites_of(analysis)
         if finite:
             check_finite(loss)
         check_examples(sites, analysis)
@@ -157,7 +159,7 @@ def trace(
         if constant <= as_expression:
             break
         as_expression |= constant
-    graph = analysis.graph(sites, found.layouts, found.batch, stream=stream, ends=found.ends)
+    graph = site_graph(analysis, sites, found.layouts, found.batch, chain=stream, ends=found.ends)
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(names, graph))
     plan = Plan(graph, None, tuple(sites), given, loss.detach().mean())
@@ -187,7 +189,7 @@ def layouts_of(
     together: bool = True,
 ) -> Found:
     """Probe the closure for where its examples lie. ``known``: see ``find_layouts``."""
-    graph = analysis.graph(list(sites), {}, 1, segments=False)
+    graph = site_graph(analysis, sites, {}, 1, segments=False)
     frozen, witness = make_engine().frozen_statistics, Witness(analysis)
     together = together and not graph.shared_writes
 
@@ -370,9 +372,9 @@ def reprobe(
     changed = (found.batch, found.layouts, found.ends) != (plan.found.batch, plan.found.layouts, plan.found.ends)
     plan.found = found
     if changed:
-        new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream, ends=found.ends)
-        plan.graph = replace(new, constants={**new.constants, **graph.constants})  # the tape has forgotten its batch
-        object.__setattr__(plan.graph, "early", graph.early)
+        new = site_graph(plan.analysis, plan.sites, found.layouts, found.batch, chain=plan.stream, ends=found.ends)
+        constants = {**new.constants, **graph.constants}  # the tape has forgotten its batch
+        plan.graph = replace(new, constants=constants, constant_values=graph.constant_values)
         plan.guesses = None
     plan.due = False
 

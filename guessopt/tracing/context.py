@@ -1,4 +1,4 @@
-"""What an estimator may know at a site: its output, noise, and the way to the next matrix site(s).
+"""A site as its estimator sees it: the site's output, noise, and the way to the next matrix site(s).
 
 Letters: s the site's output, x the next matrix site's input, u a cotangent of x, y a guess (a cotangent of s).
 """
@@ -56,34 +56,38 @@ class SiteContext:
         self._runs: dict[tuple[int, ...], tuple[Tensor, Any]] = {}
 
     def noise(self, shape: Shape, kind: str = "normal") -> Tensor:
-        """Independent entries: ``"normal"``, ``"rademacher"``, ``"uniform_centred"`` (all of unit variance) or
-        ``"uniform"`` (U[0, 1), Singhal A.2)."""
+        """Independent entries, in the dtype and on the device of ``s``.
+
+        Args:
+            kind: ``"normal"``, ``"rademacher"``, ``"uniform_centred"`` (mean 0, variance 1) or ``"uniform"`` (U[0, 1);
+                Singhal A.2).
+        """
         return draw(self._source, kind, shape, self.s.dtype, self.s.device)
 
     def held(self, *, several: bool = False) -> SiteContext:
-        """The same, with what the segment reads and no more, to outlast its place in the run; ``several``: for several
-        pull-backs."""
+        """A copy that may outlast the site's place in the run: of the values, it keeps only those that the segment
+        reads. ``several``: whether it will pull back several times."""
         segment, values = self.site.segment, self._values
         needed = {} if segment is None else {v: values[v] for v in segment.needs if v in values}
         return SiteContext(self.site, self.s, needed, self._source, several=several, random=self._random)
 
     def replaying(self, random: Random) -> SiteContext:
-        """A copy whose segment draws the numbers that the pass draws."""
+        """A copy whose segment draws the numbers of the forward run, from the states in ``random``."""
         return SiteContext(self.site, self.s, self._values, self._source, several=self._several, random=random)
 
     @property
     def awaits_draws(self) -> bool:
-        """Whether the closure has yet to make a call of the segment that draws."""
+        """Whether the segment draws in a call that the closure has not made yet."""
         return any(self._random[c] is None for c in self._draws)
 
     @property
     def _has_drawn(self) -> bool:
-        """Whether the segment's draws are known."""
+        """Whether the random states before the segment's draws are known."""
         return bool(self._random) and any(self._random[c] is not None for c in self._draws)
 
     @cached_property
     def _draws(self) -> tuple[int, ...]:
-        """The segment's calls that draw, where ``random`` knows of them."""
+        """The segment's calls that draw, if ``random`` lists them."""
         random, segment = self._random, self.site.segment
         return tuple(c.index for c in walked(segment) if c.index in random) if random and segment is not None else ()
 
@@ -104,7 +108,7 @@ class SiteContext:
 
     @property
     def is_elementwise(self) -> bool:
-        """Nothing but elementwise operations lies between the site and the next matrix site."""
+        """Whether nothing but elementwise operations lies between the site and the next matrix site."""
         return self.site.segment is not None and self.site.segment.elementwise is not None
 
     def derivative(self) -> Tensor | None:
@@ -124,8 +128,15 @@ class SiteContext:
         return u if m is None else u * m
 
     def pull_back(self, u: Tensor, *, spent: bool = False) -> Tensor:
-        """``J^T u``: from the next matrix site's input back to ``s``, through that segment alone; into ``u``'s memory
-        if it is ``spent``."""
+        """``J^T u``: from the next matrix site's input back to ``s``, through the segment alone.
+
+        Args:
+            u: shape of the next input.
+            spent: whether the result may take ``u``'s memory.
+
+        Returns:
+            Shape of ``s``.
+        """
         segment = self.site.segment
         if segment is not None and segment.fused is not None and not self._has_drawn:
             assert segment.elementwise is not None
@@ -145,7 +156,7 @@ class SiteContext:
         return self._pulled((), self._segment(), u)
 
     def _pulled(self, goals: tuple[int, ...], run: Callable[[Tensor], Any], u: Any) -> Tensor:
-        """``J^T u``; where several guesses are made, what lies on the way is run once for all."""
+        """``J^T u``. For several guesses the way is run once, and its graph kept."""
         with torch.enable_grad():
             found = self._runs.get(goals)
             if found is None:
@@ -162,7 +173,7 @@ class SiteContext:
         return push(lambda s: (self._segment()(s),), [self.s], [v])[0]
 
     def next_input(self) -> Tensor:
-        """``x_{i+1}``: the next matrix site's input, as this site's own output makes it."""
+        """``x_{i+1}``: the next matrix site's input, computed from ``s``."""
         if not self.is_elementwise:
             return self._segment()(self.s)
         x = self.s
@@ -171,7 +182,8 @@ class SiteContext:
         return x
 
     def onward(self, matrices: int) -> DownstreamPath | None:
-        """The way through so many matrix sites, or as many as there are; None where it cannot be run by itself."""
+        """The way through this many matrix sites, or through all if there are fewer; None if the way cannot be run by
+        itself."""
         ways = self.site.segment.onward if self.site.segment is not None else ()
         return ways[min(matrices, len(ways)) - 1] if ways else None
 
@@ -215,11 +227,12 @@ class SiteContext:
 
 
 class ParallelContext(SiteContext):
-    """Parallel sites as one layer: what ``SiteContext`` has as one tensor, the site's output, its
-    cotangents and tangents, is here a tuple, in the order of ``joint.sites``.
+    """Parallel sites as one layer. Outputs, cotangents and tangents are tuples here, in the order of ``joint.sites``.
 
     Args:
-        s: the first one's output; the others' are computed here.
+        joint: the sites.
+        site, s: the first one and its output. The other outputs are computed here.
+        values, source, several, cached: as for ``SiteContext``.
     """
 
     def __init__(
@@ -261,15 +274,18 @@ class ParallelContext(SiteContext):
 
 
 def alike(t: Tensor, w: Tensor) -> Tensor:
-    """``t`` in the dtype of ``w``, for a product of the two; unchanged if autocast gives both one dtype."""
+    """``t`` in the dtype of ``w``, for a product of the two; unchanged where autocast converts both."""
     if t.dtype is w.dtype or (w.dtype is not torch.float64 and autocast_of(t)):
         return t
     return t.to(w.dtype)
 
 
 def draw(source: NoiseSource, kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Noise of a kind; see ``SiteContext.noise``. With ``source.means`` its mean. In a complex dtype both parts are
-    noise: then ``E[Re(conj(g) y) y] = g`` for torch's gradient ``g``, as for real numbers."""
+    """Noise of a kind (see ``SiteContext.noise``); its mean if ``source.means``.
+
+    In a complex dtype the real and the imaginary part are independent noise. Then ``E[Re(conj(g) y) y] = g`` for
+    torch's gradient ``g``, as for real numbers.
+    """
     if dtype.is_complex:
         return torch.view_as_complex(draw(source, kind, (*shape, 2), dtype.to_real(), device))
     if source.means:
@@ -289,5 +305,5 @@ NOISES = {"normal": (0.0, 1.0), "rademacher": (0.0, 1.0), "uniform": (0.5, 1 / 1
 
 
 def centred(kind: str) -> str:
-    """The same noise with mean zero and unit variance."""
+    """The kind of noise with mean 0 and variance 1 that takes this kind's place."""
     return "uniform_centred" if kind == "uniform" else kind
