@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from guessopt.cache import SiteCache
-from guessopt.engine.jvp.engines import make_engine
-from guessopt.estimator import Estimator, estimators_for, plain
+from guessopt.engine.transaction import Transaction
+from guessopt.estimator import plain
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
-from guessopt.groups import build, check_tensors, check_trainable, groups_of, listed, names_of, tensors_of, with_fused
-from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
+from guessopt.groups import build, check_tensors, groups_of, listed, tensors_of, with_fused
+from guessopt.hooks import accumulates, fire, hooked, is_made, lifted, mark
 from guessopt.memory_plan import bytes_of, choose
-from guessopt.rng import NoiseSource, RandomState, cuda_devices
-from guessopt.state import Before, check, described, load_base, moved, placement
-from guessopt.step.estimation import MODES, Estimation
-from guessopt.step.plan import (
-    Plan,
-    Transaction,
-    trace,
-)
+from guessopt.rng import RandomState
+from guessopt.state import loaded, packed
+from guessopt.step.estimation import Estimation
+from guessopt.step.mode import MODES
+from guessopt.step.modes import estimate
 from guessopt.step.replay import Journal
-from guessopt.update import Updates
+from guessopt.step.runs import new_plan
+from guessopt.step.updating import call_hooks, step_early, update, update_early
+
+T = TypeVar("T")
 
 
-class GuessGradOptimizer(Estimation, Optimizer):
+class Option(Generic[T]):
+    """An option of ``GuessGradOptimizer`` that its ``Estimation`` holds."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, opt: None, owner: type) -> Option[T]: ...
+    @overload
+    def __get__(self, opt: GuessGradOptimizer, owner: type) -> T: ...
+    def __get__(self, opt: GuessGradOptimizer | None, owner: type) -> Any:
+        return self if opt is None else getattr(opt.estimation, self.name)
+
+    def __set__(self, opt: GuessGradOptimizer, value: T) -> None:
+        setattr(opt.estimation, self.name, value)
+
+
+class GuessGradOptimizer(Optimizer):
     """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``,
     ``base`` does the update.
 
@@ -112,6 +125,17 @@ class GuessGradOptimizer(Estimation, Optimizer):
     >>> opt.step()
     """
 
+    guesses = Option[int]()
+    stack_guesses = Option["bool | None"]()
+    orthogonal = Option[bool]()
+    exact_last = Option["bool | None"]()
+    memory = Option[str]()
+    engine = Option[str]()
+    check_finite = Option[bool]()
+    batch_norm = Option[str]()
+    audit = Option[bool]()
+    foreign_gradients = Option[str]()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -152,14 +176,6 @@ class GuessGradOptimizer(Estimation, Optimizer):
             raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
         if foreign_gradients not in ("refuse", "allow"):
             raise ValueError(f"foreign_gradients: {foreign_gradients!r} is not one of refuse, allow")
-        self.foreign_gradients = foreign_gradients
-        self._level = partial(make_engine, engine, frozen_statistics=batch_norm == "frozen_statistics")
-        self._level()
-        self.stack_guesses, self.orthogonal = stack_guesses, bool(orthogonal)
-        self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
-        self.batch_norm = batch_norm
-        self.check_finite = check_finite
-        self.audit, self._asked = bool(audit), None
         self._budget = None if budget is None else bytes_of(budget)
         self._default = plain(estimator)
         groups = groups_of(params, self._default)
@@ -167,17 +183,14 @@ class GuessGradOptimizer(Estimation, Optimizer):
             base_kwargs = with_fused(base, groups, base_kwargs)
         self.base = build(base, groups, base_kwargs, self._default)
         super().__init__([{"params": list(g["params"])} for g in self.base.param_groups], {})
-        self._noise = NoiseSource(seed)
-        self._cache = SiteCache()
-        self._steps = 0
-        self._plans: list[Plan] = []
+        self.estimation = Estimation(
+            self.base, guesses=guesses, stack_guesses=stack_guesses, orthogonal=bool(orthogonal), exact_last=exact_last,
+            memory=memory, engine=engine, batch_norm=batch_norm, check_finite=check_finite, audit=bool(audit),
+            foreign_gradients=foreign_gradients, seed=seed,
+        )  # fmt: skip
         self._pending = False
-        self._warned: set[str] = set()
-        self._trainable: tuple[bool, ...] = ()
-        self._params: list[Tensor] = []
-        self._hooks: Hooks = {}
         self._estimated_ids: set[int] = set()
-        self._refresh()
+        self.estimation.refresh()
 
     # --- the path of a step -------------------------------------------------------------------------------------------
 
@@ -202,21 +215,23 @@ class GuessGradOptimizer(Estimation, Optimizer):
                 self._apply_estimated()
             self._updated()
             return None
-        if self._pending and any(p.grad is not None for p in self._params):
+        est = self.estimation
+        if self._pending and any(p.grad is not None for p in est.params):
             raise RuntimeError(
                 "step(closure) would discard the gradients that estimate(closure) has added: call step() to apply "
                 "them or zero_grad() to drop them"
             )
         self._settle(closure)
-        if self.memory == "stream":
-            return self._stream(closure)
-        with self._atomic(closure) as transaction, unscaled():
-            loss, gradients = self._hooked(closure, transaction)
-            for position, p in enumerate(self._params):
-                p.grad = gradients.get(position)
-                if p.grad is not None:
-                    mark(p.grad)
-            self._update([self._params[k] for k in gradients if accumulates(self._params[k])])
+        with est.transaction(closure) as transaction, unscaled():  # all or nothing
+            if est.mode.early:
+                loss = step_early(est, closure, transaction)
+            else:
+                loss, gradients = self._hooked(closure, transaction)
+                for position, p in enumerate(est.params):
+                    p.grad = gradients.get(position)
+                    if p.grad is not None:
+                        mark(p.grad)
+                update(est, [est.params[k] for k in gradients if accumulates(est.params[k])])
         self._updated()
         return loss
 
@@ -225,12 +240,13 @@ class GuessGradOptimizer(Estimation, Optimizer):
         ``step()`` applies them."""
         refuse_in_closure("estimate()")
         self._settle(closure)
-        with self._atomic(closure) as transaction:
+        est = self.estimation
+        with est.transaction(closure) as transaction:
             loss, gradients = self._hooked(closure, transaction)
-            waiting = [self._params[k] for k in gradients if accumulates(self._params[k])]
-            made = {k: is_made(p, id(p) in self._estimated_ids) for k, p in enumerate(self._params) if k in gradients}
+            waiting = [est.params[k] for k in gradients if accumulates(est.params[k])]
+            made = {k: is_made(p, id(p) in self._estimated_ids) for k, p in enumerate(est.params) if k in gradients}
             for position, gradient in gradients.items():
-                p = self._params[position]
+                p = est.params[position]
                 if p.grad is None:
                     p.grad = gradient
                 elif waiting or p.grad.layout is not torch.strided:  # hooks may yet fail: leave the old tensor as it is
@@ -240,26 +256,28 @@ class GuessGradOptimizer(Estimation, Optimizer):
                 mark(p.grad, made[position])
             for p in waiting:
                 fire(p)
-            self._estimated_ids.update(id(self._params[k]) for k in gradients)
+            self._estimated_ids.update(id(est.params[k]) for k in gradients)
         self._pending = True
         return loss
 
     def _settle(self, closure: Callable[[], Any]) -> None:
         """Replace ``memory="auto"`` by the mode that ``guessopt.plan`` recommends."""
         if self.memory == "auto":
-            self.memory = choose(self, closure, self._budget)
+            self.memory = choose(self.estimation, closure, self._budget)
 
     def _hooked(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
         """An estimate after the hooks on parameters."""
-        loss, gradients = self._estimated(closure, transaction)
-        if self._hooks:
-            gradients = {k: hooked(g, self._params[k], self._hooks, self._names[k]) for k, g in gradients.items()}
+        est = self.estimation
+        loss, gradients = estimate(est, closure, transaction)
+        if est.hooks:
+            gradients = {k: hooked(g, est.params[k], est.hooks, est.names[k]) for k, g in gradients.items()}
         return loss, gradients
 
     def _apply_estimated(self) -> None:
         """``step()`` without a closure."""
-        self._refresh()
-        found = [(k, p) for k, p in enumerate(self._params) if p.grad is not None]
+        est = self.estimation
+        est.refresh()
+        found = [(k, p) for k, p in enumerate(est.params) if p.grad is not None]
         if not found:
             raise RuntimeError(
                 "step() found no gradient: call estimate(closure) before it, or pass the closure: step(closure)"
@@ -268,13 +286,13 @@ class GuessGradOptimizer(Estimation, Optimizer):
             for k, p in found:
                 if not is_made(p, id(p) in self._estimated_ids):
                     raise RuntimeError(
-                        f"step() found a gradient of {self._names[k]} that estimate(closure) did not make (backward(), "
+                        f"step() found a gradient of {est.names[k]} that estimate(closure) did not make (backward(), "
                         "or .grad = ...): pass the closure, step(closure), or call estimate(closure) in place of "
                         "backward(); foreign_gradients='allow' applies such gradients"
                     )
-        random = RandomState.capture(self._devices)
+        random = RandomState.capture(est.devices)
         try:
-            self._update()
+            update(est)
         except BaseException:
             random.restore()
             raise
@@ -292,20 +310,17 @@ class GuessGradOptimizer(Estimation, Optimizer):
         Raises:
             PartialUpdateError: it failed again.
         """
+        est = self.estimation
         with exclusive("finish()"):
-            transaction = Transaction(self._devices)
+            transaction = Transaction(est.devices)
             now, transaction.random = transaction.random, journal.random
-            self._refresh()
-            transaction.watch(closure, self._plans)
+            est.refresh()
+            transaction.watch(closure, est.plans)
             try:
-                with lifted(self._params, self._hooks):
-                    if not self._plans:
-                        plan = trace(
-                            closure, self._by_position, self._ids, self._names, self._level, transaction, finite=False
-                        )
-                        self._plans.append(plan)
-                    self._apply(self._plans[0], journal, closure, transaction)
-                self._steps += 1
+                with lifted(est.params, est.hooks):
+                    plan = est.plans[0] if est.plans else new_plan(est, closure, transaction)
+                    update_early(est, plan, journal, closure, transaction)
+                est.steps += 1
             except BaseException:
                 hold_interrupts()
                 leave_modes()
@@ -313,6 +328,12 @@ class GuessGradOptimizer(Estimation, Optimizer):
                 transaction.rewind()
                 raise
         self._updated()
+
+    def _updated(self) -> None:
+        """The update is final. Then the base's hooks after a step are called; an error of theirs does not undo it."""
+        self._pending = False
+        self._estimated_ids.clear()
+        call_hooks(self.estimation, self.base._optimizer_step_post_hooks)
 
     # --- what users of torch.optim expect -----------------------------------------------------------------------------
 
@@ -330,8 +351,8 @@ class GuessGradOptimizer(Estimation, Optimizer):
         for group in groups:
             group["estimator"] = plain(group["estimator"])
         self.base.param_groups = groups
-        self._trainable = ()
-        self._refresh()
+        self.estimation.forget_parameters()
+        self.estimation.refresh()
 
     @property
     def state(self) -> Any:
@@ -355,7 +376,7 @@ class GuessGradOptimizer(Estimation, Optimizer):
 
     @property
     def _is_built(self) -> bool:
-        return "_noise" in vars(self)
+        return "estimation" in vars(self)
 
     def __getattr__(self, name: str) -> Any:
         """Other public attributes of the base, such as ``train()`` and ``eval()`` of schedule-free optimizers."""
@@ -380,8 +401,8 @@ class GuessGradOptimizer(Estimation, Optimizer):
         check_tensors(list(tensors_of(group["params"])))
         self.base.add_param_group(group)
         self.param_groups[-1]["estimator"] = estimator
-        self._trainable = ()
-        self._refresh()
+        self.estimation.forget_parameters()
+        self.estimation.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state. The entry ``"guessopt"`` holds the stream of guesses, the prepared and learned states with
@@ -389,16 +410,10 @@ class GuessGradOptimizer(Estimation, Optimizer):
         ``torch.load(..., weights_only=True)`` reads it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        packed = dict(self.base.state_dict())
-        packed["guessopt"] = {
-            **described(self.base),
-            "steps": self._steps,
-            "noise": self._noise.state(),
-            "cache": self._cache.state_dict(),
-        }
+        found = packed(self.estimation)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
-        return packed
+            found = post_hook(self, found) or found
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that ``state_dict`` returned; training then continues bit for bit. On another device the guesses
@@ -412,75 +427,30 @@ class GuessGradOptimizer(Estimation, Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        check(state_dict, self.base)
-        own, noise, cache = state_dict["guessopt"], NoiseSource(self._noise.seed), SiteCache()
-        to = moved(own, self.base.param_groups)
-        left = noise.load(own["noise"], to)
-        cache.load_state_dict(own["cache"], placement(to))
-        before, attributes = Before(self.base), dict(vars(self))
-        try:
-            load_base(self.base, state_dict)
-            self._steps, self._noise, self._cache = own["steps"], noise, cache
-            self._trainable = ()
-            self._refresh()
+        with loaded(self.estimation, state_dict):
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
-        except BaseException:
-            before.restore()
-            vars(self).clear()
-            vars(self).update(attributes)
-            raise
-        if left:
-            self._warn(
-                f"the guesses were drawn on {', '.join(left)}, whose generator cannot go on here: guesses start again "
-                "from their seed, so that training continues, but not bit for bit"
-            )
 
     def __reduce__(self) -> Any:
         """For ``copy.deepcopy`` and ``pickle``: build an optimizer with these options on a copy of the base. Hooks are
         not copied, as with any optimizer of torch. The next step makes new plans."""
-        names = inspect.signature(GuessGradOptimizer).parameters.keys() - {"base"}
-        options = {name: value for name, value in vars(self).items() if name in names}
+        options = {name: getattr(self, name) for name, option in vars(GuessGradOptimizer).items() if _is_option(option)}
         options |= {"estimator": self._default, "budget": self._budget if self.memory == "auto" else None}
-        own = ("_noise", "_cache", "_steps", "_warned", "_pending")
-        return _rebuilt, (type(self), self.base, options), {name: getattr(self, name) for name in own}
+        est = self.estimation
+        state = {name: getattr(est, name) for name in ("noise", "cache", "steps", "warned")}
+        return _rebuilt, (type(self), self.base, options), state | {"pending": self._pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self._pending = state["pending"]
+        for name in state.keys() - {"pending"}:
+            setattr(self.estimation, name, state[name])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._default}, memory={self.memory!r}, base={self.base!r})"
 
-    # --- bookkeeping --------------------------------------------------------------------------------------------------
 
-    def _refresh(self) -> None:
-        """Look again at which parameters train; start over if that has changed."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        trainable = tuple(p.requires_grad for p in params)
-        if trainable == self._trainable and all(map(operator.is_, params, self._params)):
-            return
-        check_trainable(params)  # before anything is taken over: the next step must say so again
-        self._params, self._trainable = params, trainable
-        self._names = names_of(self.param_groups)
-        self._by_position = {k: p for k, p in enumerate(self._params) if p.requires_grad}
-        self._ids = {id(p): k for k, p in self._by_position.items()}
-        self._estimators: list[Estimator] = []
-        for group in self.param_groups:
-            start, count = len(self._estimators), len(group["params"])
-            names = self._names[start : start + count]
-            self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
-        if why := self._refused(self.memory):
-            raise ValueError(f"memory: {why}")
-        entries: dict[Estimator, int] = {}
-        for position, p in self._by_position.items():
-            entries[self._estimators[position]] = entries.get(self._estimators[position], 0) + p.numel()
-        self._amplitudes = {estimator: estimator.amplitude(count) for estimator, count in entries.items()}
-        self._devices = tuple(sorted(cuda_devices(self._params)))
-        self._plans = []
-        self._updates, self._together = Updates(self.base), None
-        if self.foreign_gradients == "refuse":
-            for p in self._params:
-                watch(p)
+def _is_option(attribute: object) -> bool:
+    return isinstance(attribute, Option)
 
 
 def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, Any]) -> GuessGradOptimizer:

@@ -253,9 +253,9 @@ def test_plans_are_bounded_and_hold_no_batch() -> None:
         opt.step(closure)
     del closure, mask
     gc.collect()
-    assert len(opt._plans) == MAX_PLANS
+    assert len(opt.estimation.plans) == MAX_PLANS
     assert sum(mask() is not None for mask in masks) <= 1
-    assert len(opt._cache.state_dict()) == 1  # of the frozen layer, whatever the trace
+    assert len(opt.estimation.cache.state_dict()) == 1  # of the frozen layer, whatever the trace
 
 
 def test_a_cache_filled_by_the_first_forward() -> None:

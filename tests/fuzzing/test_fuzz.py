@@ -110,8 +110,8 @@ def off_by_a_little(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
         ("engines", lambda opt: opt.engine == "func"),
         ("modes", lambda opt: opt.memory == "replay"),
         ("stacked", lambda opt: opt.stack_guesses is False),
-        ("changes", lambda opt: opt._steps > 1),
-        ("past", lambda opt: len(opt._plans) > 0),
+        ("changes", lambda opt: opt.estimation.steps > 1),
+        ("past", lambda opt: len(opt.estimation.plans) > 0),
     ],
 )
 def test_an_oracle_notices_a_wrong_estimate(monkeypatch: pytest.MonkeyPatch, name: str, when: Any) -> None:
@@ -153,5 +153,5 @@ def test_every_memory_mode_finds_the_same_layouts(seed: int) -> None:
         opt = optimizer(built, "activation_perturbation", memory=memory)
         seeded(0)
         opt.step(built.closure)
-        found[memory] = [site.layout for site in opt._plans[0].graph.sites]
+        found[memory] = [site.layout for site in opt.estimation.plans[0].graph.sites]
     assert found["store"] == found["replay"] == found["stream"]
