@@ -34,7 +34,7 @@ from benchmarks.measure import Ratio, Step, Stopwatch, interleaved, ratio, secon
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.training import ESTIMATORS, LABELS
-from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose
+from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, optimizer
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.engine.jvp import engines
@@ -211,14 +211,14 @@ def warm(step: Step) -> Step:
 
 REFRESH, PROBE, PASS, REST = "guesses: SVD", "probe", "pass", "bookkeeping"
 POINTS: tuple[tuple[Any, str, str], ...] = (
-    (GuessGradOptimizer, "_guess", "guesses: transposes"),
+    (guessing, "guess_at", "guesses: transposes"),
     (context, "draw", "guesses: noise"),
     (context.SiteContext, "pull_back", "guesses: pull back"),
     (WPerp, "prepare", REFRESH),
     (ForwardRun, "execute", PASS),
     (modes, "estimated_cotangents", "parameter gradients"),
     (modes, "parameter_gradients", "parameter gradients"),
-    (GuessGradOptimizer, "_update", "base update"),
+    (optimizer, "update", "base update"),
     (runs, "trace", PROBE),
     (runs, "probe_again", PROBE),
 )

@@ -17,9 +17,9 @@ from guessopt.hooks import accumulates, fire, hooked, is_made, lifted, mark
 from guessopt.memory_plan import bytes_of, choose
 from guessopt.rng import RandomState
 from guessopt.state import loaded, packed
+from guessopt.step import modes
 from guessopt.step.estimation import Estimation
 from guessopt.step.mode import MODES
-from guessopt.step.modes import estimate
 from guessopt.step.replay import Journal
 from guessopt.step.runs import new_plan
 from guessopt.step.updating import call_hooks, step_early, update, update_early
@@ -268,7 +268,7 @@ class GuessGradOptimizer(Optimizer):
     def _hooked(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
         """An estimate after the hooks on parameters."""
         est = self.estimation
-        loss, gradients = estimate(est, closure, transaction)
+        loss, gradients = modes.estimate(est, closure, transaction)
         if est.hooks:
             gradients = {k: hooked(g, est.params[k], est.hooks, est.names[k]) for k, g in gradients.items()}
         return loss, gradients

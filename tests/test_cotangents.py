@@ -14,6 +14,7 @@ from guessopt.diagnostics import cosine
 from guessopt.diagnostics.reverse import Truth, draw, measuring
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.estimators import Estimator
+from guessopt.step import runs
 from guessopt.step.runs import forward
 
 from .problems import labels
@@ -252,8 +253,8 @@ def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypa
     def closure() -> Tensor:
         return F.cross_entropy(model(x), labels(12, 3))
 
-    monkeypatch.setattr(opt, "_direct", lambda plan, learning_steps: frozenset())  # as in a step whose guesses correct
-    monkeypatch.setattr(opt, "_rests", lambda plan: False)
+    monkeypatch.setattr(runs, "direct_calls", lambda *_: frozenset())  # as in a step whose guesses correct
+    monkeypatch.setattr(runs, "makes_no_guess", lambda *_: False)
     truth, found = Truth(opt, closure), draw(opt, closure).cotangents
     assert truth.graph.stream is not None
     last = [site for site in truth.graph.sites if opt.estimation.names[site.params[0]].startswith("2.")]

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 from benchmarks import reliability, reliability_resume
 from benchmarks.__main__ import main
 from benchmarks.reliability import figures_of, page, results_of, shorten, snippet, soak, summary
-from guessopt import GuessGradOptimizer, optimizer
+from guessopt import GuessGradOptimizer
 from guessopt.step import modes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,7 +29,6 @@ def wrong_networks(monkeypatch: pytest.MonkeyPatch) -> None:
         return loss, {k: g * 1.01 for k, g in gradients.items()}
 
     monkeypatch.setattr(modes, "estimate", estimate)
-    monkeypatch.setattr(optimizer, "estimate", estimate)
 
 
 def test_a_wrong_answer_becomes_a_short_snippet_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -43,7 +42,7 @@ class DrawContext:
 
 def guesses_of(est: Estimation, plan: Plan, drawing: DrawContext) -> Guess:
     """The function that a run calls at each site; see ``guess_at``."""
-    return partial(guess_at, est, plan, drawing)
+    return lambda site, s, values: guess_at(est, plan, drawing, site, s, values)
 
 
 def guess_at(
