@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
+from guessopt.options import HasEstimation
 from guessopt.step.checks import check_plan
 from guessopt.step.estimation import Estimation
 from guessopt.step.learning import learn
 from guessopt.step.modes import estimate, first_run, second_run
 from guessopt.step.trace import trace
 from guessopt.tracing.interceptor import Interceptor, read_by, results_of, tensors_in
-
-
-class Estimated(Protocol):
-    """A ``GuessGradOptimizer``."""
-
-    estimation: Estimation
-
 
 Closure = Callable[[], Any]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
@@ -90,7 +84,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan(opt: Estimated, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
+def plan(opt: HasEstimation, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
     """Try each memory mode on the closure, and recommend the fastest that fits.
 
     Nothing is changed: gradients are estimated and discarded, buffers, random states, ``.grad`` and the optimizer are

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeVar, overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -11,83 +11,73 @@ from torch.optim import Optimizer
 
 from guessopt.engine.transaction import Transaction
 from guessopt.estimator import plain
-from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
+from guessopt.exclusive import exclusive, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, groups_of, listed, tensors_of, with_fused
-from guessopt.hooks import accumulates, fire, hooked, is_made, lifted, mark
+from guessopt.hooks import accumulates, fire, hooked, is_made, mark
 from guessopt.memory_plan import bytes_of, choose
-from guessopt.rng import RandomState
+from guessopt.options import (
+    Base,
+    BatchNorm,
+    Engine,
+    EstimatorChoice,
+    ForeignGradients,
+    Memory,
+    Option,
+    Params,
+    check_options,
+)
 from guessopt.state import loaded, packed
 from guessopt.step import modes
 from guessopt.step.estimation import Estimation
-from guessopt.step.mode import MODES
 from guessopt.step.replay import Journal
-from guessopt.step.runs import new_plan
-from guessopt.step.updating import call_hooks, step_early, update, update_early
-
-T = TypeVar("T")
-
-
-class Option(Generic[T]):
-    """An option of ``GuessGradOptimizer`` that its ``Estimation`` holds."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, opt: None, owner: type) -> Option[T]: ...
-    @overload
-    def __get__(self, opt: GuessGradOptimizer, owner: type) -> T: ...
-    def __get__(self, opt: GuessGradOptimizer | None, owner: type) -> Any:
-        return self if opt is None else getattr(opt.estimation, self.name)
-
-    def __set__(self, opt: GuessGradOptimizer, value: T) -> None:
-        setattr(opt.estimation, self.name, value)
+from guessopt.step.updating import apply_gradients, call_hooks, finish_early, step_early, update
 
 
 class GuessGradOptimizer(Optimizer):
-    """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``,
-    ``base`` does the update.
+    """A ``torch.optim`` optimizer that trains without backpropagation: it estimates gradients by forward-mode AD with
+    structured guesses, writes them to ``.grad``, and lets ``base`` make the update.
 
     Args:
-        params: parameters, named parameters, or groups; a group may carry its own ``"estimator"``.
+        params: parameters, named parameters, or groups. A group may carry its own ``"estimator"``.
         base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an optimizer
             built on the same parameters.
-        estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
-            that matches decides) to any of these.
-        guesses: K independent guesses per step, averaged. They share one pass: the primal is computed once, and K
-            tangents are in memory at a time.
-        stack_guesses: False takes a pass for each guess in turn, with the memory of one. None, the default, does so
-            only where guesses cannot share: another engine than ``"fast"``, estimators that learn, a network that
-            writes into memory which other tensors share, a GPU out of memory. True raises in place of that. The
-            guesses are the same either way.
-        orthogonal: in place of the mean, take the cotangent's projection on the span of the guesses, times
-            ``c = mean_k |y_k|^2 / K``: ``g^ = c Y (Y^T Y)^{-1} D``, with ``Y`` an example's K guesses at all sites.
-            Equal to the mean where these are orthogonal and of one length, and unbiased where they are isotropic and
-            normal; what guesses have in common is not counted twice. Guesses in turn are then all kept.
-        exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
-        memory: ``"store"``: one pass, which keeps every site's input and guess until the directional derivatives are
-            known (learned feedback along a residual stream: what each block computes). ``"replay"``: two passes; the
-            first keeps nothing, the second makes inputs and guesses again, as the random states are the same (along a
-            stream: block after block, each from its state). ``"stream"``: replay in which ``step(closure)`` has
-            ``base`` update each parameter as soon as its gradient is whole, and frees it: no full ``.grad`` ever exists
-            (``estimate`` fills ``.grad`` as ever, to accumulate or to clip); refused along a stream. A base of
-            ``torch.optim`` is built with ``fused=True`` where it can be. ``"auto"``: the fastest of these within
-            ``budget``, by ``guessopt.plan`` in the first step, whose name the attribute ``memory`` then has.
+        estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names to any of
+            these, of which the first that matches decides.
+        guesses: K independent guesses per step, averaged. They share one run of the closure, with K tangents in memory.
+        stack_guesses: None: guesses share a run where they can. False: one run for each guess, in the memory of one.
+            True: share a run, or raise. The guesses are equal either way. They cannot share a run with another engine
+            than ``"fast"``, with estimators that learn, or where the network writes into memory that tensors share.
+        orthogonal: in place of the mean, project the cotangent on the span of the guesses:
+            ``g^ = c Y (Y^T Y)^{-1} D``, with ``c = mean_k |y_k|^2 / K`` and ``Y`` an example's K guesses at all sites.
+            Unbiased for isotropic normal guesses; equal to the mean for orthogonal guesses of one length.
+        exact_last: whether sites that the loss reads take their exact error. None leaves it to the estimator.
+        memory: what a step keeps (table below). ``"auto"`` takes the fastest mode within ``budget`` in the first step;
+            the attribute ``memory`` then has its name.
         budget: for ``memory="auto"``: bytes that a step may take above parameters and base state, as an integer or a
-            string such as ``"8GB"``; None: the GPU's free memory, or on a CPU no limit.
-        engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
-            (``torch.func.jvp``, the reference).
-        seed: of the guesses; None follows ``torch.manual_seed``.
-        check_finite: refuse a step on a non-finite loss (one device sync a step).
-        batch_norm: of batch normalisation in training mode. ``"exact"`` differentiates through the batch statistics.
-            These couple the examples, so that layers before it take one derivative for the whole batch.
+            string such as ``"8GB"``. None: the GPU's free memory, or no limit on a CPU.
+        engine: how tangents are computed. ``"fast"``: this package's rules where there are any. ``"dual"``: torch's
+            rules on dual tensors. ``"func"``: ``torch.func.jvp``, the reference. All give the same numbers.
+        seed: of the guesses. None follows ``torch.manual_seed``.
+        check_finite: refuse a step on a loss that is not finite. This waits for the device once a step.
+        batch_norm: ``"exact"`` differentiates through the batch statistics of batch normalisation in training mode,
+            which couple the examples: layers before it take one derivative for the whole batch.
             ``"frozen_statistics"`` takes the statistics for constants: one derivative per example, far less noise, and
-            a bias (the influence of the examples on each other is left out).
+            a bias, since the influence of the examples on each other is left out.
         audit: check, in steps 1, 2, 4, 8, ..., that the loss moves as the tangents say (``guessopt.audit``). This takes
-            a few more runs of the closure. ``AuditError`` if it does not.
+            a few more runs of the closure.
         foreign_gradients: ``"refuse"``: ``step()`` without a closure raises ``RuntimeError`` where ``.grad`` holds a
-            gradient that ``estimate`` did not make. So nobody trains by ``backward()`` unawares. A tensor that replaces
-            an estimate in ``.grad`` (a clipped copy) is accepted. ``"allow"`` applies any gradient.
+            gradient that ``estimate`` did not make, so that nobody trains by ``backward()`` unawares. A tensor that
+            replaces an estimate in ``.grad`` (a clipped copy) is accepted. ``"allow"`` applies any gradient.
+
+    ============ ======= ==========================================================================================
+    ``memory``   runs    what is kept
+    ============ ======= ==========================================================================================
+    ``"store"``  1       inputs and guesses of every site, until the directional derivatives are known
+    ``"replay"`` 2       nothing; the second run makes inputs and guesses again, from the same random states
+    ``"stream"`` 2       as ``"replay"``; ``step(closure)`` updates each parameter as soon as its gradient is whole, and
+                         frees the gradient. ``estimate`` fills ``.grad`` as ever. ``torch.optim`` bases are built with
+                         ``fused=True`` where possible
+    ============ ======= ==========================================================================================
 
     A failed step leaves everything as it was: parameters, base state, buffers, ``.grad``, random states. For this, the
     first 8 updates copy gradients, parameters and base state, if the copies take at most 64 MiB (``"stream"``: of one
@@ -99,9 +89,11 @@ class GuessGradOptimizer(Optimizer):
     they would on gradients of ``backward()``. Steps of several threads take turns.
 
     Raises:
-        ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
-            guesses cannot share a pass, for ``orthogonal`` with estimators that learn or undo their bias, and for
-            learned feedback along a residual stream in two passes.
+        ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for options that the network does
+            not allow: ``stack_guesses=True`` where guesses cannot share a run, ``orthogonal`` with estimators that
+            learn or undo their bias, ``memory="stream"`` with a base that cannot update parameter by parameter or with
+            learned feedback along a residual stream.
+        AuditError: from ``step`` and ``estimate``, with ``audit=True``: the loss moves in another way.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
 
@@ -138,44 +130,28 @@ class GuessGradOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
-        base: Any = torch.optim.AdamW,
-        estimator: Any = "w_perp",
+        params: Params,
+        base: Base = torch.optim.AdamW,
+        estimator: EstimatorChoice = "w_perp",
         *,
         guesses: int = 1,
         stack_guesses: bool | None = None,
         orthogonal: bool = False,
         exact_last: bool | None = None,
-        memory: str = "store",
+        memory: Memory = "store",
         budget: int | str | None = None,
-        engine: str = "fast",
+        engine: Engine = "fast",
         seed: int | None = None,
         check_finite: bool = True,
-        batch_norm: str = "exact",
+        batch_norm: BatchNorm = "exact",
         audit: bool = True,
-        foreign_gradients: str = "refuse",
+        foreign_gradients: ForeignGradients = "refuse",
         **base_kwargs: Any,
     ) -> None:
-        if not isinstance(guesses, int) or guesses < 1:
-            raise ValueError(
-                f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}"
-            )
-        if memory not in (*MODES, "auto"):
-            raise ValueError(f"memory: {memory!r} is not one of {', '.join(MODES)}, auto")
-        if budget is not None and memory != "auto":
-            raise ValueError(f"budget: memory={memory!r} takes none; use memory='auto'")
-        if stack_guesses not in (None, True, False):
-            raise ValueError(f"stack_guesses: {stack_guesses!r} is not one of None, True, False")
-        if orthogonal and guesses < 2:
-            raise ValueError(f"orthogonal: takes at least 2 guesses to project on, got guesses={guesses}")
-        if orthogonal and memory not in ("store", "auto"):
-            raise ValueError(
-                f"orthogonal: takes all guesses at once, which memory={memory!r} does not keep; use 'store'"
-            )
-        if batch_norm not in ("exact", "frozen_statistics"):
-            raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
-        if foreign_gradients not in ("refuse", "allow"):
-            raise ValueError(f"foreign_gradients: {foreign_gradients!r} is not one of refuse, allow")
+        check_options(
+            guesses=guesses, stack_guesses=stack_guesses, orthogonal=orthogonal, memory=memory, budget=budget,
+            batch_norm=batch_norm, foreign_gradients=foreign_gradients,
+        )  # fmt: skip
         self._budget = None if budget is None else bytes_of(budget)
         self._default = plain(estimator)
         groups = groups_of(params, self._default)
@@ -194,7 +170,11 @@ class GuessGradOptimizer(Optimizer):
 
     # --- the path of a step -------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
         """With a closure: zero the gradients, estimate them, update; returns the loss (before the update). Without:
         update from the gradients that ``estimate`` has added.
 
@@ -212,7 +192,7 @@ class GuessGradOptimizer(Optimizer):
         refuse_in_closure("step()")
         if closure is None:
             with exclusive("step()"):
-                self._apply_estimated()
+                apply_gradients(self.estimation, self._estimated_ids)
             self._updated()
             return None
         est = self.estimation
@@ -273,33 +253,6 @@ class GuessGradOptimizer(Optimizer):
             gradients = {k: hooked(g, est.params[k], est.hooks, est.names[k]) for k, g in gradients.items()}
         return loss, gradients
 
-    def _apply_estimated(self) -> None:
-        """``step()`` without a closure."""
-        est = self.estimation
-        est.refresh()
-        found = [(k, p) for k, p in enumerate(est.params) if p.grad is not None]
-        if not found:
-            raise RuntimeError(
-                "step() found no gradient: call estimate(closure) before it, or pass the closure: step(closure)"
-            )
-        if self.foreign_gradients == "refuse":
-            for k, p in found:
-                if not is_made(p, id(p) in self._estimated_ids):
-                    raise RuntimeError(
-                        f"step() found a gradient of {est.names[k]} that estimate(closure) did not make (backward(), "
-                        "or .grad = ...): pass the closure, step(closure), or call estimate(closure) in place of "
-                        "backward(); foreign_gradients='allow' applies such gradients"
-                    )
-        random = RandomState.capture(est.devices)
-        try:
-            update(est)
-        except BaseException:
-            random.restore()
-            raise
-        for _, p in found:
-            if p.grad is not None:
-                mark(p.grad)
-
     def finish(self, journal: Journal, closure: Callable[[], Any]) -> None:
         """Complete a step of ``memory="stream"`` that failed half-way: update the parameters that it had not reached.
 
@@ -310,23 +263,8 @@ class GuessGradOptimizer(Optimizer):
         Raises:
             PartialUpdateError: it failed again.
         """
-        est = self.estimation
         with exclusive("finish()"):
-            transaction = Transaction(est.devices)
-            now, transaction.random = transaction.random, journal.random
-            est.refresh()
-            transaction.watch(closure, est.plans)
-            try:
-                with lifted(est.params, est.hooks):
-                    plan = est.plans[0] if est.plans else new_plan(est, closure, transaction)
-                    update_early(est, plan, journal, closure, transaction)
-                est.steps += 1
-            except BaseException:
-                hold_interrupts()
-                leave_modes()
-                transaction.random = now
-                transaction.rewind()
-                raise
+            finish_early(self.estimation, journal, closure)
         self._updated()
 
     def _updated(self) -> None:
@@ -434,7 +372,8 @@ class GuessGradOptimizer(Optimizer):
     def __reduce__(self) -> Any:
         """For ``copy.deepcopy`` and ``pickle``: build an optimizer with these options on a copy of the base. Hooks are
         not copied, as with any optimizer of torch. The next step makes new plans."""
-        options = {name: getattr(self, name) for name, option in vars(GuessGradOptimizer).items() if _is_option(option)}
+        own = vars(GuessGradOptimizer).items()
+        options = {name: getattr(self, name) for name, option in own if isinstance(option, Option)}
         options |= {"estimator": self._default, "budget": self._budget if self.memory == "auto" else None}
         est = self.estimation
         state = {name: getattr(est, name) for name in ("noise", "cache", "steps", "warned")}
@@ -447,10 +386,6 @@ class GuessGradOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._default}, memory={self.memory!r}, base={self.base!r})"
-
-
-def _is_option(attribute: object) -> bool:
-    return isinstance(attribute, Option)
 
 
 def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, Any]) -> GuessGradOptimizer:

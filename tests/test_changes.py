@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError
 from guessopt.estimators import LearnedFeedback, WPerp
-from guessopt.step.estimation import MAX_PLANS
+from guessopt.step.plan import MAX_PLANS
 
 from .problems import labels, of
 from .test_exactness import Summing

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.engine.jvp.stacked import StackedEngine
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 from tests.fuzzing.faults import (
     FAULTS,
     PLACES,

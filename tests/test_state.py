@@ -41,7 +41,7 @@ from guessopt.cache import SiteCache
 from guessopt.estimators import estimator_names, make_estimator
 from guessopt.rng import NoiseSource
 from guessopt.state import VERSION, placement
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 
 from .test_bad_input import assert_same, snapshot
 

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError, preflight
 from guessopt.diagnostics import variance
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 from tests.problems import PassedThrough, seeded
 
 pytestmark = [

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guessopt import GuessGradOptimizer, PartialUpdateError, plan
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 from guessopt.update import together
 
 #: Its optimizers number their steps by group.

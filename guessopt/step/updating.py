@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import PartialUpdateError
-from guessopt.exclusive import hold_interrupts
-from guessopt.hooks import fire, hooked
+from guessopt.exclusive import hold_interrupts, leave_modes
+from guessopt.hooks import fire, hooked, is_made, lifted, mark
+from guessopt.rng import RandomState
 from guessopt.step.estimation import Estimation
 from guessopt.step.learning import learn
 from guessopt.step.modes import first_run, laid_out, second_run
 from guessopt.step.plan import Plan
 from guessopt.step.replay import Journal
+from guessopt.step.runs import new_plan
 from guessopt.update import base_step, only
 
 Closure = Callable[[], Any]
@@ -39,6 +41,40 @@ def update(est: Estimation, arrived: Iterable[Tensor] = ()) -> None:
         for p in arrived:
             fire(p)
         base_step(est.base)
+
+
+def apply_gradients(est: Estimation, estimated: Collection[int]) -> None:
+    """``step()`` without a closure: update from the gradients in ``.grad``.
+
+    Args:
+        estimated: the ``id`` of each parameter to which ``estimate`` has added.
+
+    Raises:
+        RuntimeError: there is no gradient, or one that ``estimate`` did not make.
+    """
+    est.refresh()
+    found = [(k, p) for k, p in enumerate(est.params) if p.grad is not None]
+    if not found:
+        raise RuntimeError(
+            "step() found no gradient: call estimate(closure) before it, or pass the closure: step(closure)"
+        )
+    if est.foreign_gradients == "refuse":
+        for k, p in found:
+            if not is_made(p, id(p) in estimated):
+                raise RuntimeError(
+                    f"step() found a gradient of {est.names[k]} that estimate(closure) did not make (backward(), "
+                    "or .grad = ...): pass the closure, step(closure), or call estimate(closure) in place of "
+                    "backward(); foreign_gradients='allow' applies such gradients"
+                )
+    random = RandomState.capture(est.devices)
+    try:
+        update(est)
+    except BaseException:
+        random.restore()
+        raise
+    for _, p in found:
+        if p.grad is not None:
+            mark(p.grad)
 
 
 # --- memory="stream" --------------------------------------------------------------------------------------------------
@@ -95,3 +131,22 @@ def _update_one(est: Estimation, position: int, gradient: Tensor, done: set[int]
             done.add(position)
     finally:
         p.grad = None
+
+
+def finish_early(est: Estimation, journal: Journal, closure: Closure) -> None:
+    """Make the updates that ``update_early`` left; see ``GuessGradOptimizer.finish``."""
+    transaction = Transaction(est.devices)
+    now, transaction.random = transaction.random, journal.random
+    est.refresh()
+    transaction.watch(closure, est.plans)
+    try:
+        with lifted(est.params, est.hooks):
+            plan = est.plans[0] if est.plans else new_plan(est, closure, transaction)
+            update_early(est, plan, journal, closure, transaction)
+        est.steps += 1
+    except BaseException:
+        hold_interrupts()
+        leave_modes()
+        transaction.random = now
+        transaction.rewind()
+        raise
