@@ -139,10 +139,12 @@ def for_readme(tables: Tables) -> list[str]:
         return f"{train} / {test}, {slower}x"
 
     cells = [[want, name, *(cell(t, method) for t in found)] for want, (name, method) in rows.items()]
+    seeds = {method: ", ".join(t.number(method, "seeds") for t in found) for method in ("backprop", "W-perp")}
     peak = {row[0]: f"{row[1]} MB" for row in memory(tables).rows}
     note = (
-        "Each cell: train / test accuracy after training, and the time of a step over a backprop step. From\n"
-        '`python -m benchmarks feedback`. For the least memory, add `memory="stream"`: on an MLP of 24 layers of\n'
+        "Each cell: train / test accuracy after training, and the time of a step over a backprop step. Seeds of the\n"
+        f"three networks: {seeds['backprop']} for backprop and learned feedback; {seeds['W-perp']} for the others.\n"
+        'From `python -m benchmarks feedback`. For the least memory, add `memory="stream"`: on an MLP of 24 layers of\n'
         f"width 1024, a W-perp step then takes {peak['W-perp, stream']} above parameters and AdamW's state, and\n"
         f"{peak['W-perp, store']} without. Backprop takes {peak['backprop']}; checkpointed, and with updates within\n"
         f"its backward pass, {peak['+ optimizer in the backward']}. From `python -m benchmarks memory`."
