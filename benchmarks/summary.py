@@ -9,10 +9,12 @@ from benchmarks.report import Table
 Tables = Mapping[str, Sequence[Table]]
 """The tables of each committed result, by the name of its file."""
 
-CLOSENESS = ("backprop", "learned feedback", "W-perp", "activation pert.")
+PERTURBATION, IN_BACKWARD = "activation pert.", "+ optimizer in the backward"
+"""Labels of methods in the experiments' tables."""
+CLOSENESS = ("backprop", "learned feedback", "W-perp", PERTURBATION)
 NETWORKS = ("MLP 24x1024", "ViT depth 12")
 MODES = (
-    "backprop", "checkpointed backprop", "+ optimizer in the backward", "MeZO",
+    "backprop", "checkpointed backprop", IN_BACKWARD, "MeZO",
     *(f"{method}, {mode}" for method in ("W-perp", "learned feedback") for mode in ("store", "replay", "stream")),
 )  # fmt: skip
 TASKS = {
@@ -22,7 +24,7 @@ TASKS = {
     "finetune_sentences": "sentences, Llama with LoRA",
 }
 TIMED = {
-    "W-perp, store": {"W-perp, store", "W-perp", "w_perp", "W-perp (k=10), fast"},
+    "W-perp, store": {"W-perp, store", "W-perp", "w_perp", "W-perp (k=10), fast", "W-perp, fast"},
     "W-perp, stream": {"W-perp, stream"},
     "learned feedback, store": {"learned feedback, store", "learned feedback", "learned_feedback"},
     "learned feedback, stream": {"learned feedback, stream"},
@@ -124,7 +126,7 @@ def for_readme(tables: Tables) -> list[str]:
     rows = {
         "to come close to backprop": ('`LearnedFeedback(gamma=0, every="auto")`', "learned feedback"),
         "the papers' method; the default": ("`WPerp(k=10)`", "W-perp"),
-        "estimates without bias": ("`ActivationPerturbation()`", "activation pert."),
+        "estimates without bias": ("`ActivationPerturbation()`", PERTURBATION),
         "exact gradients": ("backprop, for comparison", "backprop"),
     }
     networks = {
@@ -147,7 +149,7 @@ def for_readme(tables: Tables) -> list[str]:
         'From `python -m benchmarks feedback`. For the least memory, add `memory="stream"`: on an MLP of 24 layers of\n'
         f"width 1024, a W-perp step then takes {peak['W-perp, stream']} above parameters and AdamW's state, and\n"
         f"{peak['W-perp, store']} without. Backprop takes {peak['backprop']}; checkpointed, and with updates within\n"
-        f"its backward pass, {peak['+ optimizer in the backward']}. From `python -m benchmarks memory`."
+        f"its backward pass, {peak[IN_BACKWARD]}. From `python -m benchmarks memory`."
     )
     return Table("", ["you want", "take", *networks.values()], cells, note).markdown()
 
