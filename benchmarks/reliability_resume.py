@@ -75,7 +75,7 @@ class Case:
     """One run: its network, estimator, memory mode, guesses, and further options of the optimizer."""
 
     estimator: dict[str, Any]
-    memory: str = "store"
+    memory: Any = "store"
     guesses: int = 1
     network: str = "mlp"
     base: str = "AdamW"

@@ -34,11 +34,11 @@ from benchmarks.measure import Ratio, Step, Stopwatch, interleaved, ratio, secon
 from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.training import ESTIMATORS, LABELS
-from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose, optimizer
+from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.engine.jvp import engines
-from guessopt.step import guessing, modes, runs
+from guessopt.step import guessing, modes, runs, updating
 from guessopt.step.updating import update
 from guessopt.tracing import context
 
@@ -142,7 +142,7 @@ def backprop(problem: Problem, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def guess_optimizer(problem: Problem, estimator: Any, engine: str) -> GuessGradOptimizer:
+def guess_optimizer(problem: Problem, estimator: Any, engine: Any) -> GuessGradOptimizer:
     return GuessGradOptimizer(
         problem.model.parameters(), base=torch.optim.AdamW, estimator=estimator, engine=engine, lr=LR
     )
@@ -218,7 +218,7 @@ POINTS: tuple[tuple[Any, str, str], ...] = (
     (ForwardRun, "execute", PASS),
     (modes, "estimated_cotangents", "parameter gradients"),
     (modes, "parameter_gradients", "parameter gradients"),
-    (optimizer, "update", "base update"),
+    (updating, "update", "base update"),
     (runs, "trace", PROBE),
     (runs, "probe_again", PROBE),
 )

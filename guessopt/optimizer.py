@@ -30,7 +30,7 @@ from guessopt.state import loaded, packed
 from guessopt.step import modes
 from guessopt.step.estimation import Estimation
 from guessopt.step.replay import Journal
-from guessopt.step.updating import apply_gradients, call_hooks, finish_early, step_early, update
+from guessopt.step.updating import apply_gradients, call_hooks, finish_early, step_early, update_by
 
 
 class GuessGradOptimizer(Optimizer):
@@ -207,11 +207,7 @@ class GuessGradOptimizer(Optimizer):
                 loss = step_early(est, closure, transaction)
             else:
                 loss, gradients = self._hooked(closure, transaction)
-                for position, p in enumerate(est.params):
-                    p.grad = gradients.get(position)
-                    if p.grad is not None:
-                        mark(p.grad)
-                update(est, [est.params[k] for k in gradients if accumulates(est.params[k])])
+                update_by(est, gradients)
         self._updated()
         return loss
 

@@ -98,7 +98,7 @@ def test_resumed_training_equals_uninterrupted(
         assert make_estimator(estimator).learns and memory != "store" and guesses > 1
         return
     expected = stopped(case, tmp_path)
-    way = WAYS[(MODES.index(memory) + guesses) % len(WAYS)]
+    way = WAYS[([*MODES].index(memory) + guesses) % len(WAYS)]
     assert resumed(case, tmp_path, way) == expected
 
 

@@ -33,21 +33,30 @@ class Plan:
     """A graph in use.
 
     Attributes:
-        loss: the loss of the trace, until a pass has confirmed it within ``tolerance``; then None.
-        uses: passes so far.
-        changes: value of a tensor that the closure reads, or ``-1 - index`` of a call with numbers -> how often it has
-            changed from one pass to the next.
+        analysis: what later probes need; None where there is one example.
+        sites: the sites as the analysis has them, without layouts.
+        given: the number of losses, where the closure returns several.
+        loss: the loss of the trace, until a run has confirmed it within ``tolerance``; then None.
+        uses: runs so far.
+        changes: how often a tensor that the closure reads, or a number, has changed from one run to the next: by the
+            tensor's value, or by ``-1 - index`` of the call that takes the number.
+        last: by value, the tensor that the last run read, and its version.
         due: whether such a change asks for a probe.
-        stale: whether the last pass made a guess from tensors or numbers that the closure then did not use.
-        volatile: how many passes were stale.
-        stacks: whether K guesses share a pass (None: not known yet).
-        failures: how many attempts to share a pass failed.
-        ways: see ``StackedEngine``.
-        joints: sites that get one guess: index of the first site -> ``ParallelSites``.
-        keeps_graphs: whether a pass may keep the reverse graphs of a stream's blocks.
+        stale: whether the last run made a guess from tensors or numbers that the closure then did not use.
+        volatile: how many runs were stale.
+        assignments: by site, who guesses there; None as long as nobody has asked.
+        normalises_batch: whether batch normalisation couples the examples.
         found: where the examples lie, and through which calls no tangent has come yet.
-        mixing: the operation after which examples interact; "" if none.
+        mixing: the operation in which examples interact; "" if there is none.
+        routes: whether the network picks rows by indices that it computes.
+        compiled: whether the closure calls compiled code.
+        stacks: whether K guesses share a run; None: not known yet.
+        failures: how many attempts to share a run failed.
+        ways: see ``StackedEngine``.
+        stream: whether the graph has the residual stream as a chain of blocks.
         together: whether probes may carry several tangents in one run.
+        keeps_graphs: whether a run may keep the reverse graphs of the chain's blocks.
+        joints: by first site, parallel sites that get one guess.
         modules, elsewhere: modules and tensors that a ``Transaction`` must watch beside those that it finds itself.
     """
 

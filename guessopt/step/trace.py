@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,24 @@ from guessopt.tracing.graph import site_graph
 from guessopt.tracing.tape import Tape
 
 
+@dataclass
+class _Recording:
+    """One run of the closure, recorded; and where its examples lie.
+
+    Attributes:
+        given: the number of losses, where the closure returns several.
+        modules: the modules whose attributes the closure changes, by ``id``.
+    """
+
+    tape: Tape
+    analysis: Analysis
+    sites: list[Site]
+    loss: Tensor
+    given: int | None
+    modules: dict[int, torch.nn.Module]
+    found: Found
+
+
 def trace(
     est: Estimation, closure: Callable[[], Any], transaction: Transaction, *, finite: bool, together: bool = True
 ) -> Plan:
@@ -41,19 +59,44 @@ def trace(
     Raises:
         ClosureError: the closure returns no loss, or no parameter has a part in the loss.
     """
+    transaction.watch(closure)
+    recording = _recorded(est, closure, transaction, finite, together)
+    tape, analysis, found, chain = recording.tape, recording.analysis, recording.found, est.follows_chain
+    graph = site_graph(analysis, recording.sites, found.layouts, found.batch, chain=chain, ends=found.ends)
+    if not graph.sites and not graph.loss_params:
+        raise ClosureError(independent(est.names, graph))
+    plan = Plan(
+        graph,
+        analysis if found.batch > 1 else None,
+        tuple(recording.sites),
+        recording.given,
+        recording.loss.detach().mean(),
+        tolerance=precision(analysis),
+        normalises_batch=bool(analysis.coupled_by_batch_norm()),
+        found=found,
+        mixing=mixing_of(est, closure, analysis, graph, found, transaction),
+        routes=analysis.routes_by_data(),
+        compiled=tape.compiled,
+        stream=chain,
+        together=together,
+        modules=tuple(recording.modules.values()),
+        elsewhere=tuple(tape.writes.elsewhere),
+    )
+    _forget_tensors(tape)
+    return plan
+
+
+def _recorded(
+    est: Estimation, closure: Callable[[], Any], transaction: Transaction, finite: bool, together: bool
+) -> _Recording:
+    """Record and probe the closure. It is recorded again where a call turns out to be an expression of parameters, and
+    once more where the probe's runs make other calls: a first run may fill caches that later runs read."""
     as_expression: frozenset[int] = frozenset()
     found: Found | None = None
     departed = False
-    transaction.watch(closure)
-    changing: dict[int, torch.nn.Module] = {}
+    modules: dict[int, torch.nn.Module] = {}
     while True:
-        tape = Tape(est.ids, as_expression, transaction.save)
-        with transaction.finding() as modules:
-            loss = tape.run(closure)
-        # F.embedding scales the rows that it reads to max_norm. To scale them again changes nothing: no rewriting.
-        tape.rewritten = frozenset(p for p, t in est.by_position.items() if tape.writes.written(t) - {F.embedding})
-        changing |= {id(module): module for module in modules}
-        check_loss(loss)
+        tape, loss = _tape_of(est, closure, transaction, as_expression, modules)
         analysis = Analysis(tape, tape.value(loss))
         if not (weights := analysis.weight_calls()) <= as_expression:
             as_expression |= weights
@@ -67,30 +110,33 @@ def trace(
         given = int(loss.shape[0]) if loss.dim() == 1 else None
         try:
             found = layouts_of(est, closure, analysis, sites, transaction, given, known=found, together=together)
-        except GraphMismatch as departure:
+        except GraphMismatch as mismatch:
             if departed:
-                raise unstable(departure) from None
-            # A first run may have filled caches that later runs read: trace once more.
+                raise unstable(mismatch) from None
             as_expression, departed, found = frozenset(), True, None
             continue
         constant = constant_calls(analysis, sites, found)
         if constant <= as_expression:
-            break
+            return _Recording(tape, analysis, sites, loss, given, modules, found)
         as_expression |= constant
-    graph = site_graph(analysis, sites, found.layouts, found.batch, chain=est.follows_chain, ends=found.ends)
-    if not graph.sites and not graph.loss_params:
-        raise ClosureError(independent(est.names, graph))
-    plan = Plan(graph, None, tuple(sites), given, loss.detach().mean())
-    plan.tolerance = precision(analysis)
-    plan.modules, plan.elsewhere = tuple(changing.values()), tuple(tape.writes.elsewhere)
-    plan.found, plan.stream, plan.together = found, est.follows_chain, together
-    plan.mixing = mixing_of(est, closure, analysis, graph, found, transaction)
-    plan.compiled = tape.compiled
-    plan.routes = analysis.routes_by_data()
-    plan.normalises_batch = bool(analysis.coupled_by_batch_norm())
-    plan.analysis = analysis if found.batch > 1 else None
-    _forget_tensors(tape)
-    return plan
+
+
+def _tape_of(
+    est: Estimation,
+    closure: Callable[[], Any],
+    transaction: Transaction,
+    as_expression: frozenset[int],
+    modules: dict[int, torch.nn.Module],
+) -> tuple[Tape, Tensor]:
+    """Run the closure and record its calls; returns its loss too. Modules that it changes are added to ``modules``."""
+    tape = Tape(est.ids, as_expression, transaction.save)
+    with transaction.finding() as changed:
+        loss = tape.run(closure)
+    # F.embedding scales the rows that it reads to max_norm. To scale them again changes nothing: no rewriting.
+    tape.rewritten = frozenset(p for p, t in est.by_position.items() if tape.writes.written(t) - {F.embedding})
+    modules |= {id(module): module for module in changed}
+    check_loss(loss)
+    return tape, loss
 
 
 def layouts_of(

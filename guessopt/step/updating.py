@@ -10,7 +10,7 @@ from torch import Tensor
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import PartialUpdateError
 from guessopt.exclusive import hold_interrupts, leave_modes
-from guessopt.hooks import fire, hooked, is_made, lifted, mark
+from guessopt.hooks import accumulates, fire, hooked, is_made, lifted, mark
 from guessopt.rng import RandomState
 from guessopt.step.estimation import Estimation
 from guessopt.step.learning import learn
@@ -41,6 +41,15 @@ def update(est: Estimation, arrived: Iterable[Tensor] = ()) -> None:
         for p in arrived:
             fire(p)
         base_step(est.base)
+
+
+def update_by(est: Estimation, gradients: Mapping[int, Tensor]) -> None:
+    """Write gradients, by position, to ``.grad`` (None where there is none), and update."""
+    for position, p in enumerate(est.params):
+        p.grad = gradients.get(position)
+        if p.grad is not None:
+            mark(p.grad)
+    update(est, [est.params[k] for k in gradients if accumulates(est.params[k])])
 
 
 def apply_gradients(est: Estimation, estimated: Collection[int]) -> None:
