@@ -266,7 +266,7 @@ def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) ->
     graph = opt.estimation.plans[0].graph
     assert problem.batch in (None, graph.batch) or name == "state space"  # the kernel's length is the batch's
     estimator = OneHot()
-    opt.estimation.estimators, opt.estimation.plans[0].guesses = [estimator] * len(problem.named), None
+    opt.estimation.estimators, opt.estimation.plans[0].assignments = [estimator] * len(problem.named), None
     total = {k: torch.zeros_like(p) for k, p in opt.estimation.by_position.items()}
     runs = 0
     for site in graph.sites:
