@@ -150,7 +150,7 @@ class Estimator(ABC):
         """Whether this step needs guesses."""
         return step % self.period(graph) == 0
 
-    def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> LearningStep:
+    def learning_step(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> LearningStep:
         """A step; only where ``learns``.
 
         Args:
@@ -203,8 +203,10 @@ class LearningStep(ABC):
     in the last, which ``open`` begins (again, if it fails half-way). What was learned is then ``learned``.
     """
 
-    #: Whether ``estimate`` needs the surroundings of every site, and the guesses.
-    keeps: tuple[bool, bool] = True, True
+    #: Whether ``estimate`` needs the ``SiteContext`` of every site.
+    keeps_contexts: bool = True
+    #: Whether ``estimate`` needs the guesses.
+    keeps_guesses: bool = True
 
     @abstractmethod
     def estimate(
@@ -226,7 +228,7 @@ class LearningStep(ABC):
         """Whether a pass must be made before the first, for what has not been learned yet to begin at."""
         return False
 
-    def begin(self, ctx: SiteContext, y: Tensor | None) -> None:
+    def init(self, ctx: SiteContext, y: Tensor | None) -> None:
         """A site; the guess is not used."""
         raise NotImplementedError
 

@@ -101,8 +101,8 @@ def test_the_formula(gamma: float, ahead: int) -> None:
     noise: list[Tensor] = []
     sample = LearnedFeedback.sample
 
-    def recording(self: LearnedFeedback, state: Any, local: Any) -> Tensor:
-        y = sample(self, state, local)
+    def recording(self: LearnedFeedback, state: Any, ctx: Any) -> Tensor:
+        y = sample(self, state, ctx)
         noise.append(y.clone())
         return y
 
@@ -391,7 +391,7 @@ def test_what_b_predicts_is_what_it_foresees(
     place = FeedbackMap(Layout.BATCH_FIRST, shape, maps, output, Form(structure, entries))
     assert entries is None or place.b_shape[0] * place.b_shape[1] <= max(entries, place.b_shape[0])
     b, e, t = torch.randn(place.b_shape), torch.randn(5, positions, 4), torch.randn(shape)
-    r = place.observe(t)
+    r = place.unfold(t)
     torch.testing.assert_close((place.predict(e, b) * t).sum(), (e * place.foreseen(r, b)).sum())
     d = torch.randn(5, positions, 4)  # and the step of B is the gradient of how well it foresees
     b.requires_grad_()

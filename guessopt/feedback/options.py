@@ -277,7 +277,7 @@ class LearnedFeedback(Estimator):
         inner = (site for site in graph.sites if site.shares is None and site.cut is None)
         return list(separable_sites(inner, Output.of_cuts(graph), self.form).values())
 
-    def begin(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> LearningStep:
+    def learning_step(self, sites: tuple[Site, ...], graph: SiteGraph, states: dict[int, Any], noise: Noise) -> LearningStep:
         if self._stream(graph):
             return Streamwise(self, sites, graph, states)
         return Sitewise(self, sites, graph, states, noise)

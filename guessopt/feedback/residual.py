@@ -52,9 +52,11 @@ class Streamwise(LearningStep):
         self.correction = Correction(options.gamma, graph, states, ())
         self.steps: dict[int, State] = {}
 
+    keeps_contexts = False
+
     @property
-    def keeps(self) -> tuple[bool, bool]:  # type: ignore[override]
-        return False, self.options.gamma != 0
+    def keeps_guesses(self) -> bool:  # type: ignore[override]
+        return self.options.gamma != 0
 
     def estimate(
         self, contexts: dict[int, SiteContext], record: ForwardRecord, consume: Callable[[dict[int, Tensor]], None]

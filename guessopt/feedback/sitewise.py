@@ -289,7 +289,7 @@ class Sitewise(LearningStep):
     def needs_init(self) -> bool:
         return bool(self.uninitialised)
 
-    def begin(self, ctx: SiteContext, y: Tensor | None) -> None:
+    def init(self, ctx: SiteContext, y: Tensor | None) -> None:
         """One matrix site further back in each pass: forwards, the last comes last."""
         index, ahead = ctx.site.index, self.chart.ahead.get(ctx.site.index)
         for each, _ in self.waiting.pop(index, ()):

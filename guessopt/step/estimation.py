@@ -264,7 +264,7 @@ class Estimation:
             if any(learning_step.subtracts for learning_step in record.learning_steps.values()):
                 transaction.rewind()
                 try:
-                    self._show(plan, record.learning_steps, "look", record.noise, closure, transaction, record.random)
+                    self._show(plan, record.learning_steps, "subtract", record.noise, closure, transaction, record.random)
                 except GraphMismatch as departure:
                     raise unstable(departure) from None
         assert plan is not None
@@ -286,7 +286,7 @@ class Estimation:
             source, record.params = self._again(record.noise, record.count, lane)
             round = DrawContext(record.count, source, known, random=record.random)
             if record.learning_steps:
-                guesses.append(self._shown(plan, record.learning_steps, "serve", round))
+                guesses.append(self._shown(plan, record.learning_steps, "cotangents", round))
             else:
                 guesses.append(partial(self._guess, plan, round))
         frozen = self._frozen
@@ -339,7 +339,7 @@ class Estimation:
         """``_guess`` in a round. For a site whose estimator learns, the lesson's method ``how`` gets the guess and the
         surroundings, which are then dropped."""
         guesses, guess = self._guesses_of(plan), partial(self._guess, plan, round)
-        idle = {e for e in learning_steps if how == "see" and not e.injects(self._steps, plan.graph)}
+        idle = {e for e in learning_steps if how == "observe" and not e.injects(self._steps, plan.graph)}
         show = {e: getattr(learning_step, how) for e, learning_step in learning_steps.items()}
         for learning_step in learning_steps.values():
             learning_step.open()
@@ -353,7 +353,7 @@ class Estimation:
                 return y
             with torch.no_grad(), without_autocast(s):
                 told = show[estimator](round.contexts.pop(site.index), y)
-            return y if how == "see" else told
+            return y if how == "observe" else told
 
         return shown
 
@@ -369,7 +369,7 @@ class Estimation:
             return draw(self._noise, "normal", shape, site.dtype, self._params[site.params[0]].device)
 
         return {
-            estimator: estimator.begin(
+            estimator: estimator.learning_step(
                 tuple(own), plan.graph, {site.index: self._cache.peek(guesses[site.index][2]) for site in own}, noise
             )
             for estimator, own in sites.items()
@@ -570,7 +570,7 @@ class Estimation:
         while not keeps and any(learning_step.needs_init for learning_step in learning_steps.values()):
             if None in random.values():  # first find the random states before the network's draws
                 self._draws(plan, closure, transaction, random)
-            self._show(plan, learning_steps, "begin", before, closure, transaction, random)
+            self._show(plan, learning_steps, "init", before, closure, transaction, random)
             transaction.rewind()
         level = self._level()
         if count > 1:
@@ -580,8 +580,8 @@ class Estimation:
         round = DrawContext(count, self._noise, {} if level.reuses else None, random=random)
         guess: Guess = partial(self._guess, plan, round)
         if learning_steps and not keeps:
-            guess = self._shown(plan, learning_steps, "see", round)
-        elif not all(learning_step.keeps[0] for learning_step in learning_steps.values()):
+            guess = self._shown(plan, learning_steps, "observe", round)
+        elif not all(learning_step.keeps_contexts for learning_step in learning_steps.values()):
             guess = _forgetting(guess, round.contexts)
         directions = self._directions(count, self._noise)
         left = partial(_let_go, plan.graph, round.contexts) if learning_steps and keeps else None
@@ -592,7 +592,7 @@ class Estimation:
         run.known = {} if round.known is None else round.known
         if random:
             run.random = random
-        run.keeps_guesses = keeps and all(learning_step.keeps[1] for learning_step in learning_steps.values())
+        run.keeps_guesses = keeps and all(learning_step.keeps_guesses for learning_step in learning_steps.values())
         try:
             record = run.execute(closure, self._by_position)
         except (RuntimeError, IndexError) as error:
@@ -809,7 +809,7 @@ class Estimation:
         step."""
         graph = plan.graph
         corrected = any(
-            learning_step.keeps[1] and e.injects(self._steps, graph) for e, learning_step in learning_steps.items()
+            learning_step.keeps_guesses and e.injects(self._steps, graph) for e, learning_step in learning_steps.items()
         )
         return frozenset() if corrected else graph.direct
 
