@@ -83,36 +83,6 @@ def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     return ((u * f(s)[..., None, :]) @ vh).to(w.dtype)
 
 
-def odd_polynomial(gram: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
-    """``Q`` with ``p(p(...p(A))) = Q A`` for ``gram = A A^T`` (``A Q`` for ``A^T A``), where
-    ``p(x) = a x + b x^3 + c x^5 + d x^7`` (Wang eqs. 9 and 10).
-
-    Args:
-        gram: ``[*, r, r]``; coefficients: ``[*, 4]``.
-    """
-    a, b, c, d = coefficients.to(gram.dtype)[..., None, None].unbind(-3)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    found: Tensor | None = None
-    for left in reversed(range(compositions)):
-        q = a * eye + b * gram + gram @ gram @ (c * eye + d * gram)
-        found = q if found is None else found @ q
-        if left:
-            gram = gram @ (q @ q)
-    assert found is not None
-    return found
-
-
-def newton_schulz(w: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
-    """``p(p(...p(W)))``: every singular value mapped by ``p``; see ``odd_polynomial``.
-
-    >>> newton_schulz(torch.eye(2)[None] / 2, torch.tensor([[1.0, 0.0, 0.0, 1.0]]), 1)[0].diagonal()
-    tensor([0.5078, 0.5078])
-    """
-    if w.shape[-2] <= w.shape[-1]:
-        return odd_polynomial(w @ w.mT, coefficients, compositions) @ w
-    return w @ odd_polynomial(w.mT @ w, coefficients, compositions)
-
-
 #: Up to this smaller side, one Gram matrix per example is decomposed exactly.
 EXACT_SIDE = 32
 

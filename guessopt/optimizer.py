@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
 from guessopt.engine.jvp.engines import make_engine
-from guessopt.estimator import Estimator, estimators_for, plain
+from guessopt.estimator import Estimator
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, check_trainable, groups_of, listed, names_of, tensors_of, with_fused
 from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
 from guessopt.memory_plan import bytes_of, choose
+from guessopt.registry import estimators_for, plain
 from guessopt.rng import NoiseSource, RandomState, cuda_devices
 from guessopt.state import Before, check, described, load_base, moved, placement
 from guessopt.step.estimation import MODES, Estimation

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from guessopt.estimator import estimators_for, plain
 from guessopt.groups import names_of
+from guessopt.registry import estimators_for, plain
 from guessopt.rng import is_here
 
 #: Version of the entry ``"guessopt"`` of a ``state_dict``. Raise it with a change that older versions cannot read.

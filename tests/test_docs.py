@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from guessopt import GuessGradOptimizer, WPerp
-from guessopt.estimator import _ESTIMATORS
 from guessopt.ops.base import _RULES, _TANGENTS
+from guessopt.registry import ESTIMATORS
 
 ROOT = Path(__file__).parents[1]
 SETUP = """import torch
@@ -51,7 +51,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     text = page.read_text()
     if "<!-- setup -->" in text:
         exec(compile(SETUP, "setup", "exec"), vars(module))
-    before = [(registry, dict(registry)) for registry in (_ESTIMATORS, _RULES, _TANGENTS)]
+    before = [(registry, dict(registry)) for registry in (ESTIMATORS, _RULES, _TANGENTS)]
     try:
         for block in BLOCK.finditer(text):
             line = text.count("\n", 0, block.start(1))

@@ -171,7 +171,10 @@ def test_directional_descent_is_no_activation_perturbation() -> None:
 def test_a_seed_determines_the_estimate(estimator: str) -> None:
     def estimate(seed: int) -> list[Tensor]:
         made = build("cnn")
-        opt = GuessGradOptimizer(made.named, torch.optim.SGD, ESTIMATORS[estimator], lr=0.1, seed=seed)
+        spec = ESTIMATORS[estimator]
+        if spec["name"] == "learned_feedback":  # from the product of weights it is exact here: no guess corrects it
+            spec = spec | {"start": "zero"}
+        opt = GuessGradOptimizer(made.named, torch.optim.SGD, spec, lr=0.1, seed=seed)
         return list(estimated_gradient(opt, made.closure).values())
 
     assert all(torch.equal(a, b) for a, b in zip(estimate(1), estimate(1), strict=True))

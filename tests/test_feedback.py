@@ -392,10 +392,10 @@ def test_what_b_predicts_is_what_it_foresees(
     assert entries is None or place.b_shape[0] * place.b_shape[1] <= max(entries, place.b_shape[0])
     b, e, t = torch.randn(place.b_shape), torch.randn(5, positions, 4), torch.randn(shape)
     r = place.unfold(t)
-    torch.testing.assert_close((place.predict(e, b) * t).sum(), (e * place.foreseen(r, b)).sum())
+    torch.testing.assert_close((place.predict(e, b) * t).sum(), (e * place.predict_tangent(r, b)).sum())
     d = torch.randn(5, positions, 4)  # and the step of B is the gradient of how well it foresees
     b.requires_grad_()
-    (slope,) = torch.autograd.grad((place.foreseen(r, b).expand_as(d) * d).sum(), b)
+    (slope,) = torch.autograd.grad((place.predict_tangent(r, b).expand_as(d) * d).sum(), b)
     scale = 1 if place.matched else positions
     torch.testing.assert_close(place.outer(r, d) * scale, slope)
 
@@ -415,7 +415,7 @@ def test_the_mean_of_a_cell() -> None:
     for structure, shape in (("auto", (5, 3, 7, 6)), ("shared", (5, 3, 7, 6)), ("position", (5, 3, 3, 2))):
         place = FeedbackMap(Layout.BATCH_FIRST, shape, True, output, Form(structure, None))
         b, e = torch.randn(place.b_shape), torch.randn(5, 1, 10)
-        torch.testing.assert_close(place.mean(place.predict(e, b))[:, 0], e[:, 0] @ b.T)
+        torch.testing.assert_close(place.cell_means(place.predict(e, b))[:, 0], e[:, 0] @ b.T)
 
 
 def test_starts_at_the_product_of_the_weights() -> None:

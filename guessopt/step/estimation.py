@@ -21,15 +21,17 @@ from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter
 from guessopt.engine.jvp.engines import BlockVjpRun, FastEngine, JvpEngine, LossGradRun, PrimalRun
 from guessopt.engine.jvp.stacked import StackedEngine, combined, mean_weights, projection_weights, stack
 from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
-from guessopt.estimator import Estimator, LearningStep, describe
+from guessopt.estimator import Estimator
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, unscaled
 from guessopt.feedback.updates import sound
 from guessopt.graph import SiteGraph
 from guessopt.hooks import Hooks, apart, fire, hooked, lifted
 from guessopt.layout import Shape, numel
+from guessopt.learning import LearningStep
 from guessopt.ops.base import CachedCall
 from guessopt.ops.drawing import draws_now
 from guessopt.record import ForwardRecord, SavedCall
+from guessopt.registry import describe
 from guessopt.rng import NoiseSource, RandomState
 from guessopt.sites import ParallelSites, Site
 from guessopt.step.plan import (
@@ -264,7 +266,9 @@ class Estimation:
             if any(learning_step.subtracts for learning_step in record.learning_steps.values()):
                 transaction.rewind()
                 try:
-                    self._show(plan, record.learning_steps, "subtract", record.noise, closure, transaction, record.random)
+                    self._show(
+                        plan, record.learning_steps, "subtract", record.noise, closure, transaction, record.random
+                    )
                 except GraphMismatch as departure:
                     raise unstable(departure) from None
         assert plan is not None
