@@ -1,4 +1,5 @@
-"""Learned feedback along residual streams: what the tracer finds, and the formulas of docs/learned_feedback.md."""
+"""Learned feedback along residual streams: what the tracer finds, and the formulas of
+docs/learned_feedback_derivation.md."""
 
 import copy
 from collections.abc import Callable
