@@ -46,7 +46,7 @@ def feedback(opt: GuessGradOptimizer) -> list[Tensor]:
 
 
 class Reference:
-    """Learned feedback on an MLP of three linear layers with ReLU, by the tables of docs/learned_feedback_derivation.md."""
+    """Learned feedback on an MLP of three linear layers with ReLU, by docs/learned_feedback_derivation.md."""
 
     def __init__(self, net: nn.Sequential, gamma: float, beta: float, leak: float, ahead: int) -> None:
         self.net, self.gamma, self.beta, self.leak, self.ahead = net, gamma, beta, leak, ahead
