@@ -140,9 +140,9 @@ class LearnedFeedback(FeedbackOptions, Estimator):
     def refuses(self, memory: str, graph: SiteGraph | None) -> str | None:
         if memory == "stream" and self._stream(graph):
             return (
-                "along a residual stream predictions are made from its end back to its beginning, not as a second pass "
-                "goes: memory='replay' runs each block once more in place of keeping what it computes, and "
-                "residual=False serves each site by itself"
+                "along a residual stream predictions go from its end back to its beginning, against the order of a "
+                "second pass; use memory='replay', which runs each block once more, or residual=False, which serves "
+                "each site by itself"
             )
         return None
 

@@ -19,13 +19,11 @@ Nothing that comes from the loss passes more than one block before the block tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from guessopt.chains import Block
+from guessopt.feedback.blocks import BlockGraphs
 from guessopt.feedback.correction import Correction, Remainder
 from guessopt.feedback.fitting import Fitting
 from guessopt.feedback.maps import FeedbackMap, Form, Output, example_layout, rows_per_sample
@@ -44,10 +42,9 @@ from guessopt.feedback.updates import (
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout
 from guessopt.learning import LearningStep
-from guessopt.ops.base import push
 from guessopt.record import ForwardRecord
-from guessopt.sites import Call, Site
-from guessopt.tracing.context import SiteContext, Subgraph, evaluate
+from guessopt.sites import Site
+from guessopt.tracing.context import SiteContext, Subgraph
 
 
 class Streamwise(LearningStep):
@@ -116,15 +113,14 @@ class BackwardSweep:
         states: dict[int, Any],
     ) -> None:
         assert graph.stream is not None
-        self.options, self.record, self.graph, self.by_weights = options, record, graph, options.fits_stream
+        self.options, self.record, self.by_weights = options, record, options.fits_stream
         *self.blocks, self.head = graph.stream.blocks
-        self.served = served
+        self.graphs = BlockGraphs(graph, record, served)
         assert self.head.source is not None
         self.last = self.head.source
-        self.autocast = next((saved.autocast for saved in record.saved_calls if saved.autocast), None)
         self.output = _output(graph)
         self.maps = graph.derive((options, frozenset(served)), lambda: stream_maps(served, graph, options))
-        self.exact = self.served.intersection(self.head.sites)
+        self.exact = served.intersection(self.head.sites)
         self.before: dict[int, State | None] = {}
         self.updated: dict[int, State] = {}
         for keeper, map_ in self.maps.values():
@@ -134,29 +130,29 @@ class BackwardSweep:
 
     def predictions(self) -> Iterator[dict[int, Tensor]]:
         """Cotangents by site index, block by block, from the head on."""
-        inside, variables = self._inside(self.head), self._variables(self.head)
-        run: Subgraph | None = self._subgraph(self.head, [self.last], inside, variables)
+        graphs, outputs, parameters = self.graphs, self.graphs.outputs(self.head), self.graphs.parameters(self.head)
+        run: Subgraph | None = graphs.subgraph(self.head, [self.last], outputs, parameters)
         assert run is not None
-        c, *found = run.pull_back(self.head.goals, self.record.errors, [self.last, *inside.values(), *variables])
-        yield self._by_site(found, inside, variables)
+        c, *found = run.pull_back(self.head.goals, self.record.errors, [self.last, *outputs.values(), *parameters])
+        yield self._by_site(found, outputs, parameters)
         e, p = self.output.join({self.last: c}), c
         assert e is not None
         for block in reversed(self.blocks):
-            inside, variables = self._inside(block), self._variables(block)
+            outputs, parameters = graphs.outputs(block), graphs.parameters(block)
             own = [block.source] if self.options.ahead and block.source is not None else []
             run, back = None, list[Tensor]()
-            if inside or variables or own:
-                run = self._subgraph(block, own, inside, variables)
-            if inside or variables:
+            if outputs or parameters or own:
+                run = graphs.subgraph(block, own, outputs, parameters)
+            if outputs or parameters:
                 assert run is not None
                 input_too = own if c is p else []  # then one pull-back serves sites and input
-                found = run.pull_back(block.goals, [c], [*inside.values(), *variables, *input_too])
-                back = found[len(inside) + len(variables) :]
-                yield self._by_site(found, inside, variables)
+                found = run.pull_back(block.goals, [c], [*outputs.values(), *parameters, *input_too])
+                back = found[len(outputs) + len(parameters) :]
+                yield self._by_site(found, outputs, parameters)
                 del found
             if block.source is None:
                 break
-            skip = self._skip(block, run)
+            skip = graphs.pull_back_skip(block, run)
             skipped, through_rest = skip(p), None
             if own:
                 assert run is not None
@@ -169,35 +165,12 @@ class BackwardSweep:
                 del self.record.values[block.goals[0]]  # no earlier block reads it
             del run
 
-    def _by_site(self, found: list[Tensor], inside: dict[int, int], variables: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The sites' cotangents, by index. The variables' gradients go into the record."""
-        self.record.gradients += zip(variables.values(), found[len(inside) :], strict=False)
-        return dict(zip(inside, found, strict=False))
-
-    def _subgraph(self, block: Block, own: list[int], inside: dict[int, int], variables: dict[int, Tensor]) -> Subgraph:
-        """The block with a reverse graph: the one that the pass has kept, or a new one from running the block again."""
-        if self.record.graphs is not None:
-            return Subgraph.kept(self.record.graphs, block, inside.values(), variables)
-        return self._again(block.program, [*own, *inside.values(), *variables])
-
-    def _again(self, calls: tuple[Call, ...], ends: list[int]) -> Subgraph:
-        """The calls, run again under the autocast of the pass."""
-        with torch.autocast(*self.autocast) if self.autocast else nullcontext():
-            return Subgraph.again(calls, self.record.values, ends, self.record.random)
-
-    def _inside(self, block: Block) -> dict[int, int]:
-        """The outputs of the block's sites whose cotangents are wanted, by site index."""
-        sites, direct = self.graph.sites, self.record.direct
-        return {i: sites[i].value for i in block.sites if i in self.served and sites[i].call.index not in direct}
-
-    def _variables(self, block: Block) -> dict[int, Tensor]:
-        """The parameters whose gradients the block's graph gives, by value."""
-        saved_calls = (self.record.direct[call.index] for call in block.program if call.index in self.record.direct)
-        return {
-            saved.call.inputs[k]: variable
-            for saved in saved_calls
-            for k, variable in zip(saved.wanted, saved.variables, strict=True)
-        }
+    def _by_site(
+        self, found: list[Tensor], outputs: dict[int, int], parameters: dict[int, Tensor]
+    ) -> dict[int, Tensor]:
+        """The sites' cotangents, by index. The parameters' gradients go into the record."""
+        self.record.gradients += zip(parameters.values(), found[len(outputs) :], strict=False)
+        return dict(zip(outputs, found, strict=False))
 
     def _deviation(self, v: int, e: Tensor, target: Tensor | None) -> Any:
         """``a B e`` at a state, with the share ``a`` of ``stream_shrinkage``; zero without a ``B``. ``B e`` is fitted
@@ -210,34 +183,6 @@ class BackwardSweep:
             new, agreed = self.fitting.step(keeper, e, map_.cell_means(target))
             self.updated[keeper] = new | stream_shrinkage(state, agreed, new["steps"], new["B"])
         return 0 if state is None else map_.predict(e, state["share"] * state["B"]).to(self.record.values[v].dtype)
-
-    def _skip(self, block: Block, run: Subgraph | None) -> Callable[[Tensor], Tensor]:
-        """``S^T`` of a block; ``run``: the block's subgraph, if there is one."""
-        if block.skip is None:
-            assert block.source is not None
-            zeros = torch.zeros_like(self.record.values[block.source])
-            return lambda c: zeros
-        if not block.skip:
-            return lambda c: c
-        assert block.origin is not None
-        goals, origin = block.goals, block.origin
-        if run is None or not block.ends_in_skip or origin not in run.ends:
-            run = self._again(block.skip, [origin])
-        pull_back = run.pull_back
-        return lambda c: pull_back(goals, [c], [origin])[0]
-
-    def _push_skip(self, block: Block, t: Tensor) -> Tensor:
-        """``S t``."""
-        if not block.skip:
-            return t
-        origin, calls, values, random = block.origin, block.skip, self.record.values, self.record.random
-        assert origin is not None
-
-        def run(h: Tensor) -> tuple[Tensor, ...]:
-            return (evaluate(calls, {**values, origin: h}, random=random)[block.goals[0]],)
-
-        with torch.autocast(*self.autocast) if self.autocast else nullcontext():
-            return push(run, [values[origin]], [t])[0]
 
     def learn(self) -> None:
         """A least-mean-squares step of every ``B_l`` on ``t_L - (what skips and every B predict of t_L from t_l)``."""
@@ -267,8 +212,8 @@ class BackwardSweep:
         total: Any = 0
         for block in self.blocks[number + 1 :]:
             if block.skip is None:
-                return self._zero(t) + total
-            t = self._push_skip(block, t)
+                return self._zeros(t) + total
+            t = self.graphs.push_skip(block, t)
             v = block.goals[0]
             if v in self.maps:
                 keeper, map_ = self.maps[v]
@@ -279,7 +224,7 @@ class BackwardSweep:
         assert last is not None
         return last + total
 
-    def _zero(self, t: Tensor) -> Tensor:
+    def _zeros(self, t: Tensor) -> Tensor:
         axes = self.output.axes[self.last]
         return t.new_zeros(self.output.n, axes.positions, axes.features)
 
