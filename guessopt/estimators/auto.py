@@ -29,6 +29,8 @@ class Auto(Estimator):
     | a large output and few parameters (a norm's scale) | each example's parameters, as with any estimator |
     | any other, or the calls that follow cannot run by themselves | ``ActivationPerturbation()`` |
 
+    In the second row it is ``WPerp(k)`` if the calls that ``Downstream`` would pass cannot run by themselves.
+
     Args:
         k: dimension of the W-perp guesses.
 

@@ -238,20 +238,19 @@ class SiteFeedback(FeedbackMap):
     """A site's ``B``, and the segment between the site and the tensor that ``B`` predicts.
 
     ``B`` predicts the cotangent of the next matrix site's input, or of the site's own output if no matrix site follows.
-
-    Attributes:
-        separable: whether examples can be told apart. If not, there is no ``B``.
     """
 
-    def __init__(self, site: Site, output: Output, form: Form) -> None:
+    @staticmethod
+    def of(site: Site, output: Output, form: Form) -> SiteFeedback | None:
+        """None if examples cannot be told apart."""
         segment, n = site.segment, output.n
         shape = site.shape if segment is None else segment.matrices[0].x_shape
         own = example_layout(site.layout, site.shape, n)
         layout = own if own.fits(shape, n) else Layout.candidates(shape, n)[0]
-        self.separable = bool(output.axes) and n > 1 and Layout.COUPLED not in (own, layout)
-        if self.separable:
-            features_first = _is_feature_map(segment.matrices[0]) if segment is not None else len(shape) > 3
-            super().__init__(layout, shape, features_first, output, form)
+        if not output.axes or n < 2 or Layout.COUPLED in (own, layout):
+            return None
+        features_first = _is_feature_map(segment.matrices[0]) if segment is not None else len(shape) > 3
+        return SiteFeedback(layout, shape, features_first, output, form)
 
     def pull_back(self, ctx: SiteContext, e: Tensor, b: Tensor) -> Tensor:
         """``M B e``: the predicted cotangent of the site."""

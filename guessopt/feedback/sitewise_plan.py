@@ -117,8 +117,8 @@ def sitewise_rows(options: FeedbackOptions, graph: SiteGraph) -> float:
 
 def separable_sites(sites: Iterable[Site], output: Output, form: Form) -> dict[int, SiteFeedback]:
     """The ``B`` of every site whose examples can be told apart, by site index."""
-    every = ((site.index, SiteFeedback(site, output, form)) for site in sites)
-    return {index: map_ for index, map_ in every if map_.separable}
+    every = ((site.index, SiteFeedback.of(site, output, form)) for site in sites)
+    return {index: map_ for index, map_ in every if map_ is not None}
 
 
 def following(graph: SiteGraph, site: Site) -> Site | None:
