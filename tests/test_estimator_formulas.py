@@ -20,6 +20,8 @@ from guessopt import (
 from guessopt.diagnostics import _backpropagate, estimated_gradient, true_gradient
 from guessopt.estimators import Estimator, make_estimator
 from guessopt.estimators.newton_schulz import polynomials
+from guessopt.estimators.perp import w_perp
+from guessopt.estimators.transpose import noise_at, w_transpose, w_transpose_moment
 from guessopt.layout import Layout
 from guessopt.tracing.context import SiteContext
 
@@ -76,6 +78,19 @@ class Chain:
 
 def close(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
     torch.testing.assert_close(a, b, rtol=1e-8, atol=atol)
+
+
+def test_the_formulas_by_themselves() -> None:
+    """Products of explicit matrices on a ReLU MLP: ``y = M W^T z``, ``y = M V_k z``, ``E[y y^T] = M W^T W M``."""
+    chain = Chain(WTranspose())
+    (ctx, m, w), W = (chain.contexts[0], chain.m(0), chain.w[1]), chain.contexts[0].weights()
+    z, g = noise_at(W, ctx), torch.randn_like(ctx.s)
+    close(w_transpose(z, W, lambda u: u * m), (z[0] @ w) * m)
+    close(w_transpose_moment(g, W, lambda v: v * m, lambda u: u * m), ((g * m) @ w.T @ w) * m)
+    v = torch.linalg.svd(w)[2][:2]
+    V = [(matrix, v[None]) for matrix, _ in W]
+    z = noise_at(V, ctx)
+    close(w_perp(z, V, lambda u: u * m), (z[0] @ v) * m)
 
 
 @pytest.mark.parametrize("estimator", [Downstream(), SelfSharpening()], ids=lambda e: e.name)
