@@ -12,10 +12,11 @@ from guessopt.engine.forward import ForwardRun, Guess
 from guessopt.engine.jvp.engines import BlockVjpRun, JvpEngine, LossGradRun, PrimalRun
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
-from guessopt.estimator import Estimator, LearningStep
+from guessopt.estimator import Estimator
 from guessopt.feedback.updates import sound
 from guessopt.graph import SiteGraph
 from guessopt.layout import Shape
+from guessopt.learning import LearningStep
 from guessopt.ops.drawing import draws_now
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState
@@ -43,7 +44,7 @@ def begin_learning(est: Estimation, plan: Plan) -> dict[Estimator, LearningStep]
         return draw(est.noise, "normal", shape, site.dtype, est.params[site.params[0]].device)
 
     return {
-        estimator: estimator.begin(
+        estimator: estimator.learning_step(
             tuple(own), plan.graph, {site.index: est.cache.peek(assigned[site.index].learned) for site in own}, noise
         )
         for estimator, own in sites.items()
@@ -212,7 +213,7 @@ def engine_without_guesses(est: Estimation, plan: Plan) -> JvpEngine:
 
 def direct_calls(est: Estimation, plan: Plan, learning_steps: Mapping[Estimator, LearningStep]) -> frozenset[int]:
     """Calls whose gradients come from the reverse graphs of a chain's blocks: no guess corrects them in this step."""
-    corrected = any(step.keeps[1] and e.injects(est.steps, plan.graph) for e, step in learning_steps.items())
+    corrected = any(step.keeps_guesses and e.injects(est.steps, plan.graph) for e, step in learning_steps.items())
     return frozenset() if corrected else plan.graph.block_calls
 
 

@@ -13,7 +13,8 @@ from guessopt.engine.forward import ForwardRun, GraphMismatch, Guess
 from guessopt.engine.jvp.engines import FastEngine, JvpEngine
 from guessopt.engine.jvp.stacked import StackedEngine, stack
 from guessopt.engine.transaction import Transaction
-from guessopt.estimator import Estimator, LearningStep
+from guessopt.estimator import Estimator
+from guessopt.learning import LearningStep
 from guessopt.record import ForwardRecord
 from guessopt.rng import RandomState
 from guessopt.step.auditing import audit_run, is_audited
@@ -216,7 +217,7 @@ def run_once(
     run.known = {} if drawing.known is None else drawing.known
     if random:
         run.random = random
-    run.keeps_guesses = keeps and all(step.keeps[1] for step in learning_steps.values())
+    run.keeps_guesses = keeps and all(step.keeps_guesses for step in learning_steps.values())
     record = _executed(est, plan, run, closure)
     if learning_steps:
         check_real(record.errors)
@@ -248,7 +249,7 @@ def _initialise(
     while any(step.needs_init for step in learning_steps.values()):
         if None in random.values():  # first find the random states before the network's draws
             find_draws(est, plan, closure, transaction, random)
-        methods = {e: step.begin for e, step in learning_steps.items()}
+        methods = {e: step.init for e, step in learning_steps.items()}
         show_sites(est, plan, learning_steps, methods, noise, closure, transaction, random)
         transaction.rewind()
 
@@ -268,7 +269,7 @@ def _guesses_for(
     if learning_steps and not keeps:
         return observed(est, plan, learning_steps, drawing)
     guess = guesses_of(est, plan, drawing)
-    return guess if all(step.keeps[0] for step in learning_steps.values()) else forgetting(guess, drawing)
+    return guess if all(step.keeps_contexts for step in learning_steps.values()) else forgetting(guess, drawing)
 
 
 def _executed(est: Estimation, plan: Plan, run: ForwardRun, closure: Closure) -> ForwardRecord:
