@@ -16,7 +16,7 @@ import guessopt
 from guessopt import AuditError, ClosureError, GuessGradOptimizer
 from guessopt.engine import audit as engine
 from guessopt.engine.forward import ForwardRun
-from guessopt.engine.jvp.engines import FastEngine
+from guessopt.engine.jvp.fast import FastEngine
 from guessopt.tracing.tape import Tape
 from tests.problems import PROBLEMS, PassedThrough, build, labels, seeded
 

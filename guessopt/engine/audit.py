@@ -42,7 +42,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from guessopt.engine.forward import ForwardRun, Guess
-from guessopt.engine.jvp.engines import DualEngine, FastEngine, JvpEngine, PrimalRun, is_foreign
+from guessopt.engine.jvp.base import JvpEngine
+from guessopt.engine.jvp.dual import DualEngine
+from guessopt.engine.jvp.fast import FastEngine
+from guessopt.engine.jvp.gaps import is_foreign
+from guessopt.engine.jvp.primal import PrimalRun
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import AuditError
 from guessopt.graph import Kind, SiteGraph

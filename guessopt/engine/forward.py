@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.jvp.engines import JvpEngine, inner, is_foreign
+from guessopt.engine.jvp.base import JvpEngine
+from guessopt.engine.jvp.duals import inner
+from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.graph import Kind, SiteGraph
