@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from guessopt.cache import SiteCache
 from guessopt.engine.audit import Audit, AuditReport
 from guessopt.engine.combine import combined, mean_weights, projection_weights, stack
-from guessopt.engine.forward import ForwardRun, GraphMismatch, Guess
+from guessopt.engine.following import GraphMismatch
+from guessopt.engine.forward import ForwardRun, Guess
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
 from guessopt.engine.jvp import ENGINES
 from guessopt.engine.jvp.base import JvpEngine

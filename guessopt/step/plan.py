@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.forward import ForwardRun, GraphMismatch
+from guessopt.engine.following import GraphMismatch
+from guessopt.engine.forward import ForwardRun
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.jvp.stacked import StackedEngine
