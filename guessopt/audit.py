@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from guessopt.engine.audit.report import AuditReport
-
-if TYPE_CHECKING:
-    from guessopt.optimizer import GuessGradOptimizer
+from guessopt.optimizer import GuessGradOptimizer
 
 
 def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
