@@ -7,6 +7,7 @@ from typing import Any
 
 from guessopt.engine.audit.report import AuditReport
 from guessopt.optimizer import GuessGradOptimizer
+from guessopt.step.modes import audited
 
 
 def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
@@ -30,4 +31,4 @@ def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
     >>> guessopt.audit(opt, lambda: model(x).square().mean()).ok
     True
     """
-    return opt.audited(closure)
+    return audited(opt.estimation, closure)
