@@ -288,7 +288,7 @@ def test_no_reverse_graph_holds_two_matrix_sites(name: str, ahead: int, monkeypa
     opt = optimizer_of(made, gamma=1, every=2, ahead=ahead)
     for _ in range(4):
         opt.step(made.closure)
-    stream = opt.estimation.plans[0].graph.stream
+    stream = opt.estimation.plans[0].graph.chain
     assert (stream is not None) == (name in STREAMS)
     assert depths and max(depths) <= (1 if stream is None else max(block.matrices for block in stream.blocks))
     whole = depth(made.closure().grad_fn, {})

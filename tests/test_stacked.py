@@ -15,7 +15,7 @@ from guessopt import GuessGradOptimizer
 from guessopt.engine.jvp.dual import DualEngine
 from guessopt.engine.jvp.duals import pack, unpack
 from guessopt.engine.jvp.stacked import StackedEngine
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tree import tensors_in
 
 from .problems import Problem, labels
 

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from guessopt.graph import Handling, Kind, SiteGraph
 from guessopt.sites import Call, Value, name_of
-from guessopt.tracing.interceptor import Interceptor, compared, map_tensors, stops_gradient
+from guessopt.tracing.functions import stops_gradient
+from guessopt.tracing.interceptor import Interceptor
+from guessopt.tree import compared, map_tensors
 
 #: Calls whose numbers decide which entries meet. Other numbers make another graph.
 _STRUCTURAL = {torch.cat, torch.concat, torch.concatenate, F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.dropout}
@@ -63,7 +65,7 @@ class FollowingRun(Interceptor):
     ) -> None:
         super().__init__(params)
         self.graph, self.same_objects, self.repeats = graph, same_objects, repeats
-        self.seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.known)
+        self.seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.parameters_seen)
         self.met: dict[int, Tensor] = {}
         self.changed: list[int] = []
         self.stale = False
@@ -95,11 +97,11 @@ class FollowingRun(Interceptor):
         if index >= len(self.handling):
             raise GraphMismatch(index, f"{name_of(fn)} is called after the last call of the earlier run")
         handling = self.handling[index]
-        call, expected, kind = handling[0], handling[1], handling[2]
-        if expected is not fn and expected != fn:
-            raise GraphMismatch(index, f"{name_of(fn)} is called in place of {call.op}")
-        if (not torch.is_grad_enabled() or stops_gradient(fn)) != (kind is Kind.STOPPED):
-            gradients = "with" if kind is Kind.STOPPED else "without"
+        if handling.fn is not fn and handling.fn != fn:
+            raise GraphMismatch(index, f"{name_of(fn)} is called in place of {handling.call.op}")
+        stopped = handling.kind is Kind.STOPPED
+        if (not torch.is_grad_enabled() or stops_gradient(fn)) != stopped:
+            gradients = "with" if stopped else "without"
             raise GraphMismatch(index, f"{name_of(fn)} is called {gradients} gradients")
         return handling
 
@@ -131,12 +133,13 @@ class FollowingRun(Interceptor):
             raise GraphMismatch(call.index, f"{call.op} reads another parameter")
         self.seen[id(t)] = entry = ref(t), value
         if position is not None:
-            graph.known[id(t)] = entry
+            graph.parameters_seen[id(t)] = entry
             return
-        if self.repeats and graph.met.get(value, t) is not t and not _equal(graph.met[value], t):
+        first = graph.first_pass_tensors.get(value, t)
+        if self.repeats and first is not t and not _equal(first, t):
             raise GraphMismatch(call.index, f"{call.op} reads a tensor that holds other numbers than a moment ago")
         self.met[value] = t
-        if value in graph.early and (constant := graph.constants.get(value)) is not t:
+        if value in graph.constant_values and (constant := graph.constants.get(value)) is not t:
             if constant is None or not _equal(constant, t):
                 if known.fixed and constant is not None:
                     raise GraphMismatch(call.index, f"{call.op} reads another weight")
@@ -162,8 +165,10 @@ class FollowingRun(Interceptor):
     # --- after a call -------------------------------------------------------------------------------------------------
 
     def check_results(self, call: Call, results: list[Tensor]) -> None:
-        if len(results) != call.direct:
-            raise GraphMismatch(call.index, f"{call.op} returned {len(results)} tensors in place of {call.direct}")
+        if len(results) != call.result_count:
+            raise GraphMismatch(
+                call.index, f"{call.op} returned {len(results)} tensors in place of {call.result_count}"
+            )
 
     def register(self, call: Call, results: list[Tensor], tensors: list[Tensor]) -> None:
         """Note the values of the tensors that the call has returned or written."""

@@ -33,8 +33,9 @@ from guessopt.ops.base import CachedCall, moves_statistics
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Site
-from guessopt.tracing.interceptor import AS_IT_IS, autocast_of, results_of, tensors_in
+from guessopt.tracing.functions import AS_IT_IS, autocast_of
 from guessopt.tracing.writes import BINDING, copied, generators_in
+from guessopt.tree import results_of, tensors_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 
@@ -96,8 +97,8 @@ class ForwardRun(FollowingRun):
         self.replacements = Replacements()
         self.loss_calls = LossCalls(graph, engine)
         self.random: dict[int, RandomState | None] = {}
-        if graph.stream is not None:
-            self.random = dict.fromkeys(graph.stream.redrawn if engine.reverses else graph.stream.drawing)
+        if graph.chain is not None:
+            self.random = dict.fromkeys(graph.chain.redrawn if engine.reverses else graph.chain.drawing)
 
     # --- the whole run ------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class ForwardRun(FollowingRun):
         return ForwardRecord(
             loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses,
             saved_calls=self.saved_calls, exact=exact, params=dict(self.directions), values=self.values,
-            states=self.engine.notes, graphs=self.engine.graphs, direct=self.visited, random=self.random,
+            states=self.engine.notes, graphs=self.engine.graphs, block_calls=self.visited, random=self.random,
         )  # fmt: skip
 
     def run(self, closure: Callable[[], Any]) -> Any:
@@ -174,7 +175,7 @@ class ForwardRun(FollowingRun):
             after = self.engine.mark(value, results[k], False)
             out = self.replacements.replace(out, results, k, tensors, after)
         for k, value in noted:
-            after = self.engine.note(value, results[k], clone=self._is_fragile(value))
+            after = self.engine.note(value, results[k], clone=self._is_overwritten_later(value))
             out = self.replacements.replace(out, results, k, tensors, after)
         self.register(call, results, tensors)
         if not self.keeps:
@@ -325,12 +326,12 @@ class ForwardRun(FollowingRun):
             self.visited[op.index] = SavedCall(site.call, (), {}, wanted, variables)
             return None
         own, bare = {id(op.tensors[k]) for k in self.graph.mine[op.index]}, self.engine.primal
-        fragile = {id(op.tensors[k]) for k in self.graph.fragile.get(op.index, ())}
+        later = {id(op.tensors[k]) for k in self.graph.overwritten_later.get(op.index, ())}
 
         def primal(t: Tensor) -> Tensor:
             if id(t) in own:
                 return t
-            return bare(t).clone() if id(t) in fragile else bare(t)
+            return bare(t).clone() if id(t) in later else bare(t)
 
         args, kwargs = op.arguments(primal)
         if site.call.writes and not moves_statistics(op.fn):  # the call may be made once more for the gradients
@@ -363,12 +364,12 @@ class ForwardRun(FollowingRun):
         if self.engine.needs is not None and value not in self.engine.needs:
             return
         primal = self.engine.primal(t)
-        self.values[value] = primal.clone() if self._is_fragile(value) else primal
+        self.values[value] = primal.clone() if self._is_overwritten_later(value) else primal
 
-    def _is_fragile(self, value: int) -> bool:
-        """Whether a later call writes into a state of the residual stream."""
-        stream = self.graph.stream
-        return stream is not None and value in stream.fragile
+    def _is_overwritten_later(self, value: int) -> bool:
+        """Whether a later call writes into a state of the residual chain."""
+        chain = self.graph.chain
+        return chain is not None and value in chain.overwritten_later
 
     def _copied(self, op: OpCall, out: Any, results: list[Tensor]) -> Any:
         """``out`` with a copy in place of the first argument, where the operation has returned this argument and made a

@@ -15,7 +15,7 @@ from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.op_call import OpCall
 from guessopt.engine.replacements import put
 from guessopt.graph import SiteGraph
-from guessopt.tracing.interceptor import AS_IT_IS
+from guessopt.tracing.functions import AS_IT_IS
 
 
 class LossCalls:
@@ -76,7 +76,7 @@ class LossCalls:
         if t.shape != cut.shape:
             raise GraphMismatch(index, f"the loss reads shape {list(t.shape)} in place of {list(cut.shape)}")
         with AS_IT_IS if self.engine.reverses else no_grad:
-            if cut.fragile:
+            if cut.overwritten_later:
                 t = self.engine.call(Tensor.clone, (t,), {}, writes=False)
             used, self.leaves[number] = self.engine.cut(number, t)
         return used.clone() if self.graph.loss_writes else used

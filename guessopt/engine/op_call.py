@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guessopt.graph import Kind
 from guessopt.sites import Call
-from guessopt.tracing.interceptor import map_tensors
+from guessopt.tree import map_tensors
 
 
 @dataclass(slots=True)

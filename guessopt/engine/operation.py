@@ -14,7 +14,7 @@ from guessopt.engine.op_call import OpCall
 from guessopt.errors import ClosureError
 from guessopt.graph import SiteGraph
 from guessopt.ops.base import is_in_place
-from guessopt.tracing.interceptor import CustomFunction
+from guessopt.tracing.answers import CustomFunction
 from guessopt.tracing.writes import Memory
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.tracing.interceptor import map_tensors
+from guessopt.tree import map_tensors
 
 
 class Replacements(dict[int, tuple[Tensor, Tensor]]):

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.sites import name_of
-from guessopt.tracing.graph import Analysis
-from guessopt.tracing.interceptor import results_of, tensors_in
+from guessopt.tracing.analysis import Analysis
+from guessopt.tree import results_of, tensors_in
 
 #: Called before a call, with the engine and the call's index, function and tensors. It may return a function, which is
 #: called after the call with the tensors that this has returned.

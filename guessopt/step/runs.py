@@ -95,7 +95,7 @@ def _run_by(
     probes = is_due_for_probe(plan)
     if probes:
         probe_again(est, plan, closure, transaction)
-    if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.early:
+    if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.constant_values:
         look(est, plan, closure, transaction)
     noise, cached = est.noise.snapshot(), est.cache.copy()
     for _ in range(3):
@@ -202,7 +202,7 @@ def run_once(
 ) -> ForwardRecord:
     """A run with ``count`` guesses at each site. The record says what it found."""
     learning_steps = begin_learning(est, plan)
-    keeps = keeps or plan.graph.stream is not None
+    keeps = keeps or plan.graph.chain is not None
     audited = is_audited(est, plan)
     before = None if keeps and not audited else est.noise.snapshot()
     random = dict[int, RandomState | None].fromkeys(redrawn(plan.graph)) if learning_steps else {}
@@ -228,12 +228,12 @@ def run_once(
     if audited and not plan.stale:  # a stale run is made again
         audit_run(est, plan, record, before, closure, transaction, light=not keeps)
     record.noise, record.learning_steps = before, learning_steps
-    plan.graph.met.clear()
+    plan.graph.first_pass_tensors.clear()
     if keeps:
         record.contexts = drawing.contexts
     else:
         _let_go(est, plan, record)
-        plan.graph.met.update(run.met)
+        plan.graph.first_pass_tensors.update(run.met)
     _confirm(est, plan, record, closure, transaction)
     return record
 

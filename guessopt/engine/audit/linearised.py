@@ -15,7 +15,8 @@ from guessopt.engine.audit.memo import NotAuditable, label
 from guessopt.engine.jvp.dual import DualEngine
 from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.layout import is_differentiable
-from guessopt.tracing.interceptor import CustomFunction
+from guessopt.tracing.answers import CustomFunction
+from guessopt.tree import map_tensors
 
 
 def linearised(
@@ -61,11 +62,7 @@ def linearised(
 
 
 def copied(node: Any) -> Any:
-    leaves, spec = tree_flatten(node)
-    copies = [
-        t.detach().clone() if isinstance(t, Tensor) and not is_traceable_wrapper_subclass(t) else t for t in leaves
-    ]
-    return tree_unflatten(copies, spec)
+    return map_tensors(node, lambda t: t if is_traceable_wrapper_subclass(t) else t.detach().clone())
 
 
 def flat(out: Any) -> Any:

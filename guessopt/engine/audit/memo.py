@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.rng import RandomState
-from guessopt.tracing.interceptor import CustomFunction
+from guessopt.tracing.answers import CustomFunction
 
 #: Operations whose derivative is one-sided, one of several, or that of a smooth function in their place. By name,
 #: without underscores at either end.

@@ -15,7 +15,7 @@ from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.op_call import OpCall
 from guessopt.graph import Kind
 from guessopt.layout import is_differentiable
-from guessopt.tracing.interceptor import results_of
+from guessopt.tree import results_of
 
 
 class NudgedEngine(FastEngine):

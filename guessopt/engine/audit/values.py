@@ -33,8 +33,9 @@ from guessopt.layout import is_differentiable
 from guessopt.ops.base import is_in_place
 from guessopt.rng import RandomState, cuda_devices
 from guessopt.sites import Site
-from guessopt.tracing.interceptor import AS_IT_IS, results_of
+from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.tape import memory_of, version_of
+from guessopt.tree import results_of
 
 
 class ValueEngine(PrimalRun):

@@ -22,7 +22,7 @@ from guessopt.engine.jvp.gaps import without_mkldnn
 from guessopt.ops.base import CachedCall, tangent_for
 from guessopt.ops.drawing import RECURRENT
 from guessopt.record import Graphs
-from guessopt.tracing.interceptor import AS_IT_IS
+from guessopt.tracing.functions import AS_IT_IS
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class JvpEngine(ABC):
         notes: the tangents of the values that ``note`` was called with, by value; complete once ``run`` has returned.
         reverses: indices of the calls that run with a reverse graph.
         needs: values to keep, of those that the graph watches; None for all.
-        graphs: the reverse graphs of a residual stream's blocks; None if they are not kept.
+        graphs: the reverse graphs of a residual chain's blocks; None if they are not kept.
     """
 
     name: ClassVar[str]
@@ -101,7 +101,7 @@ class JvpEngine(ABC):
         return None
 
     def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
-        """Keep the tangent of ``t``, a state of the residual stream.
+        """Keep the tangent of ``t``, a state of the residual chain.
 
         Args:
             clone: whether a later call writes into ``t``.

@@ -4,7 +4,7 @@
 |---|---|
 | ``PrimalRun`` | the closure's values once more |
 | ``LossGradRun`` | the exact errors at the cuts, ``dL/dv`` |
-| ``BlockVjpRun`` | the exact errors, and a reverse graph of every block of a residual stream |
+| ``BlockVjpRun`` | the exact errors, and a reverse graph of every block of a residual chain |
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.chains import Stream
+from guessopt.chains import ResidualChain
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.gaps import may_fuse
 from guessopt.ops.attention import drops_out
@@ -73,7 +73,7 @@ class LossGradRun(PrimalRun):
 
 
 class BlockVjpRun(LossGradRun):
-    """``LossGradRun`` that also keeps a reverse graph of every block of a residual stream, each from its block's input.
+    """``LossGradRun`` that also keeps a reverse graph of every block of a residual chain, each from its block's input.
 
     Args:
         marked: values to which the graphs will be pulled back, beside their inputs and parameters.
@@ -81,9 +81,9 @@ class BlockVjpRun(LossGradRun):
 
     graphs: Graphs
 
-    def __init__(self, stream: Stream, marked: frozenset[int], *, frozen_statistics: bool = False) -> None:
+    def __init__(self, chain: ResidualChain, marked: frozenset[int], *, frozen_statistics: bool = False) -> None:
         super().__init__(frozen_statistics=frozen_statistics)
-        self.reverses, self.needs, self.goals = stream.reverses, stream.needs, stream.blocks[-1].goals
+        self.reverses, self.needs, self.goals = chain.reverses, chain.needs, chain.blocks[-1].goals
         self.marked, self.graphs = marked, Graphs()
 
     def note(self, value: int, t: Tensor, clone: bool) -> Tensor:

@@ -25,7 +25,7 @@ from guessopt.ops.base import is_in_place, tangent_for
 from guessopt.ops.elementwise import ADDITION, RELU, UNARY, relu_pull_back
 from guessopt.ops.linear import linear
 from guessopt.rng import RandomState, draws
-from guessopt.tracing.interceptor import map_tensors, tensors_in
+from guessopt.tree import map_tensors, tensors_in
 
 T = TypeVar("T")
 
