@@ -13,7 +13,8 @@ from torch import Tensor
 from guessopt.layout import Layout, Shape
 
 if TYPE_CHECKING:
-    from guessopt.ops.base import MatrixRule, Rule
+    from guessopt.ops.base import Rule
+    from guessopt.ops.matrix import MatrixRule
 
 
 def name_of(fn: Callable[..., Any]) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from guessopt import GuessGradOptimizer, WPerp
 from guessopt.estimator import _ESTIMATORS
-from guessopt.ops.base import _RULES, _TANGENTS
+from guessopt.ops.base import OPS
 
 ROOT = Path(__file__).parents[1]
 SETUP = """import torch
@@ -51,13 +51,13 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     text = page.read_text()
     if "<!-- setup -->" in text:
         exec(compile(SETUP, "setup", "exec"), vars(module))
-    before = [(registry, dict(registry)) for registry in (_ESTIMATORS, _RULES, _TANGENTS)]
+    before = [(registry, dict(registry)) for registry in (_ESTIMATORS, OPS)]
     try:
         for block in BLOCK.finditer(text):
             line = text.count("\n", 0, block.start(1))
             exec(compile("\n" * line + block[1], str(page), "exec"), vars(module))
     finally:
-        for registry, entries in before:  # pages register estimators and rules
+        for registry, entries in before:  # pages register estimators and operations
             registry.clear()
             registry.update(entries)  # type: ignore[arg-type]
 

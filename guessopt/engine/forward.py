@@ -16,7 +16,8 @@ from guessopt.engine.jvp.engines import JvpEngine, inner, is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.graph import Kind, SiteGraph
-from guessopt.ops.base import CachedCall, is_in_place, moves_statistics
+from guessopt.ops.base import is_in_place, moves_statistics
+from guessopt.ops.cached import CachedCall
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Call, Site, Value, name_of

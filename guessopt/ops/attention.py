@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guessopt.ops.base import PULLED_BACK, CachedCall, register_tangent
+from guessopt.ops.base import Op, register
+from guessopt.ops.cached import CachedCall
 
 _jacobian = torch._softmax_backward_data
 
@@ -24,7 +26,6 @@ _jacobian = torch._softmax_backward_data
 _SCORES = {"cpu": 1 << 18, "cuda": 1 << 27}
 
 
-@register_tangent(torch.softmax, Tensor.softmax, torch.special.softmax)
 def softmax(x: Tensor, dx: Tensor, dim: int, dtype: torch.dtype | None = None, **other: Any) -> Any:
     """``dp = p (dx - <p, dx>)`` along ``dim``."""
     if other or not isinstance(dim, int):
@@ -33,7 +34,6 @@ def softmax(x: Tensor, dx: Tensor, dim: int, dtype: torch.dtype | None = None, *
     return p, _jacobian(dx.to(p.dtype), p, dim, p.dtype)
 
 
-@register_tangent(F.softmax)
 def functional_softmax(
     x: Tensor, dx: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
@@ -41,12 +41,11 @@ def functional_softmax(
     return NotImplemented if dim is None else softmax(x, dx, dim, dtype)
 
 
-def _of_pull_back(out: Tensor) -> list[Tensor] | None:
+def _probabilities_of(out: Tensor) -> list[Tensor] | None:
     """The probabilities, head by head, where the result is that of ``_Attention``."""
     return getattr(out.grad_fn, "probabilities", None)
 
 
-@register_tangent(F.scaled_dot_product_attention, duals=3, known=_of_pull_back)
 def attention(
     qkv: tuple[Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -172,43 +171,8 @@ class _Attention(torch.autograd.Function):
         return gq, gk, gv, None, None
 
 
-class _Unbind(torch.autograd.Function):
-    """``torch.unbind`` whose pull-back copies nothing where the gradients already lie side by side."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> tuple[Tensor, ...]:
-        ctx.dim = dim % x.dim()
-        return x.unbind(dim)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        first, dim = gradients[0], ctx.dim
-        step = int(gradients[1].storage_offset() - first.storage_offset()) if len(gradients) > 1 else 0
-        beside = step > 0 and all(
-            g.stride() == first.stride()
-            and g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and g.storage_offset() == first.storage_offset() + k * step
-            for k, g in enumerate(gradients)
-        )
-        if not beside or torch.is_grad_enabled():
-            return torch.stack(gradients, dim), None
-        shape, stride = list(first.shape), list(first.stride())
-        shape.insert(dim, len(gradients))
-        stride.insert(dim, step)
-        return first.as_strided(shape, stride), None
-
-
-def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-    """``torch.unbind``, for a pull-back through a projection that makes queries, keys and values in one."""
-    out: tuple[Tensor, ...] = _Unbind.apply(x, dim)
-    return out
-
-
-PULLED_BACK[torch.unbind] = PULLED_BACK[Tensor.unbind] = unbind
-
-
-def drops_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an attention does."""
+def draws(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``F.scaled_dot_product_attention`` has dropout."""
     return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
 
 
@@ -336,4 +300,24 @@ def _without_autocast(q: Tensor, low: torch.dtype | None) -> AbstractContextMana
     return nullcontext() if low is None else torch.autocast(q.device.type, enabled=False)
 
 
-PULLED_BACK[F.scaled_dot_product_attention] = differentiable_attention
+def _plain_formula() -> AbstractContextManager[Any]:
+    context: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
+    return context
+
+
+register(Op((torch.softmax, Tensor.softmax, torch.special.softmax), tangent=softmax))
+register(Op((F.softmax,), tangent=functional_softmax))
+register(
+    Op(
+        (F.scaled_dot_product_attention,),
+        tangent=attention,
+        duals=3,
+        reuse=_probabilities_of,
+        stacked_tangent=stacked_attention,
+        context=_plain_formula,
+        treatment="runs by the explicit formula: the fused kernels have no forward derivative",
+        fuses=True,
+        in_reverse=differentiable_attention,
+        draws=draws,
+    )
+)

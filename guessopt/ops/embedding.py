@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.ops.base import register_tangent
+from guessopt.ops.base import Op, register
 
 
-@register_tangent(F.embedding_bag, duals=2)
 def embedding_bag(
     ids_and_table: tuple[Tensor, Tensor], tangents: tuple[None, Tensor], *rest: Any, mode: str = "mean", **other: Any
 ) -> Any:
@@ -45,3 +44,6 @@ def _of_largest(
     )
     full = (sizes[: len(chosen)] > 0)[:, None]
     return torch.where(full, dw.gather(0, torch.where(full, chosen, 0)), 0)
+
+
+register(Op((F.embedding_bag,), tangent=embedding_bag, duals=2))

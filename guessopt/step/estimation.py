@@ -27,7 +27,7 @@ from guessopt.feedback.updates import sound
 from guessopt.graph import SiteGraph
 from guessopt.hooks import Hooks, apart, fire, hooked, lifted
 from guessopt.layout import Shape, numel
-from guessopt.ops.base import CachedCall
+from guessopt.ops.cached import CachedCall
 from guessopt.ops.drawing import draws_now
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import NoiseSource, RandomState

@@ -16,9 +16,11 @@ from torch import Tensor
 from guessopt.chains import Block
 from guessopt.errors import refusal, refused
 from guessopt.layout import Layout, Shape
-from guessopt.ops.base import PULLED_BACK, REUSED, CachedCall, moves_statistics, push, without_side_effects
+from guessopt.ops.base import moves_statistics, op_of, without_side_effects
+from guessopt.ops.cached import CachedCall
 from guessopt.ops.drawing import draws_now
-from guessopt.ops.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
+from guessopt.ops.elementwise import derivative, is_dropout, lasting_derivative, pull_back
+from guessopt.ops.reverse import push
 from guessopt.record import GraphInput, Graphs
 from guessopt.rng import NoiseSource, RandomState, draws, replayed
 from guessopt.sites import Call, DownstreamPath, Matrix, ParallelSites, Segment, Site, Value
@@ -171,7 +173,7 @@ class SiteContext:
             return self._segment()(self.s)
         x = self.s
         for fn, run in self._path():
-            x = x if fn in DROPOUT else run(x)
+            x = x if is_dropout(fn) else run(x)
         return x
 
     def onward(self, matrices: int) -> DownstreamPath | None:
@@ -312,7 +314,7 @@ def evaluate(
         random: the states from which calls are to draw; of the others dropout passes as its mean.
     """
     values, random = dict(values), random or {}
-    anew = [c for c in calls if draws(c.fn) and c.fn not in DROPOUT and random.get(c.index) is None and draws_now(c)]
+    anew = [c for c in calls if draws(c.fn) and not is_dropout(c.fn) and random.get(c.index) is None and draws_now(c)]
     state = (
         RandomState.before([*values.values(), *((c.args, c.kwargs) for c in anew)], {}, *(c.fn for c in anew))
         if anew
@@ -393,7 +395,7 @@ def _run(
 ) -> None:
     for call in calls:
         fn, state = call.fn, random.get(call.index)
-        if fn in DROPOUT and state is None:
+        if state is None and is_dropout(fn):
             values[call.outputs[0]] = values[call.inputs[0]]
             continue
         if call.held:
@@ -404,7 +406,8 @@ def _run(
             args = (args[0].clone(), *args[1:])
         elif call.writes and not moves_statistics(fn):
             args, kwargs = copied(args, kwargs, call.writes)
-        run = PULLED_BACK.get(fn) if state is None else None
+        op = op_of(fn)
+        run = op.in_reverse if state is None else None
         try:
             with _around(call, values, state):
                 out = (run or without_side_effects(fn))(*args, **kwargs)
@@ -414,8 +417,8 @@ def _run(
             raise refused(fn, why) from error
         if isinstance(out, Tensor):
             values[call.outputs[0]] = out
-            if known is not None and fn in REUSED and not (call.in_place or call.writes or call.hidden):
-                known[call.index] = CachedCall.of(args, kwargs, out, REUSED[fn](out))
+            if known is not None and op.reuse is not None and not (call.in_place or call.writes or call.hidden):
+                known[call.index] = CachedCall.of(args, kwargs, out, op.reuse(out))
         else:
             results = tensors_in((out,)) if out is not None else [args[0]]
             values.update(zip(call.outputs[: call.direct], results, strict=True))
@@ -477,7 +480,7 @@ def _closed(call: Call) -> Callable[[Tensor], Tensor]:
         args = tuple(source if isinstance(a, Value) else a for a in call.args)
         kwargs = {k: source if isinstance(a, Value) else a for k, a in call.kwargs.items()}
         with _autocasting(call, {call.inputs[0]: t}):
-            out: Tensor = PULLED_BACK.get(call.fn, call.fn)(*args, **kwargs)
+            out: Tensor = (op_of(call.fn).in_reverse or call.fn)(*args, **kwargs)
         return out
 
     return run

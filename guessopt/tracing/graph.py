@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from guessopt.chains import Stream
 from guessopt.graph import Cut, Kind, Outside, SiteGraph
 from guessopt.layout import Layout, Shape, numel
-from guessopt.ops.base import MatrixRule, Rule, rule_for
-from guessopt.ops.elementwise import ADDITION, fused_pull_back, is_elementwise, is_rectifier
-from guessopt.ops.norm import CHANNELS_SECOND
+from guessopt.ops.base import Rule, op_of
+from guessopt.ops.elementwise import fused_pull_back, is_elementwise, is_rectifier
+from guessopt.ops.matrix import MatrixRule
 from guessopt.sites import Call, DownstreamPath, Matrix, OutputSpan, ParallelSites, Segment, Site, Value
 from guessopt.tracing.interceptor import CustomFunction, dense
 from guessopt.tracing.residual import Chain
@@ -108,7 +108,7 @@ class Analysis:
         if tape.kinds[c] is Kind.SITE:
             if call.in_place and call.aliases:
                 return False
-            fused = is_loss_with_parameters(call.fn)
+            fused = _is_loss_with_parameters(call.fn)
             return (fused or all(numel(tape.shapes[call.inputs[k]]) == 1 for k in tape.mine[c])) and any(
                 v in self.active for v in call.inputs
             )
@@ -127,7 +127,7 @@ class Analysis:
     def matrix_of(self, call: Call) -> tuple[MatrixRule, int, int] | None:
         """The rule, the weight's and the input's value, if the call is a linear layer or convolution
         (frozen or not)."""
-        rule = rule_for(call.fn)
+        rule = op_of(call.fn).rule
         if not isinstance(rule, MatrixRule):
             return None
         try:
@@ -178,7 +178,7 @@ class Analysis:
                     found.append(
                         Site(
                             index=len(found), call=call, output=k, value=v,
-                            rule=_GENERIC if self._is_complex(*call.inputs, *call.outputs) else rule_for(call.fn),
+                            rule=_GENERIC if self._is_complex(*call.inputs, *call.outputs) else op_of(call.fn).rule,
                             params=tuple(sorted(tape.origins[c])), shape=tape.shapes[v], dtype=tape.dtypes[v],
                             segment=self.segment(v), overwritten=v in tape.overwritten, reach=self._reach(call),
                             kept=self._kept(call, v),
@@ -235,7 +235,7 @@ class Analysis:
         if len(users) == 1 and site.value not in self.cut_values:
             call = tape.calls[users[0]]
             follower = next((s for s in sites if s.call is call), None)
-            plain_add = call.fn in ADDITION and not call.kwargs and len(call.args) == 2 and not call.aliases
+            plain_add = op_of(call.fn).is_addition and not call.kwargs and len(call.args) == 2 and not call.aliases
             if follower and plain_add and follower.shape == site.shape and not self._parts_differ(follower, site):
                 share = follower.index
         end = site
@@ -540,7 +540,7 @@ class Analysis:
             return False
         shapes = [self.tape.shapes[site.call.inputs[k]] for k in self.tape.mine[site.call.index]]
         dims = len(site.shape) - (2 if layout is Layout.BATCH_SECOND else 1)
-        if site.call.fn in CHANNELS_SECOND:
+        if site.rule.channels_second:
             dims -= len(site.shape) - 2
         fits = all(len(shape) <= dims or (len(shape) <= dims + 1 and shape[:1] == (1,)) for shape in shapes)
         entries = numel(site.shape) // (1 if layout is Layout.COUPLED else batch)
@@ -620,18 +620,9 @@ class Analysis:
         return seen
 
 
-#: Losses with the network's last layer in them. The parameters that they read get their exact gradient from the loss's
-#: own reverse pass. Functions, and names of ``torch.autograd.Function``s.
-LOSSES_WITH_PARAMETERS: set[Any] = {
-    getattr(F, "linear_cross_entropy", None), "LinearCrossEntropyFunction", "FusedLinearCrossEntropyFunction",
-    "LigerFusedLinearCrossEntropyFunction", "LigerFusedLinearJSDFunction",
-}  # fmt: skip
-
-
-def is_loss_with_parameters(fn: Callable[..., Any]) -> bool:
-    """Whether ``fn`` is one of ``LOSSES_WITH_PARAMETERS``."""
-    known: Any = fn.cls.__name__ if isinstance(fn, CustomFunction) else fn
-    return isinstance(known, Hashable) and known in LOSSES_WITH_PARAMETERS
+def _is_loss_with_parameters(fn: Callable[..., Any]) -> bool:
+    """Whether ``fn`` is a loss with the network's last layer in it."""
+    return op_of(fn.cls.__name__ if isinstance(fn, CustomFunction) else fn).is_loss
 
 
 _LAYERS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}

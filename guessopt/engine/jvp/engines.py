@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._ops import OpOverload
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.chains import Stream
 from guessopt.layout import is_differentiable
-from guessopt.ops.attention import drops_out
-from guessopt.ops.base import CachedCall, tangent_for, without_side_effects
-from guessopt.ops.drawing import RECURRENT
+from guessopt.ops.base import op_of, without_side_effects
+from guessopt.ops.cached import CachedCall
 from guessopt.record import GraphInput, Graphs
 from guessopt.tracing.interceptor import AS_IT_IS
 from guessopt.tracing.writes import plain
@@ -106,11 +104,9 @@ class JvpEngine(ABC):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         """Run one operation; ``writes``: into tensors that the closure did not make (buffers)."""
-        if fn in RECURRENT:  # oneDNN's fused recurrence has no forward derivative; the plain one has
-            with _without_mkldnn():
-                return fn(*args, **kwargs)
-        if fn is F.scaled_dot_product_attention:  # only the plain formula has a forward derivative
-            with sdpa_kernel(SDPBackend.MATH):
+        context = op_of(fn).context
+        if context is not None:
+            with context():
                 return fn(*args, **kwargs)
         if self.frozen_statistics and fn is F.batch_norm:
             return F.batch_norm(*self.with_frozen_statistics(*args, **kwargs))
@@ -170,7 +166,7 @@ class JvpEngine(ABC):
 
     def _by_own_rule(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """By this package's rule, for an operation to which torch gives no tangent."""
-        rule, duals = tangent_for(fn) or (None, 0)
+        rule, duals = op_of(fn).tangent, op_of(fn).duals
         if rule is None or duals < 2 or len(args) < duals:
             return NotImplemented
         primals, tangents = zip(*(self._pair(t) for t in args[:duals]), strict=True)
@@ -280,10 +276,10 @@ class FastEngine(DualEngine):
     def _by_rule(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **known: CachedCall
     ) -> Any:
-        entry = tangent_for(fn)
-        if entry is None or len(args) < entry[1]:
+        op = op_of(fn)
+        rule, duals = op.tangent, op.duals
+        if rule is None or len(args) < duals:
             return NotImplemented
-        rule, duals = entry
         pairs: list[tuple[Any, Any]] = []
         for t in args[:duals]:
             if not isinstance(t, Tensor):
@@ -323,8 +319,8 @@ class PrimalRun(JvpEngine):
         return super().call(fn, args, kwargs, writes=writes)
 
     def reuse(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: CachedCall) -> Any:
-        drops = fn is F.scaled_dot_product_attention and drops_out(args, kwargs)
-        return NotImplemented if drops or known.out is None else known.out
+        draws = op_of(fn).draws
+        return NotImplemented if known.out is None or (draws is not None and draws(args, kwargs)) else known.out
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.call(fn, args, kwargs, writes=False)
@@ -393,26 +389,11 @@ def _leaf(t: Tensor, clone: bool) -> tuple[Tensor, Tensor]:
         return leaf, leaf.clone() if clone else leaf
 
 
-#: These multiply where they scatter, if asked to: torch's tangent is 0 where a factor is.
-_SCATTERS: set[Callable[..., Any]] = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
-
-#: Functions whose tangent in torch is another than their backward's, at a kink or at zeros: these go by their backward.
-_UNEQUAL: set[Callable[..., Any]] = {F.prelu, Tensor.prelu, torch.fmax, Tensor.fmax, *_SCATTERS}
-
-
 def check_tangent(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise ``NotImplementedError`` if torch's tangent of a call is not its backward's."""
-    if fn in _UNEQUAL and (
-        fn not in _SCATTERS or any(type(a) is str and a == "prod" for a in (*args, *kwargs.values()))
-    ):
+    backward_only = op_of(fn).backward_only
+    if backward_only is not None and backward_only(args, kwargs):
         raise NotImplementedError("forward AD has another derivative than backward")
-
-
-#: Operations that do not run as they stand, and what is done instead; told by ``preflight``.
-TREATMENTS: dict[Callable[..., Any], str] = {
-    **dict.fromkeys(RECURRENT, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
-    F.scaled_dot_product_attention: "runs by the explicit formula: the fused kernels have no forward derivative",
-}
 
 
 def is_foreign(fn: Callable[..., Any]) -> bool:
@@ -421,16 +402,6 @@ def is_foreign(fn: Callable[..., Any]) -> bool:
     if not isinstance(fn, OpOverload) or fn.namespace in ("aten", "prims", "prim"):
         return False
     return not torch._C._dispatch_has_kernel_for_dispatch_key(fn.name(), "CompositeImplicitAutograd")
-
-
-@contextmanager
-def _without_mkldnn() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _device_type(args: tuple[Any, ...]) -> str:
@@ -448,8 +419,9 @@ def _same_dtype(out: Any) -> Any:
 
 
 def _fuses(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Attention that a fused kernel may run where no tangent passes; with dropout it might draw otherwise."""
-    return fn is F.scaled_dot_product_attention and not drops_out(args, kwargs)
+    """Whether a fused kernel may run where no tangent passes; where numbers are drawn it might draw otherwise."""
+    op = op_of(fn)
+    return op.fuses and not (op.draws is not None and op.draws(args, kwargs))
 
 
 def _carries_tangent(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -494,11 +466,6 @@ def _between_one_and_two(like: Tensor) -> Tensor:
     if like.is_complex():
         numbers = torch.complex(numbers, numbers.flip(0))
     return numbers.to(like).view(like.shape)
-
-
-#: Inside ``torch.func`` these fill the mask of a tensor that is not contiguous in the order of its dimensions, and
-#: elsewhere in the order of its memory.
-_DROPOUTS: set[Callable[..., Any]] = {F.dropout, torch.dropout, torch.dropout_, F.alpha_dropout, torch.alpha_dropout}
 
 
 class FuncEngine(JvpEngine):
@@ -569,7 +536,7 @@ class FuncEngine(JvpEngine):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         check_tangent(fn, args, kwargs)
-        if not writes and fn in _DROPOUTS:
+        if not writes and op_of(fn).masks_by_shape:
             return self._in_order_of_memory(fn, *args, **kwargs)
         if not writes or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
@@ -579,7 +546,7 @@ class FuncEngine(JvpEngine):
         return self.write(fn, args, kwargs)
 
     def without_tangent(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._in_order_of_memory(fn, *args, **kwargs) if fn in _DROPOUTS else fn(*args, **kwargs)
+        return self._in_order_of_memory(fn, *args, **kwargs) if op_of(fn).masks_by_shape else fn(*args, **kwargs)
 
     def _in_order_of_memory(self, fn: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Dropout of ``input`` with its dimensions ordered by stride: the mask is then the one of a plain run."""
