@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from guessopt import GuessGradOptimizer
 from guessopt.engine.jvp.engines import check_tangent
 from guessopt.ops import CachedCall, Entries, MatrixRule, Op, Rule, op_of, register, register_rule
 from guessopt.ops.base import OPS, UNKNOWN, without_side_effects
@@ -318,6 +319,26 @@ def test_without_side_effects_statistics_stay(case: Case) -> None:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
     assert torch.equal(out, case.fn(*built.args, **built.kwargs))
     assert any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(built.args, before.args, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+@pytest.mark.parametrize("engine", ["dual", "func"])
+@pytest.mark.parametrize("case", STATISTICS, ids=by_name)
+def test_a_tangent_passes_where_statistics_move(case: Case, engine: str) -> None:
+    gradients = []
+    for name in ("fast", engine):
+        torch.manual_seed(0)
+        built = build(case, torch.float64)
+        w, x, *rest = torch.nn.Parameter(torch.ones(3, dtype=torch.float64)), *built.args
+
+        def closure(w: Tensor = w, x: Tensor = x, rest: list[Any] = rest, built: Built = built) -> Tensor:
+            return case.fn(x * w.view(3, *(1,) * (x.dim() - 2)), *rest, **built.kwargs).pow(3).mean()
+
+        opt = GuessGradOptimizer([w], torch.optim.SGD, "activation_perturbation", lr=0.1, seed=0, engine=name)
+        opt.estimate(closure)
+        assert w.grad is not None and w.grad.abs().min() > 0
+        gradients.append(w.grad)
+    assert_close(gradients[1], gradients[0], 1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:dropout")

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.chains import Stream
 from guessopt.layout import is_differentiable
-from guessopt.ops.base import op_of, without_side_effects
+from guessopt.ops.base import moves_statistics, op_of, without_side_effects
 from guessopt.ops.cached import CachedCall
 from guessopt.record import GraphInput, Graphs
 from guessopt.tracing.interceptor import AS_IT_IS
@@ -540,7 +540,7 @@ class FuncEngine(JvpEngine):
             return self._in_order_of_memory(fn, *args, **kwargs)
         if not writes or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
-        if fn in (F.batch_norm, F.instance_norm):
+        if moves_statistics(fn):
             self.write(fn, args, kwargs)
             return without_side_effects(fn)(*args, **kwargs)
         return self.write(fn, args, kwargs)
