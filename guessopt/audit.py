@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from guessopt.engine.audit import AuditReport
+from guessopt.engine.audit.report import AuditReport
 
 if TYPE_CHECKING:
     from guessopt.optimizer import GuessGradOptimizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
-from guessopt.engine.jvp.engines import make_engine
+from guessopt.engine.jvp import make_engine
 from guessopt.estimator import Estimator, estimators_for, plain
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, check_trainable, groups_of, listed, names_of, tensors_of, with_fused

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from guessopt.engine.jvp.engines import is_foreign
+from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
 from guessopt.exclusive import exclusive

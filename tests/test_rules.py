@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from guessopt import GuessGradOptimizer
-from guessopt.engine.jvp.engines import check_tangent
+from guessopt.engine.jvp.gaps import check_tangent
 from guessopt.ops import CachedCall, Entries, MatrixRule, Op, Rule, op_of, register, register_rule
 from guessopt.ops.base import OPS, UNKNOWN, without_side_effects
 from guessopt.ops.elementwise import derivative, fused_pull_back, lasting_derivative, pull_back

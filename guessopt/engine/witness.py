@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.engine.forward import ForwardRun
-from guessopt.engine.jvp.engines import JvpEngine
+from guessopt.engine.jvp.base import JvpEngine
 from guessopt.sites import name_of
 from guessopt.tracing.graph import Analysis
 from guessopt.tracing.interceptor import results_of, tensors_in

@@ -198,7 +198,8 @@ class Op:
             slow, or cannot be differentiated.
         without_statistics: replaces an operation whose only side effect is on running statistics, and has none.
         draws: ``draws(args, kwargs)``: whether this call draws random numbers. None: ``rng.draws`` knows.
-        masks_by_shape: whether ``torch.func`` fills the operation's random mask in another order than a plain run.
+        masks_by_shape: whether the operation fills a random mask in the order of the input's dimensions inside of
+            ``torch.func``, and in the order of the input's memory outside.
         entries: see ``Entries``.
         pull_back: ``pull_back(u, s, spent, **kwargs) -> phi'(s) u`` in one kernel; ``kwargs`` are those of the call.
             ``u`` is ``[..., *s.shape]``. ``spent``: the result may take the memory of ``u``.

@@ -16,10 +16,14 @@ from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
 from guessopt.engine.audit import Audit, AuditReport
-from guessopt.engine.forward import ForwardRun, GraphMismatch, Guess
+from guessopt.engine.combine import combined, mean_weights, projection_weights, stack
+from guessopt.engine.following import GraphMismatch
+from guessopt.engine.forward import ForwardRun, Guess
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
-from guessopt.engine.jvp.engines import BlockVjpRun, FastEngine, JvpEngine, LossGradRun, PrimalRun
-from guessopt.engine.jvp.stacked import StackedEngine, combined, mean_weights, projection_weights, stack
+from guessopt.engine.jvp import ENGINES
+from guessopt.engine.jvp.base import JvpEngine
+from guessopt.engine.jvp.primal import BlockVjpRun, LossGradRun, PrimalRun
+from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.errors import ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimator import Estimator, LearningStep, describe
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, unscaled
@@ -545,7 +549,7 @@ class Estimation:
         if plan.stacks is None or (self.stack_guesses and not plan.stacks):
             shared = ", ".join(dict.fromkeys(plan.graph.shared_writes))
             reasons = {
-                f"engine={self.engine!r} carries one tangent": self.engine != "fast",
+                f"engine={self.engine!r} carries one tangent": not ENGINES[self.engine].stacks,
                 "an estimator learns from one guess at a time": any(e.learns for e in self._estimators),
                 f"the network writes into memory that other tensors share ({shared})": bool(shared),
                 "an operation writes tensors that are not among its arguments": bool(plan.graph.hidden),
@@ -575,7 +579,7 @@ class Estimation:
         level = self._level()
         if count > 1:
             level = StackedEngine(count, plan.ways, frozen_statistics=level.frozen_statistics)
-        elif isinstance(level, FastEngine) and self._rests(plan):
+        elif level.rests and self._rests(plan):
             level = self._resting(plan)
         round = DrawContext(count, self._noise, {} if level.reuses else None, random=random)
         guess: Guess = partial(self._guess, plan, round)
