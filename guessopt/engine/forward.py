@@ -29,7 +29,8 @@ from guessopt.engine.operation import differentiate
 from guessopt.engine.replacements import Replacements, put
 from guessopt.engine.transaction import Transaction
 from guessopt.graph import Kind, SiteGraph
-from guessopt.ops.base import CachedCall, moves_statistics
+from guessopt.ops.base import moves_statistics
+from guessopt.ops.cached import CachedCall
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Site

@@ -32,7 +32,7 @@ from guessopt.feedback.updates import (
 )
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout
-from guessopt.ops.base import push
+from guessopt.ops.reverse import push
 from guessopt.record import ForwardRecord
 from guessopt.sites import Call, Site
 from guessopt.tracing.context import SiteContext

@@ -19,7 +19,7 @@ from guessopt.engine.following import GraphMismatch
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
 from guessopt.engine.transaction import Transaction
 from guessopt.hooks import apart
-from guessopt.ops.base import CachedCall
+from guessopt.ops.cached import CachedCall
 from guessopt.record import ForwardRecord
 from guessopt.step.checks import check_finite, unstable
 from guessopt.step.estimation import Estimation

@@ -14,13 +14,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from guessopt.engine.jvp.duals import carries_tangent, inner, pack, unpack
-from guessopt.engine.jvp.gaps import without_mkldnn
-from guessopt.ops.base import CachedCall, tangent_for
-from guessopt.ops.drawing import RECURRENT
+from guessopt.ops.base import op_of
+from guessopt.ops.cached import CachedCall
 from guessopt.record import Graphs
 from guessopt.tracing.functions import AS_IT_IS
 
@@ -128,11 +126,9 @@ class JvpEngine(ABC):
         Raises:
             NotImplementedError: forward mode has no derivative of it.
         """
-        if fn in RECURRENT:  # oneDNN's fused recurrence has no forward derivative; the plain one has
-            with without_mkldnn():
-                return fn(*args, **kwargs)
-        if fn is F.scaled_dot_product_attention:  # only the plain formula has a forward derivative
-            with sdpa_kernel(SDPBackend.MATH):
+        context = op_of(fn).context
+        if context is not None:
+            with context():
                 return fn(*args, **kwargs)
         if self.frozen_statistics and fn is F.batch_norm:
             return F.batch_norm(*self.with_frozen_statistics(*args, **kwargs))
@@ -199,7 +195,7 @@ class JvpEngine(ABC):
 
     def _by_own_rule(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """By this package's rule, for an operation to which torch gives no tangent."""
-        rule, duals = tangent_for(fn) or (None, 0)
+        rule, duals = op_of(fn).tangent, op_of(fn).duals
         if rule is None or duals < 2 or len(args) < duals:
             return NotImplemented
         primals, tangents = zip(*(self.pair(t) for t in args[:duals]), strict=True)

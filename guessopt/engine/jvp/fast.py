@@ -12,7 +12,8 @@ from torch import Tensor
 from guessopt.engine.jvp.dual import DualEngine
 from guessopt.engine.jvp.duals import carries_tangent, pack, unpack, unpack_list
 from guessopt.engine.jvp.gaps import may_fuse
-from guessopt.ops.base import CachedCall, tangent_for
+from guessopt.ops.base import op_of
+from guessopt.ops.cached import CachedCall
 
 
 class FastEngine(DualEngine):
@@ -36,10 +37,10 @@ class FastEngine(DualEngine):
     def _by_rule(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **known: CachedCall
     ) -> Any:
-        entry = tangent_for(fn)
-        if entry is None or len(args) < entry[1]:
+        op = op_of(fn)
+        rule, duals = op.tangent, op.duals
+        if rule is None or len(args) < duals:
             return NotImplemented
-        rule, duals = entry
         pairs: list[tuple[Any, Any]] = []
         for t in args[:duals]:
             if not isinstance(t, Tensor):

@@ -15,14 +15,10 @@ from torch.utils._pytree import tree_map_only
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.duals import unpack
 from guessopt.engine.jvp.gaps import check_tangent
-from guessopt.ops.base import without_side_effects
+from guessopt.ops.base import moves_statistics, op_of, without_side_effects
 from guessopt.tracing.writes import plain
 
 T = TypeVar("T")
-
-#: Outside of ``torch.func`` these fill a mask in the order of the input's memory. Inside they fill it in the order of
-#: the input's dimensions.
-_DROPOUTS: set[Callable[..., Any]] = {F.dropout, torch.dropout, torch.dropout_, F.alpha_dropout, torch.alpha_dropout}
 
 
 class FuncEngine(JvpEngine):
@@ -93,17 +89,17 @@ class FuncEngine(JvpEngine):
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         check_tangent(fn, args, kwargs)
-        if not writes and fn in _DROPOUTS:
+        if not writes and op_of(fn).masks_by_shape:
             return self._in_order_of_memory(fn, *args, **kwargs)
         if not writes or (self.frozen_statistics and fn is F.batch_norm):
             return super().call(fn, args, kwargs, writes=writes)
-        if fn in (F.batch_norm, F.instance_norm):
+        if moves_statistics(fn):
             self.write(fn, args, kwargs)
             return without_side_effects(fn)(*args, **kwargs)
         return self.write(fn, args, kwargs)
 
     def without_tangent(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._in_order_of_memory(fn, *args, **kwargs) if fn in _DROPOUTS else fn(*args, **kwargs)
+        return self._in_order_of_memory(fn, *args, **kwargs) if op_of(fn).masks_by_shape else fn(*args, **kwargs)
 
     def _in_order_of_memory(self, fn: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Dropout of ``input`` with its dimensions ordered by stride, which gives the mask of a plain run."""

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch._ops import OpOverload
 
-from guessopt.ops.attention import drops_out
-from guessopt.ops.drawing import RECURRENT
-
-#: These multiply where they scatter, if asked to. Torch's tangent is then 0 wherever a factor is 0.
-_SCATTERS: set[Callable[..., Any]] = {torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_}
-
-#: Functions whose forward derivative in torch differs from their backward, at a kink or at zeros. The backward counts.
-_UNEQUAL: set[Callable[..., Any]] = {F.prelu, Tensor.prelu, torch.fmax, Tensor.fmax, *_SCATTERS}
-
-#: Operations that run in another way than a plain run's, and how; ``preflight`` tells the user.
-TREATMENTS: dict[Callable[..., Any], str] = {
-    **dict.fromkeys(RECURRENT, "runs unfused: oneDNN's fused recurrence has no forward derivative"),
-    F.scaled_dot_product_attention: "runs by the explicit formula: the fused kernels have no forward derivative",
-}
+from guessopt.ops.base import op_of
 
 
 def check_tangent(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise ``NotImplementedError`` if torch's forward derivative of a call differs from its backward."""
-    if fn in _UNEQUAL and (
-        fn not in _SCATTERS or any(type(a) is str and a == "prod" for a in (*args, *kwargs.values()))
-    ):
+    backward_only = op_of(fn).backward_only
+    if backward_only is not None and backward_only(args, kwargs):
         raise NotImplementedError("forward AD has another derivative than backward")
 
 
@@ -44,17 +27,6 @@ def is_foreign(fn: Callable[..., Any]) -> bool:
 
 
 def may_fuse(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call without tangents may take attention's fused kernel. With dropout that kernel may draw another
-    mask."""
-    return fn is F.scaled_dot_product_attention and not drops_out(args, kwargs)
-
-
-@contextmanager
-def without_mkldnn() -> Iterator[None]:
-    """Within, torch uses no kernel of oneDNN."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+    """Whether a call without tangents may take a fused kernel. With dropout that kernel may draw another mask."""
+    op = op_of(fn)
+    return op.fuses and not (op.draws is not None and op.draws(args, kwargs))

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.chains import ResidualChain
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.gaps import may_fuse
-from guessopt.ops.attention import drops_out
-from guessopt.ops.base import CachedCall
+from guessopt.ops.base import op_of
+from guessopt.ops.cached import CachedCall
 from guessopt.record import GraphInput, Graphs
 
 T = TypeVar("T")
@@ -41,8 +40,8 @@ class PrimalRun(JvpEngine):
         return super().call(fn, args, kwargs, writes=writes)
 
     def reuse(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: CachedCall) -> Any:
-        drops = fn is F.scaled_dot_product_attention and drops_out(args, kwargs)
-        return NotImplemented if drops or known.out is None else known.out
+        draws = op_of(fn).draws
+        return NotImplemented if known.out is None or (draws is not None and draws(args, kwargs)) else known.out
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.call(fn, args, kwargs, writes=False)

@@ -20,31 +20,11 @@ from guessopt.engine.jvp.duals import pack, unpack
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.jvp.gaps import check_tangent, is_foreign
 from guessopt.layout import is_differentiable
-from guessopt.ops.attention import stacked_attention
-from guessopt.ops.base import is_in_place, tangent_for
-from guessopt.ops.elementwise import ADDITION, RELU, UNARY, relu_pull_back
-from guessopt.ops.linear import linear
+from guessopt.ops.base import Entries, is_in_place, op_of
 from guessopt.rng import RandomState, draws
 from guessopt.tree import map_tensors, tensors_in
 
 T = TypeVar("T")
-
-
-def _sum(ab: tuple[Any, Any], tangents: tuple[Any, Any], **other: Any) -> Any:
-    """``d(a + b) = da + db``."""
-    (a, b), (da, db) = ab, tangents
-    if other or da is None or db is None or a.shape != b.shape:
-        return NotImplemented
-    return a + b, da + db
-
-
-#: Rules that take tangents ``[K, *shape]`` without ``vmap``, and how many of their arguments have tangents. A rule that
-#: returns ``NotImplemented`` leaves the call to the rule of ``FastEngine``.
-_STACKED: dict[Callable[..., Any], tuple[Callable[..., Any], int]] = {
-    F.linear: (linear, 1),
-    F.scaled_dot_product_attention: (stacked_attention, 3),
-    **dict.fromkeys(ADDITION, (_sum, 2)),
-}
 
 
 class StackedEngine(FastEngine):
@@ -55,7 +35,7 @@ class StackedEngine(FastEngine):
     | way | serves |
     |---|---|
     | ``phi'(x) dx``, with ``phi'(x)`` computed once | elementwise functions of one real tensor |
-    | a rule for stacks | the operations of ``_STACKED`` |
+    | a rule for stacks | operations with ``Op.stacked_tangent`` |
     | ``FastEngine``'s rule under ``vmap``, the primal unbatched | operations with such a rule |
     | torch's rule under ``vmap``, the primal unbatched | operations that ``vmap`` takes |
     | the operation K times | every operation |
@@ -184,10 +164,11 @@ class StackedEngine(FastEngine):
         real = not any(t.is_complex() for t in tensors_in(args, kwargs))  # the rules are written for real numbers
         if real and _is_unary(fn, args, kwargs):
             return self._elementwise(fn, args, kwargs, moving)
-        for stacked, entry in ((True, _stacked_for(fn)), (False, tangent_for(fn))):
-            if entry is None or len(args) < entry[1] or not real:
+        op = op_of(fn)
+        duals = op.duals
+        for stacked, rule in ((True, op.stacked_tangent), (False, op.tangent)):
+            if rule is None or len(args) < duals or not real:
                 continue
-            rule, duals = entry
             tangents = [moving.get(id(t)) for t in args[:duals]]
             if all(v is None for v in tangents) or any(id(t) in moving for t in tensors_in(args[duals:], kwargs)):
                 continue
@@ -209,9 +190,10 @@ class StackedEngine(FastEngine):
     def _elementwise(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], moving: Moving) -> Found:
         """``phi'(x) dx``, with ``phi'`` computed once."""
         x, dx = args[0], moving[id(args[0])]
-        if fn in RELU:
+        op = op_of(fn)
+        if op.rectifier and op.pull_back is not None:
             out = fn(*args, **kwargs)
-            return out, [(out, relu_pull_back(dx, out))]
+            return out, [(out, op.pull_back(dx, out, False))]
         with fw.dual_level():
             out, slope = unpack(fn(pack(x, torch.ones_like(x)), *args[1:], **kwargs))
             out = out.detach()
@@ -322,18 +304,9 @@ def _apply(
     return rule(args[:duals], tuple(tangents), *args[duals:], **kwargs)
 
 
-def _stacked_for(fn: Callable[..., Any]) -> tuple[Callable[..., Any], int] | None:
-    try:
-        return _STACKED.get(fn)
-    except TypeError:  # unhashable callables
-        return None
-
-
 def _is_unary(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    try:
-        return fn in UNARY and len(tensors_in(args, kwargs)) == 1 and isinstance(args[0], Tensor)
-    except TypeError:
-        return False
+    unary = op_of(fn).entries is Entries.UNARY
+    return unary and len(tensors_in(args, kwargs)) == 1 and isinstance(args[0], Tensor)
 
 
 @cache
