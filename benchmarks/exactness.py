@@ -23,7 +23,7 @@ from benchmarks.zoo import Subject
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
 from guessopt.engine.gradients import parameter_gradients
-from guessopt.engine.jvp.engines import inner
+from guessopt.engine.jvp.duals import inner
 from guessopt.estimators import Estimator
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout

@@ -37,7 +37,7 @@ from benchmarks.training import ESTIMATORS, LABELS
 from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import parameter_gradients
-from guessopt.engine.jvp import engines
+from guessopt.engine.jvp import ENGINES
 from guessopt.step import guessing, modes, runs, updating
 from guessopt.step.updating import update
 from guessopt.tracing import context
@@ -478,7 +478,7 @@ def run(args: argparse.Namespace) -> None:
         finally:
             torch.set_num_threads(before)
         return
-    chosen = [name for name in engines._ENGINES if name != "func" or args.reference]
+    chosen = [name for name in ENGINES if name != "func" or args.reference]
     settings = Settings(
         quick=args.quick,
         device=args.device,

@@ -3,7 +3,7 @@ base."""
 
 from guessopt import estimators
 from guessopt.audit import audit
-from guessopt.engine.audit import AuditReport
+from guessopt.engine.audit.report import AuditReport
 from guessopt.errors import AuditError, ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators import (
     ActivationMixing,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from guessopt.engine.audit import AuditReport
+from guessopt.engine.audit.report import AuditReport
+from guessopt.optimizer import GuessGradOptimizer
 from guessopt.step.modes import audited
-
-if TYPE_CHECKING:
-    from guessopt.optimizer import GuessGradOptimizer
 
 
 def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:

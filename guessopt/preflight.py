@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from guessopt.engine.jvp.engines import TREATMENTS, is_foreign
+from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
 from guessopt.exclusive import exclusive
 from guessopt.hooks import lifted
 from guessopt.layout import Layout, Shape
+from guessopt.ops.base import op_of
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Matrix, Site
 from guessopt.step.checks import check_plan, unread
@@ -154,7 +155,7 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         notes=(
             *(str(w.message) for w in caught if issubclass(w.category, GuessWarning)),
             *(f"{pick} for {count} site{'s' * (count > 1)}" for pick, count in picked.items()),
-            *(f"{fn.__name__} {what}" for fn, what in TREATMENTS.items() if fn in graph.functions),
+            *(f"{fn.__name__} {what}" for fn in dict.fromkeys(graph.functions) if (what := op_of(fn).treatment)),
             *(
                 f"{fn.__name__} goes by the derivative of its backward: it has none in forward mode"
                 for fn in dict.fromkeys(graph.functions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -87,8 +87,13 @@ class Call:
 class Rule(Protocol):
     """What a site needs of its operation. See ``ops.base.Rule`` for the arguments."""
 
-    #: Whether ``parameter_tangent`` is there.
-    has_parameter_tangent: ClassVar[bool]
+    @property
+    def channels_second(self) -> bool:
+        """Whether the weight lies along dimension 1 of the output."""
+
+    @property
+    def has_parameter_tangent(self) -> bool:
+        """Whether ``parameter_tangent`` is there."""
 
     def gradients(
         self,

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import guessopt
-from guessopt import AuditError, ClosureError, GuessGradOptimizer
-from guessopt.engine import audit as engine
-from guessopt.engine.forward import ForwardRun
-from guessopt.engine.jvp.engines import FastEngine
+from guessopt import AuditError, AuditReport, ClosureError, GuessGradOptimizer
+from guessopt.engine.following import FollowingRun
+from guessopt.engine.jvp.fast import FastEngine
 from guessopt.tracing.tape import Tape
 from tests.problems import PROBLEMS, PassedThrough, build, labels, seeded
 
@@ -192,7 +191,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_step_with_audit_equals_one_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = []
-    monkeypatch.setattr(engine.AuditReport, "check", lambda report: reports.append(report))
+    monkeypatch.setattr(AuditReport, "check", lambda report: reports.append(report))
     torch.manual_seed(3)
     model, closure = network(lambda h, m: F.dropout(F.relu(m["bn"](h)), 0.2), DOUBLE, bn=nn.BatchNorm1d(8))
     start, states = copy.deepcopy(model.state_dict()), []
@@ -297,9 +296,9 @@ def test_a_stale_plan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def believe(self: Any, call: Any, tensors: list[Tensor]) -> None:
         for t, v in zip(tensors, call.reads, strict=True):
-            self._seen[id(t)] = weakref.ref(t), v if v >= 0 else ~v
+            self.seen[id(t)] = weakref.ref(t), v if v >= 0 else ~v
 
-    monkeypatch.setattr(ForwardRun, "_check_tensors", believe)
+    monkeypatch.setattr(FollowingRun, "check_tensors", believe)
     chosen = [0]
     model = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)]).double()
     x = torch.randn(6, 4, dtype=DOUBLE)
@@ -339,7 +338,7 @@ def test_it_runs_in_the_first_second_fourth_and_eighth_step(monkeypatch: pytest.
     steps = []
     model, closure = network(lambda h, m: h.relu(), SINGLE)
     opt = optimizer(model)
-    monkeypatch.setattr(engine.AuditReport, "check", lambda report: steps.append(opt.estimation.steps + 1))
+    monkeypatch.setattr(AuditReport, "check", lambda report: steps.append(opt.estimation.steps + 1))
     for _ in range(9):
         opt.step(closure)
     assert steps == [1, 2, 4, 8]

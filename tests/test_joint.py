@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from guessopt import ActivationPerturbation, GuessGradOptimizer, WPerp, WTranspose
 from guessopt.diagnostics import estimated_gradient, expected_gradient
-from guessopt.engine.jvp.engines import FastEngine
+from guessopt.engine.jvp.fast import FastEngine
 
 D, HEADS, TOKENS = 8, 2, 64
 

@@ -25,7 +25,7 @@ from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, LearnedFeed
 from guessopt.diagnostics.reverse import Truth
 from guessopt.estimators import estimator_names
 from guessopt.layout import Layout
-from guessopt.ops.base import MatrixRule
+from guessopt.ops import MatrixRule
 
 from .machine import skip_if_refused
 from .problems import labels

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import GuessGradOptimizer
-from guessopt.engine.jvp.engines import DualEngine, _pack, _unpack
+from guessopt.engine.jvp.dual import DualEngine
+from guessopt.engine.jvp.duals import pack, unpack
 from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.tree import tensors_in
 
@@ -156,35 +157,35 @@ def outputs(out: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def stacked(case: Op, tensors: list[Tensor], tangents: list[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
-    level = StackedEngine(K, {})
+    engine = StackedEngine(K, {})
 
     def body() -> list[tuple[Tensor, Tensor | None]]:
         given = [t.clone() for t in tensors]
         for t, v in zip(given, tangents, strict=True):
             if v is not None:
-                level.inject(t, v.clone(), False)
+                engine.inject(t, v.clone(), False)
         args = arguments(case, given)
-        out = level.call(case.fn, args, dict(case.kwargs), writes=False)
-        return [(t, level.tangent(t)) for t in outputs(out, args)]
+        out = engine.call(case.fn, args, dict(case.kwargs), writes=False)
+        return [(t, engine.tangent(t)) for t in outputs(out, args)]
 
-    return level.run(body)
+    return engine.run(body)
 
 
 def in_turn(case: Op, tensors: list[Tensor], tangents: list[Tensor | None], k: int) -> list[tuple[Tensor, Any]]:
-    level = DualEngine()
+    engine = DualEngine()
 
     def body() -> list[tuple[Tensor, Tensor | None]]:
         given = [
-            t.clone() if v is None else _pack(t.clone(), v[k].clone()) for t, v in zip(tensors, tangents, strict=True)
+            t.clone() if v is None else pack(t.clone(), v[k].clone()) for t, v in zip(tensors, tangents, strict=True)
         ]
         args = arguments(case, given)
         try:
-            out = level.call(case.fn, args, dict(case.kwargs), writes=False)
+            out = engine.call(case.fn, args, dict(case.kwargs), writes=False)
         except NotImplementedError:  # torch's tangent is not its backward's
-            out = level.through_backward(case.fn, args, dict(case.kwargs))
-        return [_unpack(t) for t in outputs(out, args)]
+            out = engine.through_backward(case.fn, args, dict(case.kwargs))
+        return [unpack(t) for t in outputs(out, args)]
 
-    return level.run(body)
+    return engine.run(body)
 
 
 def patterns(count: int) -> Iterator[tuple[bool, ...]]:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
-from guessopt.engine.jvp.engines import JvpEngine
+from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.exclusive import exclusive
 from guessopt.graph import SiteGraph

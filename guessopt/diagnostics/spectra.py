@@ -17,7 +17,7 @@ from torch import Tensor
 from guessopt.diagnostics.plots import bars, curve
 from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, wide
 from guessopt.layout import Layout
-from guessopt.ops.base import MatrixRule
+from guessopt.ops.matrix import MatrixRule
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.record import SavedCall
 from guessopt.sites import Site

@@ -1,1 +1,1 @@
-"""Running the closure: forward-mode passes, the search for the examples, the audit, and the undoing of all of it."""
+"""Running the closure: in forward mode, to find where the examples lie, to audit a step; and undoing its effects."""

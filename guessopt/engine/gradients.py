@@ -19,10 +19,11 @@ from guessopt.tracing.writes import kept
 def estimated_cotangents(
     graph: SiteGraph, record: ForwardRecord, formed: Mapping[int, Tensor] | None = None
 ) -> dict[int, Tensor]:
-    """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index.
-    Of a float16 guess in float32, since the product may leave float16's range. Each guess is taken out of the record.
+    """The cotangents by site index: ``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or a cut's exact error for a
+    site that has no guess. Each guess is taken out of the record.
 
-    ``formed``: cotangents that estimators have formed themselves.
+    Args:
+        formed: cotangents that estimators have formed themselves, by site index.
     """
     found: dict[int, Tensor] = {}
     for site in reversed(graph.sites):
@@ -38,10 +39,12 @@ def estimated_cotangents(
 
 
 def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
-    """``D_n y[n]``; of float16 in float32, since the product may leave its range.
+    """``D_n y[n]``, in memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be expanded.
+    For a float16 guess in float32, since the product may leave float16's range.
 
-    The product has memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be an expanded
-    tensor.
+    Args:
+        y: the site's guess, ``[*shape]``.
+        d: ``D_n``, ``[N]`` or ``[1]``.
     """
     d = site.layout.spread(d, site.shape)
     if y.dtype is torch.float16:
@@ -57,14 +60,14 @@ def parameter_gradients(
     ids: Mapping[int, int],
     gradients: Gradients | None = None,
 ) -> dict[int, Tensor]:
-    """Each site's own transposed rule, then any expression of parameters back to the parameters themselves.
+    """Gradients by position. Parameters without one are absent.
+
+    A site's own transposed rule turns its cotangent into gradients of the tensors that its call reads. Gradients of
+    expressions of parameters (``W.t()``) then go back to the parameters in reverse mode.
 
     Args:
         params: trainable parameters by position; ids: ``id`` to position.
-        gradients: what other calls have contributed.
-
-    Returns:
-        Gradients by position; parameters that nothing consumed are absent.
+        gradients: the sum to add to; None to begin a new one.
     """
     gradients = gradients or Gradients(graph, params, ids, directed=record.params)
     cotangents = {**cotangents, **gradients.known}
@@ -78,15 +81,18 @@ def parameter_gradients(
 
 
 class Gradients:
-    """Parameter gradients as they add up, visit by visit; by the parameter's position.
+    """Sums of parameter gradients, by the parameter's position, to which one call after the other is added.
 
     Args:
         params: trainable parameters by position; ids: ``id`` to position.
         directed: positions of parameters that have guesses of their own.
-        origin: which parameters an expression is computed from; needed to ``take`` some before the others.
+        origin: the positions of the parameters that an expression is computed from. It is needed to ``take`` the
+            gradients of some parameters before the others.
 
     Attributes:
-        visits: by call, those that ``consume`` has left; ``known``: the cotangents that it has for them.
+        found: the sums.
+        saved_calls: by call index, the calls that ``consume`` could not add yet.
+        known: by site index, the cotangents that ``consume`` has kept for these calls.
     """
 
     def __init__(
@@ -104,19 +110,25 @@ class Gradients:
         self.known: dict[int, Tensor] = {}
 
     def add(self, position: int, gradient: Tensor) -> None:
+        """Add to one parameter's gradient; a sum of low precision goes on in float32."""
         if position in self.found:  # a sum in bfloat16 would lose what is a hundred times smaller
             low = gradient.dtype in (torch.float16, torch.bfloat16)
             gradient = self.found[position] + (gradient.float() if low else gradient)
         self.found[position] = gradient
 
     def _keep(self, variable: Tensor, gradient: Tensor) -> None:
+        """Add to the gradient of a parameter, or of an expression of parameters."""
         if id(variable) in self.ids:
             self.add(self.ids[id(variable)], gradient)
         else:
             self._expressions.append((variable, gradient.to(variable.dtype)))
 
     def saved(self, saved: SavedCall, cotangents: Mapping[int, Tensor]) -> None:
-        """What a site's call contributes, by its own transposed rule."""
+        """Add a site's call, by its own transposed rule.
+
+        Args:
+            cotangents: by site index.
+        """
         for site in self.graph.sites_at[saved.call.index]:
             g = cotangents.get(site.index)
             if g is None:
@@ -142,7 +154,11 @@ class Gradients:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)
 
     def consume(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
-        """What those calls of the record contribute whose cotangents are here; they are taken out of the record."""
+        """Take the calls out of the record, and add those of them whose cotangents are known.
+
+        Args:
+            cotangents: by site index. They are kept for calls that need more of them.
+        """
         if record.saved_calls:
             self.saved_calls, record.saved_calls = {saved.call.index: saved for saved in record.saved_calls}, []
         calls = dict.fromkeys(
@@ -158,13 +174,17 @@ class Gradients:
                 self.saved(self.saved_calls.pop(call), {site.index: self.known.pop(site.index) for site in sites})
 
     def direct(self, saved: SavedCall, d: Tensor) -> None:
-        """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""
+        """Add a call whose parameters were guessed example by example: ``sum_n D_n v[n]``."""
         for variable, v in zip(saved.variables, saved.directions or (), strict=True):
             self._keep(variable, sum_over_examples(d, v))
 
     def close(self, record: ForwardRecord, share: float = 1.0) -> None:
-        """What no site contributes: guesses for parameters themselves, parameters that the loss reads, and what blocks'
-        own graphs have given."""
+        """Add the gradients that come from no site: of blocks' own reverse graphs, of parameters with guesses of their
+        own, and of parameters that the loss reads itself.
+
+        Args:
+            share: the weight of one guess in the mean of all.
+        """
         for variable, gradient in record.gradients:
             self._keep(variable, gradient)
         record.gradients = []
@@ -178,7 +198,8 @@ class Gradients:
             self.add(position, gradient if part == 1 else gradient * part)
 
     def take(self, positions: Collection[int]) -> dict[int, Tensor]:
-        """The gradients of these parameters, expressions of them included, handed over for good."""
+        """The gradients of these parameters, by position, with those that come through expressions. They leave the
+        sums."""
         through = [p for p in positions if p not in self.directed]
         ready, later = self._expressions, list[tuple[Tensor, Tensor]]()
         if self.origin is not None and ready:
@@ -196,6 +217,11 @@ class Gradients:
 
 
 def sum_over_examples(d: Tensor, v: Tensor) -> Tensor:
-    """``sum_n D_n v[n]``; ``v`` ``[N, *]``, or ``[1, *]`` for the scalar derivative."""
+    """``sum_n D_n v[n]``, ``[*]``.
+
+    Args:
+        d: ``[N]``.
+        v: ``[N, *]``, or ``[1, *]`` for a direction that all examples share.
+    """
     weights = d if v.shape[0] == d.shape[0] else d.sum().expand(v.shape[0])
     return torch.tensordot(weights.to(v.dtype), v, dims=1)

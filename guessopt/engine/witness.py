@@ -1,5 +1,4 @@
-"""Passes that watch each call: ``Witness`` notes the calls through which no tangent has come yet, ``Mixing`` the first
-call after which examples interact."""
+"""Runs in which every call is watched: through which calls has no tangent come yet, and where do examples interact?"""
 
 from __future__ import annotations
 
@@ -11,16 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.engine.forward import ForwardRun
-from guessopt.engine.jvp.engines import JvpEngine
+from guessopt.engine.jvp.base import JvpEngine
 from guessopt.sites import name_of
 from guessopt.tracing.analysis import Analysis
 from guessopt.tree import results_of, tensors_in
 
-#: Called before a call with the level and the call's index, function and tensors. May return a function, which is then
-#: called with the tensors that the call has returned.
+#: Called before a call, with the engine and the call's index, function and tensors. It may return a function, which is
+#: called after the call with the tensors that this has returned.
 Watch = Callable[[JvpEngine, int, Callable[..., Any], list[Tensor]], "Callable[[list[Tensor]], None] | None"]
 
-#: Products, and how many of their tensors are factors. A factor of zeros stops the tangents of the other factors.
+#: Products -> the number of their tensors that are factors. A factor of zeros stops the other factors' tangents.
 _FACTORS = {"mul": 2, "multiply": 2, "imul": 2, "rmul": 2, "div": 2, "truediv": 2, "matmul": 2, "rmatmul": 2,
             "mm": 2, "bmm": 2, "mv": 2, "linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "einsum": 9,
             "scaled_dot_product_attention": 3}  # fmt: skip
@@ -30,10 +29,10 @@ _FLAT = {"sign", "sgn", "round", "floor", "ceil", "trunc", "fix", "heaviside", "
 
 
 class WatchedRun(ForwardRun):
-    """Shows ``watch`` every call that derivatives pass, with its outputs before they get a guess.
+    """Shows ``watch`` every call with derivatives, and its outputs before they get a guess.
 
     Attributes:
-        failure: the exception that the level, not the closure, has raised.
+        failure: the exception that the engine, not the closure, has raised.
     """
 
     watch: Watch | None = None
@@ -74,7 +73,11 @@ class WatchedRun(ForwardRun):
 
 
 class Witness:
-    """Watches several runs. ``asleep``: the calls through which no tangent has come in any of them."""
+    """Watches several runs.
+
+    Attributes:
+        asleep: indices of the calls that tangents have reached, and through which none has come in any run.
+    """
 
     def __init__(self, analysis: Analysis) -> None:
         calls = [analysis.tape.calls[c] for c in analysis.useful - analysis.loss]
@@ -107,8 +110,12 @@ class Witness:
 class Mixing:
     """Finds the first call after which other examples move than before it.
 
+    Args:
+        moving: ``[N]``, 1 for the examples that have tangents.
+
     Attributes:
-        call: its index and the shape of its output."""
+        call: the call's index and the shape of its output; None until it is found.
+    """
 
     def __init__(self, moving: Tensor) -> None:
         self.moving = moving

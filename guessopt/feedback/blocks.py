@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guessopt.chains import Block
 from guessopt.graph import SiteGraph
-from guessopt.ops.base import push
+from guessopt.ops.reverse import push
 from guessopt.record import ForwardRecord
 from guessopt.sites import Call
 from guessopt.tracing.subgraph import Subgraph, evaluate
@@ -63,7 +63,7 @@ class BlockGraphs:
             return lambda c: c
         assert block.origin is not None
         goals, origin = block.goals, block.origin
-        if run is None or not block.inputs_in_skip or origin not in run.ends:
+        if run is None or not block.ends_in_skip or origin not in run.inputs:
             run = self._again(block.skip, [origin])
         pull_back = run.pull_back
         return lambda c: pull_back(goals, [c], [origin])[0]

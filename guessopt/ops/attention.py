@@ -3,7 +3,8 @@
 ``p = softmax(a)`` has the Jacobian ``J = diag(p) - p p^T``, equal to its transpose: torch's fused kernel for ``J^T g``
 computes ``dp = J da = p (da - <p, da>)``.
 
-Letters: b examples and heads, l queries, s keys, e features, v features of the values.
+Letters: b examples and heads, l queries, s keys, e features, v features of the values. Queries are ``[b, l, e]``, keys
+``[b, s, e]``, values ``[b, s, v]``; scores ``a`` and probabilities ``p`` are ``[b, l, s]``, results ``[b, l, v]``.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guessopt.ops.base import PULLED_BACK, CachedCall, register_tangent
+from guessopt.ops.base import Op, register
+from guessopt.ops.cached import CachedCall
 
 _jacobian = torch._softmax_backward_data
 
-#: Scores held at a time: about what a core's cache takes; on a GPU, what keeps it busy without filling its memory.
+#: Scores held at a time, a number of entries. A CPU's fit into the cache of a core; a GPU's keep it busy.
 _SCORES = {"cpu": 1 << 18, "cuda": 1 << 27}
 
 
-@register_tangent(torch.softmax, Tensor.softmax, torch.special.softmax)
 def softmax(x: Tensor, dx: Tensor, dim: int, dtype: torch.dtype | None = None, **other: Any) -> Any:
     """``dp = p (dx - <p, dx>)`` along ``dim``."""
     if other or not isinstance(dim, int):
@@ -33,7 +35,6 @@ def softmax(x: Tensor, dx: Tensor, dim: int, dtype: torch.dtype | None = None, *
     return p, _jacobian(dx.to(p.dtype), p, dim, p.dtype)
 
 
-@register_tangent(F.softmax)
 def functional_softmax(
     x: Tensor, dx: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
@@ -41,12 +42,11 @@ def functional_softmax(
     return NotImplemented if dim is None else softmax(x, dx, dim, dtype)
 
 
-def _of_pull_back(out: Tensor) -> list[Tensor] | None:
-    """The probabilities, head by head, where the result is that of ``_Attention``."""
+def _probabilities_of(out: Tensor) -> list[Tensor] | None:
+    """The probabilities, head by head, from the reverse graph of ``_Attention``; None from any other."""
     return getattr(out.grad_fn, "probabilities", None)
 
 
-@register_tangent(F.scaled_dot_product_attention, duals=3, known=_of_pull_back)
 def attention(
     qkv: tuple[Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -99,14 +99,15 @@ def attention(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """``[n, heads, l, e]`` alike, on a CPU, without a mask of its own: heads are strided matrices, and
-    a product per head copies nothing."""
+    """Whether heads can be taken one by one, as strided matrices that no product copies.
+
+    This needs ``[n, heads, l, e]`` with equal ``n`` and heads, a CPU, and no mask but the causal one."""
     alike = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     return alike and mask is None and not q.is_cuda and q.shape[0] * q.shape[-2] >= 512
 
 
 def _scaled(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """``c a b``, without a pass of its own for c."""
+    """``c a b`` in one kernel."""
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=c)
 
 
@@ -172,43 +173,8 @@ class _Attention(torch.autograd.Function):
         return gq, gk, gv, None, None
 
 
-class _Unbind(torch.autograd.Function):
-    """``torch.unbind`` whose pull-back copies nothing where the gradients already lie side by side."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> tuple[Tensor, ...]:
-        ctx.dim = dim % x.dim()
-        return x.unbind(dim)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        first, dim = gradients[0], ctx.dim
-        step = int(gradients[1].storage_offset() - first.storage_offset()) if len(gradients) > 1 else 0
-        beside = step > 0 and all(
-            g.stride() == first.stride()
-            and g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and g.storage_offset() == first.storage_offset() + k * step
-            for k, g in enumerate(gradients)
-        )
-        if not beside or torch.is_grad_enabled():
-            return torch.stack(gradients, dim), None
-        shape, stride = list(first.shape), list(first.stride())
-        shape.insert(dim, len(gradients))
-        stride.insert(dim, step)
-        return first.as_strided(shape, stride), None
-
-
-def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-    """``torch.unbind``, for a pull-back through a projection that makes queries, keys and values in one."""
-    out: tuple[Tensor, ...] = _Unbind.apply(x, dim)
-    return out
-
-
-PULLED_BACK[torch.unbind] = PULLED_BACK[Tensor.unbind] = unbind
-
-
-def drops_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an attention does."""
+def draws(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``F.scaled_dot_product_attention`` has dropout."""
     return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0))
 
 
@@ -336,4 +302,24 @@ def _without_autocast(q: Tensor, low: torch.dtype | None) -> AbstractContextMana
     return nullcontext() if low is None else torch.autocast(q.device.type, enabled=False)
 
 
-PULLED_BACK[F.scaled_dot_product_attention] = differentiable_attention
+def _plain_formula() -> AbstractContextManager[Any]:
+    context: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH)
+    return context
+
+
+register(Op((torch.softmax, Tensor.softmax, torch.special.softmax), tangent=softmax))
+register(Op((F.softmax,), tangent=functional_softmax))
+register(
+    Op(
+        (F.scaled_dot_product_attention,),
+        tangent=attention,
+        duals=3,
+        reuse=_probabilities_of,
+        stacked_tangent=stacked_attention,
+        context=_plain_formula,
+        treatment="runs by the explicit formula: the fused kernels have no forward derivative",
+        fuses=True,
+        in_reverse=differentiable_attention,
+        draws=draws,
+    )
+)

@@ -1,53 +1,71 @@
-"""What an operation that reads parameters must know about itself, and the registry of those that do.
+"""One record per operation: an ``Op`` holds all that guessopt knows about it, and ``op_of`` finds the record.
 
-A rule turns a site's cotangent into parameter gradients by that one operation's own transpose. A *matrix rule* also
-knows its weight as a matrix, so that ``W~`` can be built from it.
+Each file of this package declares the records of one family, complete, with ``register``. The rest of guessopt reads
+records and knows no operation by name. An operation without a record works too: torch's own derivatives serve it.
 
-Letters: b block (convolution group), o output row, i input column, r rows of a matrix used in place of W.
+The parts of a record, and who reads them:
+
+=================================  ====================================================================================
+``tangent``, ``duals``, ``reuse``  ``engine="fast"``, and K guesses in one pass
+``stacked_tangent``                K guesses in one pass
+``backward_only``, ``context``     all engines
+``rule``                           gradients of the parameters; ``W~`` where the rule is a ``MatrixRule``
+``entries``, ``pull_back``         the derivative ``M = phi'(s)`` of a path from one matrix site to the next
+``in_reverse``                     pulling a segment back, or pushing it forward
+``draws``                          repeating a call with the random numbers that it has drawn
+=================================  ====================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import enum
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.layout import Shape
-from guessopt.sites import Matrix
+#: A function as a torch function mode sees it; or the name of a ``torch.autograd.Function``.
+Function = Callable[..., Any] | str
 
-_RULES: dict[Callable[..., Any], Rule] = {}
-
+#: ``rule(x, dx, *rest, **kwargs) -> (out, dout)``, or ``NotImplemented``: see ``Op.tangent``.
+TangentRule = Callable[..., Any]
 
 #: Lays per-example parameters ``[N, *shape]`` out so that they broadcast against the operation's output.
 FeedbackMap = Callable[[Tensor], Tensor]
 
+#: By argument, a function that computes the argument's gradient.
+Formulas = dict[str, Callable[[], Tensor]]
+
 
 class Rule:
-    """How one operation turns a cotangent into gradients of its parameters. This base serves any operation.
+    """How one operation turns a cotangent into gradients of its parameters.
 
-    A complete new rule, for an operation with a weight that scales each channel:
+    This base serves every operation: reverse mode through that operation alone. A rule for one operation overrides
+    ``gradients``, or is a ``NamedRule``.
 
-    >>> def scale(x, w):
-    ...     return torch.mul(x, w)
     >>> class ScaleRule(Rule):
     ...     def gradients(self, fn, args, kwargs, output, wanted, g):
     ...         x, w = args
     ...         return [(g * x).sum(0)]
-    >>> ScaleRule().gradients(scale, (torch.ones(2, 3), torch.ones(3)), {}, 0, [1], torch.ones(2, 3))[0]
-    tensor([2., 2., 2.])
+    >>> args, g = (torch.ones(2, 3), torch.ones(3)), torch.ones(2, 3)
+    >>> ScaleRule().gradients(torch.mul, args, {}, 0, [1], g)
+    [tensor([2., 2., 2.])]
+    >>> Rule().gradients(torch.mul, args, {}, 0, [1], g)
+    [tensor([2., 2., 2.])]
     """
 
-    #: Whether the operation is a linear layer or a convolution, with a weight that is a matrix.
-    is_matrix: ClassVar[bool] = False
-    #: Whether ``parameter_tangent`` is there.
-    has_parameter_tangent: ClassVar[bool] = False
+    #: Whether the weight lies along dimension 1 of the output, whatever follows dimension 1.
+    channels_second: bool = False
+
+    @property
+    def has_parameter_tangent(self) -> bool:
+        """Whether the rule defines ``parameter_tangent``."""
+        return type(self).parameter_tangent is not Rule.parameter_tangent
 
     def parameter_tangent(
         self,
@@ -61,8 +79,8 @@ class Rule:
         """The output's tangent when each example's own copy of the parameters moves along ``vs``.
 
         Args:
-            wanted: positions of the parameters, as for ``gradients``.
-            vs: a direction for each, ``[N, *shape]`` (``[1, *shape]`` where examples are coupled).
+            fn, args, kwargs, wanted: see ``gradients``.
+            vs: a direction for each parameter, ``[N, *shape]`` (``[1, *shape]`` where examples are coupled).
             place: lays such a direction out against the output.
         """
         raise NotImplementedError
@@ -80,10 +98,13 @@ class Rule:
 
         Args:
             fn: the operation.
-            args, kwargs: as it was called, without tangents.
-            output: which of its outputs ``g`` belongs to (0 for a single one).
+            args, kwargs: its arguments, without tangents.
+            output: position, among the tensors that it returns, of the tensor that ``g`` belongs to.
             wanted: positions, among the tensor leaves of ``(args, kwargs)``, of the tensors to differentiate.
             g: the cotangent, shape of that output.
+
+        Returns:
+            A gradient per entry of ``wanted``, shape of the tensor; None where the output does not depend on it.
         """
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -105,214 +126,210 @@ class Rule:
             return list(torch.autograd.grad(out, variables, g.to(out.dtype), allow_unused=True))
 
 
-#: Positions of the running statistics, which these operations move where their sixth argument is true.
-_STATISTICS: dict[Callable[..., Any], tuple[int, int]] = {
-    F.batch_norm: (1, 2), F.instance_norm: (1, 2), torch.batch_norm: (3, 4), torch.instance_norm: (3, 4),
-}  # fmt: skip
+class NamedRule(Rule):
+    """A rule with a formula per argument. Where a formula is missing, reverse mode serves the whole call."""
+
+    #: The names of the operation's arguments, in order.
+    names: tuple[str, ...] = ()
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name, without defaults."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
+    def formulas(self, call: dict[str, Any], g: Tensor) -> Formulas:
+        """By argument, a function that computes its gradient; empty where the formulas do not hold for this call.
+
+        Args:
+            call: the arguments by name.
+            g: the cotangent, shape of the output.
+        """
+        return {}
+
+    def gradients(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: int,
+        wanted: list[int],
+        g: Tensor,
+    ) -> list[Tensor | None]:
+        call = self.bind(args, kwargs)
+        formulas = self.formulas(call, g)
+        tensors = [name for name, value in call.items() if isinstance(value, Tensor)]
+        if not formulas or any(tensors[k] not in formulas for k in wanted):
+            return super().gradients(fn, args, kwargs, output, wanted, g)
+        return [formulas[tensors[k]]() for k in wanted]
 
 
-def without_side_effects(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The operation without its side effect on running statistics."""
-    if fn not in _STATISTICS:
-        return fn
-    places, names = _STATISTICS[fn], ("running_mean", "running_var")
+class Entries(enum.Enum):
+    """How an operation with one tensor among its arguments treats the entries of that tensor."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if args[5] if len(args) > 5 else kwargs.get("training", kwargs.get("use_input_stats", fn is F.instance_norm)):
-            args = tuple(None if k in places else a for k, a in enumerate(args))  # which it would not read
-            kwargs = {k: None if k in names else a for k, a in kwargs.items()}
-        return fn(*args, **kwargs)
-
-    return run
+    OTHER = "nothing is known"
+    UNARY = "a function of each entry"
+    WITH_NUMBER = "a function of each entry and of a number, the other operand"
+    DROPOUT = "each entry times a random factor; the mean is the entry itself"
+    IDENTITY = "each entry as it is"
 
 
-def moves_statistics(fn: Callable[..., Any]) -> bool:
-    """Whether an operation's only side effect is on running statistics."""
-    return fn in _STATISTICS
+@dataclass(frozen=True, eq=False)
+class Op:
+    """All that guessopt knows about one operation. What is left out is served by torch.
+
+    Attributes:
+        functions: the operation's spellings.
+        tangent: ``tangent(x, dx, *rest, **kwargs) -> (out, dout)``. Shapes and dtypes of ``dx`` and ``dout`` are those
+            of ``x`` and ``out``. Nothing in ``rest`` and ``kwargs`` carries a tangent. ``dout`` shares no memory with
+            another tensor. The function may return ``NotImplemented``; then torch's own tangent serves.
+        duals: how many leading arguments may carry tangents. With ``duals=3``, say, the call is
+            ``tangent((q, k, v), (dq, dk, dv), *rest, **kwargs)``; some of the tangents may be None, not all. A number
+            among the first arguments (``x * 2``) has the tangent None.
+        reuse: given where ``tangent`` can use the result of an earlier run of the call. ``tangent`` then takes a
+            keyword ``known``: a ``CachedCall``, or None. ``reuse(out)`` finds ``CachedCall.more`` in the result of a
+            run whose reverse graph is alive; ``result_only`` finds nothing.
+        stacked_tangent: like ``tangent``, for K tangents at once: ``dx`` and ``dout`` are ``[K, *shape]``.
+        backward_only: ``backward_only(args, kwargs)``: whether torch's forward derivative of this call differs from its
+            backward. The tangent then comes from the backward.
+        context: makes the context in which torch has a forward derivative of the operation.
+        treatment: a sentence about ``context`` for ``preflight``, to follow the operation's name.
+        fuses: whether the operation runs outside of ``context`` where no tangent passes and nothing is drawn.
+        rule: gradients of the parameters.
+        in_reverse: replaces the operation where a segment is pulled back or pushed forward: for a backward that is
+            slow, or cannot be differentiated.
+        without_statistics: replaces an operation whose only side effect is on running statistics, and has none.
+        draws: ``draws(args, kwargs)``: whether this call draws random numbers. None: ``rng.draws`` knows.
+        masks_by_shape: whether the operation fills a random mask in the order of the input's dimensions inside of
+            ``torch.func``, and in the order of the input's memory outside.
+        entries: see ``Entries``.
+        pull_back: ``pull_back(u, s, spent, **kwargs) -> phi'(s) u`` in one kernel; ``kwargs`` are those of the call.
+            ``u`` is ``[..., *s.shape]``. ``spent``: the result may take the memory of ``u``.
+        rectifier: whether the operation is a ReLU: ``phi'(s)`` is 0 or 1, and its output tells which.
+        keeps_derivative: whether ``phi'(s)`` takes longer than a product with it, so that it is worth keeping.
+        is_addition: whether the operation is ``a + b``.
+        is_loss: whether the operation is a loss with the network's last layer in it. The parameters that it reads get
+            their exact gradient from the loss's own reverse pass.
+
+    Raises:
+        ValueError: the parts contradict each other.
+    """
+
+    functions: tuple[Function, ...]
+    tangent: TangentRule | None = None
+    duals: int = 1
+    reuse: Callable[[Tensor], Any] | None = None
+    stacked_tangent: TangentRule | None = None
+    backward_only: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
+    context: Callable[[], AbstractContextManager[Any]] | None = None
+    treatment: str = ""
+    fuses: bool = False
+    rule: Rule = Rule()  # noqa: RUF009 (it has no state)
+    in_reverse: Callable[..., Any] | None = None
+    without_statistics: Callable[..., Any] | None = None
+    draws: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None
+    masks_by_shape: bool = False
+    entries: Entries = Entries.OTHER
+    pull_back: Callable[..., Tensor] | None = None
+    rectifier: bool = False
+    keeps_derivative: bool = False
+    is_addition: bool = False
+    is_loss: bool = False
+
+    def __post_init__(self) -> None:
+        takes_known = self.tangent is not None and "known" in inspect.signature(self.tangent).parameters
+        wrong = {
+            "duals, reuse and stacked_tangent describe a tangent, and tangent is missing": self.tangent is None
+            and (self.duals != 1 or self.reuse is not None or self.stacked_tangent is not None),
+            "reuse and a tangent with the keyword known need each other": takes_known is (self.reuse is None),
+            "context and treatment need each other": (self.context is None) is bool(self.treatment),
+            "fuses is about a context, and context is missing": self.fuses and self.context is None,
+            "pull_back needs Entries.UNARY": self.pull_back is not None and self.entries is not Entries.UNARY,
+            "rectifier and keeps_derivative need pull_back": self.pull_back is None
+            and (self.rectifier or self.keeps_derivative),
+            "Entries.DROPOUT needs draws": self.entries is Entries.DROPOUT and self.draws is None,
+            "rule is an instance, not a class": not isinstance(self.rule, Rule),
+            "functions are callables, or names": not all(callable(fn) or isinstance(fn, str) for fn in self.functions),
+        }
+        for why, holds in wrong.items():
+            if holds:
+                raise ValueError(f"Op of {self.name}: {why}")
+
+    @property
+    def name(self) -> str:
+        """The first spelling, for messages."""
+        first = self.functions[0] if self.functions else "no function"
+        return str(getattr(first, "__name__", first))
 
 
-class MatrixRule(Rule):
-    """A rule whose operation is linear in its input through a weight: a linear layer or a convolution."""
+#: The records by function.
+OPS: dict[Function, Op] = {}
 
-    is_matrix = True
+#: The record of every function that has none of its own.
+UNKNOWN = Op(functions=())
 
-    def weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The weight among the arguments (a tensor, or its ``Value`` in a recorded call); None if not a matrix here."""
-        raise NotImplementedError
 
-    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The activation among the arguments."""
-        raise NotImplementedError
+def op_of(fn: Function) -> Op:
+    """The record of a function; ``UNKNOWN`` where there is none.
 
-    def matrix(self, matrix: Matrix, weight: Tensor) -> Tensor:
-        """The weight as ``[b, o, i]``."""
-        raise NotImplementedError
+    >>> import torch
+    >>> op_of(torch.relu).rectifier, op_of(torch.cumsum) is UNKNOWN
+    (True, True)
+    """
+    try:
+        return OPS.get(fn, UNKNOWN)
+    except TypeError:  # unhashable callables
+        return UNKNOWN
 
-    def cotangent_shape(self, matrix: Matrix, rows: Tensor, x_shape: Shape) -> Shape:
-        """The shape of the output that ``rows`` ``[b, r, i]`` in place of W would give."""
-        raise NotImplementedError
 
-    def transpose(self, matrix: Matrix, rows: Tensor, e: Tensor, x_shape: Shape) -> Tensor:
-        """``rows^T e``: a cotangent of the output (``cotangent_shape``) pulled back to the input, ``x_shape``."""
-        raise NotImplementedError
+def register(op: Op) -> Op:
+    """Let ``op_of`` find the record under each of its functions.
 
-    def apply(self, matrix: Matrix, rows: Tensor, x: Tensor) -> Tensor:
-        """``rows x``: the operation itself with ``rows`` in place of W, without bias."""
-        raise NotImplementedError
-
-    def rank(self, matrix: Matrix) -> int:
-        """An upper bound of the rank: the smaller side of the (stacked) weight."""
-        raise NotImplementedError
-
-    def geometry(self, call: Any) -> str:
-        """Equal for calls whose weights may be stacked."""
-        raise NotImplementedError
+    Raises:
+        ValueError: the record names no function, or a function has a record already.
+    """
+    if not op.functions:
+        raise ValueError("Op: functions is empty")
+    for fn in op.functions:
+        if fn in OPS:
+            raise ValueError(f"Op of {op.name}: {getattr(fn, '__qualname__', fn)} is in the Op of {OPS[fn].name}")
+    OPS.update(dict.fromkeys(op.functions, op))
+    return op
 
 
 def register_rule(*functions: Callable[..., Any]) -> Callable[[type[Rule]], type[Rule]]:
-    """Class decorator: let the rule serve these torch functions (as a function mode sees them).
+    """Class decorator: the rule serves these torch functions (as a function mode sees them).
 
-    >>> @register_rule(torch.special.expit)
-    ... class ExpitRule(Rule):
+    A function that has an ``Op`` keeps the other parts of it; any other function gets an ``Op`` with the rule alone.
+
+    >>> def my_operation(x, w):
+    ...     return x * w
+    >>> @register_rule(my_operation)
+    ... class MyRule(Rule):
     ...     pass
-    >>> type(rule_for(torch.special.expit)).__name__
-    'ExpitRule'
+    >>> type(op_of(my_operation).rule).__name__
+    'MyRule'
     """
 
     def decorate(cls: type[Rule]) -> type[Rule]:
         rule = cls()
         for fn in functions:
-            _RULES[fn] = rule
+            OPS[fn] = replace(op_of(fn), functions=(fn,), rule=rule)
         return cls
 
     return decorate
 
 
-_GENERIC = Rule()
+def without_side_effects(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation without its side effect on running statistics."""
+    return op_of(fn).without_statistics or fn
 
 
-def rule_for(fn: Callable[..., Any]) -> Rule:
-    """The registered rule, else the generic one (local reverse mode through that one operation)."""
-    try:
-        return _RULES.get(fn, _GENERIC)
-    except TypeError:  # unhashable callables
-        return _GENERIC
-
-
-_NUMBERS = (bool, int, float, complex, str)
-
-
-@dataclass
-class CachedCall:
-    """What a pull-back has found of a call that the closure has yet to make.
-
-    ``args`` and ``kwargs`` are the call's, ``versions`` those of their tensors (-1: writes into it do not show): the
-    closure's own call must read the same memory, unwritten since. ``out``: its result (None: not known yet); ``more``:
-    what the tangent rule can use besides.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[int]
-    out: Any
-    more: Any = None
-
-    @staticmethod
-    def of(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor | None, more: Any = None) -> CachedCall:
-        versions: list[int] = []
-
-        def plain(node: Any) -> Any:
-            if isinstance(node, Tensor):
-                plain_memory = type(node) in (Tensor, torch.nn.Parameter) and node.layout is torch.strided
-                versions.append(node._version if plain_memory and not node.is_inference() else -1)
-                return node.detach()
-            return [plain(item) for item in node] if isinstance(node, (tuple, list)) else node
-
-        args, kwargs = tuple(plain(a) for a in args), {k: plain(a) for k, a in kwargs.items()}
-        return CachedCall(args, kwargs, versions, None if out is None else out.detach(), more)
-
-    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the call is made with the same numbers in the same memory."""
-        versions = iter(self.versions)
-
-        def same(known: Any, given: Any) -> bool:
-            if isinstance(known, Tensor):
-                version = next(versions)
-                if not isinstance(given, Tensor) or version < 0 or given.is_inference():
-                    return False
-                if not known.numel():
-                    return known.shape == given.shape and known.dtype is given.dtype
-                return given._version == version and known.is_set_to(given)
-            if isinstance(known, list):
-                listed = isinstance(given, (tuple, list)) and len(given) == len(known)
-                return listed and all(map(same, known, given))
-            return known is given or (type(known) is type(given) and type(known) in _NUMBERS and known == given)
-
-        return (
-            len(args) == len(self.args)
-            and kwargs.keys() == self.kwargs.keys()
-            and all(map(same, self.args, args))
-            and all(same(known, kwargs[name]) for name, known in self.kwargs.items())
-        )
-
-
-#: A tangent rule and how many leading arguments may carry tangents.
-TangentRule = Callable[..., Any]
-_TANGENTS: dict[Callable[..., Any], tuple[TangentRule, int]] = {}
-
-#: Operations whose tangent rule takes ``known``: from the result of a run of the operation, what to keep of it besides.
-REUSED: dict[Callable[..., Any], Callable[[Tensor], Any]] = {}
-
-
-def no_more(out: Tensor) -> None:
-    """Nothing but the result itself."""
-
-
-def register_tangent(
-    *functions: Callable[..., Any], duals: int = 1, known: Callable[[Tensor], Any] | None = None
-) -> Callable[[TangentRule], TangentRule]:
-    """Decorator: a closed-form tangent ``rule(x, dx, *rest, **kwargs) -> (out, dout)`` for these torch functions.
-
-    ``dx`` is never None; nothing in ``rest`` and ``kwargs`` carries a tangent. A rule may return ``NotImplemented``:
-    torch's own serves then. With ``duals=3``, say, it is ``rule((q, k, v), (dq, dk, dv), *rest, **kwargs)``, some (not
-    all) of the tangents None; a number among the first arguments (``x * 2``) comes with None as well.
-
-    ``known``: the rule takes a keyword of that name, a ``CachedCall`` with the operation's result (or None): what a
-    guess's pull-back has computed already. The function given here finds ``CachedCall.more`` from the result of such
-    a run.
-
-    >>> @register_tangent(torch.special.exp2)
-    ... def exp2(x, dx):
-    ...     out = torch.special.exp2(x)
-    ...     return out, out * dx * 0.6931471805599453
-    >>> tangent_for(torch.special.exp2)[1]
-    1
-    """
-
-    def decorate(rule: TangentRule) -> TangentRule:
-        for fn in functions:
-            _TANGENTS[fn] = (rule, duals)
-            if known is not None:
-                REUSED[fn] = known
-        return rule
-
-    return decorate
-
-
-def tangent_for(fn: Callable[..., Any]) -> tuple[TangentRule, int] | None:
-    """The registered tangent rule, if there is one."""
-    try:
-        return _TANGENTS.get(fn)
-    except TypeError:  # unhashable callables
-        return None
-
-
-#: What stands in for an operation where a segment is pulled back or pushed forward: faster, or differentiable twice.
-PULLED_BACK: dict[Callable[..., Any], Callable[..., Any]] = {}
+def moves_statistics(fn: Callable[..., Any]) -> bool:
+    """Whether the operation's only side effect is on running statistics."""
+    return op_of(fn).without_statistics is not None
 
 
 def is_in_place(fn: Callable[..., Any]) -> bool:
-    """Whether a torch function writes its first argument (``add_``, ``__iadd__``, ``x[i] = y``)."""
+    """Whether a torch function writes its first argument (``add_``, ``__iadd__``, ``x[i] = y``): torch's names tell."""
     name = getattr(fn, "__name__", "")
     if name.startswith("__"):
         return name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in _NOT_IN_PLACE)
@@ -323,26 +340,6 @@ _NOT_IN_PLACE = ("__invert__", "__int__", "__index__")
 
 
 def pick_output(out: Any, output: int) -> Tensor:
-    """The ``output``-th tensor of what an operation returned."""
+    """The ``output``-th tensor among the results of an operation."""
     tensor = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)][output]
     return tensor
-
-
-def push(run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
-    """``J v`` by reverse mode twice (``J^T u`` is linear in u), since forward mode may be under way
-    and does not nest."""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels cannot be differentiated twice
-        variables = [t.detach().requires_grad_() for t in inputs]
-        outs = run(*variables)
-        us = [torch.zeros_like(out, requires_grad=True) for out in outs]
-        pulled = torch.autograd.grad(outs, variables, us, create_graph=True, allow_unused=True)
-        through = [(p, v) for p, v in zip(pulled, vs, strict=True) if p is not None and p.requires_grad]
-        if not through:
-            return [torch.zeros_like(u) for u in us]
-        found = torch.autograd.grad([p for p, _ in through], us, [v.to(p.dtype) for p, v in through], allow_unused=True)
-    return [torch.zeros_like(u) if jv is None else jv for u, jv in zip(us, found, strict=True)]
-
-
-def pull_back_by_vjp(fn: Callable[[Tensor], Tensor], x: Tensor, e: Tensor) -> Tensor:
-    """``J^T e`` of one operation at ``x``."""
-    return vjp(fn, x)[1](e)[0]

@@ -1,11 +1,10 @@
-"""Linear layers: ``s = x W^T + b``, as ``F.linear``, ``x @ W`` or ``addmm``.
+"""Linear layers: ``s = x W^T + b``, written as ``F.linear``, ``x @ W`` or ``addmm``.
 
 Letters: n everything but the last dimension, o output, i input, r rows in place of W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guessopt.layout import Shape
-from guessopt.ops.base import CachedCall, MatrixRule, no_more, register_rule, register_tangent
+from guessopt.ops.base import Formulas, Op, register
+from guessopt.ops.cached import CachedCall, result_only
+from guessopt.ops.matrix import MatrixRule
 from guessopt.sites import Matrix
+
+
+def weight_gradient(x: Tensor, g: Tensor) -> Tensor:
+    """``dW[o, i] = sum_n g[n, o] x[n, i]`` (Singhal eq. 3).
+
+    Args:
+        x: the input, ``[..., i]``.
+        g: the output's cotangent, ``[..., o]``.
+    """
+    return g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+
+def bias_gradient(g: Tensor) -> Tensor:
+    """``db[o] = sum_n g[n, o]``; ``g`` is ``[..., o]``."""
+    return g.reshape(-1, g.shape[-1]).sum(0)
+
+
+def input_gradient(w: Tensor, g: Tensor) -> Tensor:
+    """``dx[n, i] = sum_o g[n, o] W[o, i]``; ``w`` is ``[o, i]``, ``g`` is ``[..., o]``."""
+    return g @ w
 
 
 class _Linear(MatrixRule):
@@ -22,21 +43,19 @@ class _Linear(MatrixRule):
         return (*x_shape[:-1], rows.shape[1])
 
     def transpose(self, matrix: Matrix, rows: Tensor, e: Tensor, x_shape: Shape) -> Tensor:
-        return e @ rows[0]
+        return input_gradient(rows[0], e)
 
     def apply(self, matrix: Matrix, rows: Tensor, x: Tensor) -> Tensor:
         return x @ rows[0].T
-
-    def rank(self, matrix: Matrix) -> int:
-        return min(sum(shape[0] for shape in matrix.weight_shapes), matrix.weight_shape[1])
 
     def geometry(self, call: Any) -> str:
         return "linear"
 
 
-@register_rule(F.linear)
 class LinearRule(_Linear):
-    """``F.linear(x, W, b)``: ``dW = g^T x`` (Singhal eq. 3), ``db = sum g``."""
+    """``F.linear(x, W, b)``: ``x`` ``[..., i]``, ``W`` ``[o, i]``, ``b`` ``[o]``."""
+
+    names = ("input", "weight", "bias")
 
     def weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args[1] if len(args) > 1 else kwargs["weight"]
@@ -47,36 +66,35 @@ class LinearRule(_Linear):
     def matrix(self, matrix: Matrix, weight: Tensor) -> Tensor:
         return weight[None]
 
-    def gradients(
-        self,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: int,
-        wanted: list[int],
-        g: Tensor,
-    ) -> list[Tensor | None]:
-        if kwargs or args[1].dim() != 2:
-            return super().gradients(fn, args, kwargs, output, wanted, g)
-        x = args[0]
-        flat = g.reshape(-1, g.shape[-1])
-        of: dict[int, Callable[[], Tensor]] = {
-            0: lambda: g @ args[1],
-            1: lambda: flat.T @ x.reshape(-1, x.shape[-1]),  # n o, n i -> o i
-            2: lambda: flat.sum(0),
+    def rank(self, matrix: Matrix) -> int:
+        return min(sum(shape[0] for shape in matrix.weight_shapes), matrix.weight_shape[1])
+
+    def formulas(self, call: dict[str, Any], g: Tensor) -> Formulas:
+        x, w = call["input"], call["weight"]
+        if w.dim() != 2:
+            return {}
+        return {
+            "input": lambda: input_gradient(w, g),
+            "weight": lambda: weight_gradient(x, g),
+            "bias": lambda: bias_gradient(g),
         }
-        return [of[k]() for k in wanted]
 
 
-@register_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-class MatmulRule(_Linear):
-    """``x @ W`` with a two-dimensional parameter on the right; any other product is served by the generic rule."""
+class ProductRule(_Linear):
+    """``x @ W``, and ``addmm(b, x, W)``: ``x`` ``[..., i]``, ``W`` ``[i, o]``. Any other product has no matrix.
+
+    Args:
+        at: position of ``x`` among the arguments; ``W`` follows it, and is the last.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at = at
 
     def weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return None if kwargs else args[1]
+        return args[-1] if len(args) == self.at + 2 and not kwargs else None
 
     def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args[0] if args else None
+        return args[self.at] if len(args) == self.at + 2 else None
 
     def matrix(self, matrix: Matrix, weight: Tensor) -> Tensor:
         return weight.T[None]
@@ -85,35 +103,13 @@ class MatmulRule(_Linear):
         return min(sum(shape[1] for shape in matrix.weight_shapes), matrix.weight_shape[0])
 
 
-@register_rule(torch.addmm)
-class AddmmRule(_Linear):
-    """``addmm(b, x, W)``: ``x @ W + b``."""
-
-    def weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args[2] if len(args) == 3 and not kwargs else None
-
-    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args[1] if len(args) == 3 else None
-
-    def matrix(self, matrix: Matrix, weight: Tensor) -> Tensor:
-        return weight.T[None]
-
-    def rank(self, matrix: Matrix) -> int:
-        return min(sum(shape[1] for shape in matrix.weight_shapes), matrix.weight_shape[0])
-
-
-@register_tangent(F.linear, known=no_more)
 def linear(
     x: Tensor, dx: Tensor, weight: Tensor, bias: Tensor | None = None, *, known: CachedCall | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``ds = dx W^T``."""
+    """``ds = dx W^T``; ``dx`` ``[..., i]``, of one guess or of several."""
     return F.linear(x, weight, bias) if known is None else known.out, F.linear(dx, weight)
 
 
-@register_tangent(
-    torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm,
-    torch.sparse.mm, torch.spmm, duals=2,
-)  # fmt: skip
 def matmul(xw: tuple[Tensor, Tensor], tangents: tuple[Any, Any], **other: Any) -> Any:
     """``d(x w) = dx w`` or ``x dw``; torch's own where both move."""
     (x, w), (dx, dw) = xw, tangents
@@ -122,7 +118,6 @@ def matmul(xw: tuple[Tensor, Tensor], tangents: tuple[Any, Any], **other: Any) -
     return x @ w, x @ dw if dx is None else dx @ w
 
 
-@register_tangent(torch.addmm, Tensor.addmm, torch.sparse.addmm, duals=3)
 def addmm(
     bxw: tuple[Tensor, Tensor, Tensor],
     tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -137,3 +132,17 @@ def addmm(
         return NotImplemented
     dout = x @ dw if dx is None else dx @ w  # type: ignore[operator]
     return torch.addmm(b, x, w, beta=beta, alpha=alpha), dout if alpha == 1 else dout * alpha
+
+
+register(Op((F.linear,), tangent=linear, reuse=result_only, stacked_tangent=linear, rule=LinearRule()))
+register(
+    Op(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm),
+        tangent=matmul,
+        duals=2,
+        rule=ProductRule(0),
+    )
+)
+register(Op((torch.bmm, Tensor.bmm, torch.sparse.mm), tangent=matmul, duals=2))
+register(Op((torch.addmm, Tensor.addmm), tangent=addmm, duals=3, rule=ProductRule(1)))
+register(Op((torch.sparse.addmm,), tangent=addmm, duals=3))

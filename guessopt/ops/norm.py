@@ -1,7 +1,8 @@
 """Normalisations with an affine part: ``s = xhat * w + b``, so ``dw = sum g xhat`` and ``db = sum g``.
 
-The normalised ``xhat`` comes from the operation itself without its affine part; running statistics are not touched.
-Letters: n examples and positions, c the channels or features that the weight covers.
+``xhat`` comes from the operation itself without its affine part; running statistics stay as they are.
+Letters: n example, c channel. The weight and the bias are ``[c]`` where channels lie along dimension 1 of
+``x`` ``[n, c, ...]``; otherwise they are ``normalized_shape``, the last dimensions of ``x``.
 
 Tangents: ``xhat = (x - mean) r`` with ``r = 1 / std`` over a set of entries has, on that set, the Jacobian
 ``J = r (1 - 1 1^T / m - xhat xhat^T / m)`` (m entries; without ``1 1^T`` for RMS). It equals its transpose, so torch's
@@ -12,30 +13,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.ops.base import CachedCall, FeedbackMap, Rule, register_rule, register_tangent
+from guessopt.ops.base import FeedbackMap, Formulas, NamedRule, Op, register
+from guessopt.ops.cached import CachedCall
 
-_NAMES: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
-    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
-}
-
-#: Normalisations whose weight lies along dimension 1, whatever follows it.
-CHANNELS_SECOND = (F.batch_norm, F.group_norm)
+#: ``xhat``, shape of ``x``, from the arguments by name: the operation without its affine part.
+Normalised = Callable[[dict[str, Any]], Tensor]
 
 
-@register_rule(F.batch_norm, F.layer_norm, F.group_norm, F.rms_norm)
-class NormRule(Rule):
-    """Weight and bias of batch, layer, group and RMS normalisation."""
+class NormRule(NamedRule):
+    """``s = xhat w + b``, ``w`` and ``b`` broadcast: ``dw = sum g xhat`` and ``db = sum g``.
 
-    has_parameter_tangent = True
+    Args:
+        names: the operation's arguments, in order.
+        normalised: computes ``xhat``.
+        channels_second: whether ``w`` is ``[c]``, along dimension 1; otherwise it lies along the last dimensions.
+    """
+
+    def __init__(self, names: str, normalised: Normalised, *, channels_second: bool = False) -> None:
+        self.names = tuple(names.split())
+        self.normalised, self.channels_second = normalised, channels_second
+
+    def formulas(self, call: dict[str, Any], g: Tensor) -> Formulas:
+        affine = [call[name] for name in ("weight", "bias") if isinstance(call.get(name), Tensor)]
+        if not affine:
+            return {}
+        if self.channels_second:
+            summed = [d for d in range(g.dim()) if d != 1]  # n c ... -> c
+        else:
+            summed = list(range(g.dim() - affine[0].dim()))
+        return {
+            "weight": lambda: (g * self.normalised(call)).sum(summed),
+            "bias": lambda: g.sum(summed),
+        }
 
     def parameter_tangent(
         self,
@@ -47,64 +63,51 @@ class NormRule(Rule):
         place: FeedbackMap,
     ) -> Tensor:
         """``v_w xhat + v_b``, of each example's own weight and bias."""
-        bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
-        tensors = [name for name, value in bound.items() if isinstance(value, Tensor)]
-        inner = (1,) * (bound["input"].dim() - 2) if fn in CHANNELS_SECOND else ()
+        call = self.bind(args, kwargs)
+        tensors = [name for name, value in call.items() if isinstance(value, Tensor)]
+        inner = (1,) * (call["input"].dim() - 2) if self.channels_second else ()
         placed = {tensors[k]: place(v.reshape(*v.shape, *inner)) for k, v in zip(wanted, vs, strict=True)}
         if "weight" not in placed:
             return placed["bias"]
-        xhat = _normalised(fn, bound["input"], bound)
+        xhat = self.normalised(call)
         return torch.addcmul(placed["bias"], xhat, placed["weight"]) if "bias" in placed else xhat * placed["weight"]
 
-    def gradients(
-        self,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: int,
-        wanted: list[int],
-        g: Tensor,
-    ) -> list[Tensor | None]:
-        bound = dict(zip(_NAMES[fn], args, strict=False)) | kwargs
-        tensors = [name for name, value in bound.items() if isinstance(value, Tensor)]
-        x = bound["input"]
-        shape = bound["weight"].shape if isinstance(bound.get("weight"), Tensor) else bound["bias"].shape
-        channel_first = fn in CHANNELS_SECOND
-        dims = [d for d in range(g.dim()) if d != 1] if channel_first else list(range(g.dim() - len(shape)))
-        gradients: list[Tensor | None] = []
-        if fn is F.batch_norm and bound.get("training", False) and x.dtype is g.dtype:
-            both = _batch_norm_gradients(x, g, bound.get("eps", 1e-5))
-            if all(tensors[k] in both for k in wanted):
-                return [both[tensors[k]] for k in wanted]
-        for k in wanted:
-            if tensors[k] == "weight":
-                gradients.append((g * _normalised(fn, x, bound)).sum(dims))
-            elif tensors[k] == "bias":
-                gradients.append(g.sum(dims))
-            else:
-                return super().gradients(fn, args, kwargs, output, wanted, g)
-        return gradients
+
+class BatchNormRule(NormRule):
+    """In training one kernel gives both gradients: it reads ``x`` once for its statistics and once for the sums."""
+
+    def formulas(self, call: dict[str, Any], g: Tensor) -> Formulas:
+        x = call["input"]
+        if not call.get("training", False) or x.dtype is not g.dtype:
+            return super().formulas(call, g)
+        both = cache(lambda: _batch_norm_gradients(x, g, call.get("eps", 1e-5)))
+        return {"weight": lambda: both()[0], "bias": lambda: both()[1]}
 
 
-def _batch_norm_gradients(x: Tensor, g: Tensor, eps: float) -> dict[str, Tensor]:
-    """Of the scale and the shift, from one reading of ``x`` for its statistics and one of both."""
+def _batch_norm_gradients(x: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``dw`` and ``db``, ``[c]`` each; ``x`` and ``g`` are ``[n, c, ...]``."""
     _, mean, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
-    backward = torch.ops.aten.native_batch_norm_backward.default
-    _, weight, bias = backward(g, x, None, None, None, mean, inverse, True, eps, [False, True, True])
-    return {"weight": weight, "bias": bias}
+    _, dw, db = _batch_norm_jacobian(g, x, None, None, None, mean, inverse, True, eps, [False, True, True])
+    return dw, db
 
 
-def _normalised(fn: Callable[..., Any], x: Tensor, bound: dict[str, Any]) -> Tensor:
-    if fn is F.batch_norm:
-        eps = bound.get("eps", 1e-5)
-        if bound.get("training", False):
-            return F.batch_norm(x, None, None, None, None, True, 0.1, eps)
-        return F.batch_norm(x, bound["running_mean"], bound["running_var"], None, None, False, 0.1, eps)
-    if fn is F.group_norm:
-        return F.group_norm(x, bound["num_groups"], None, None, bound.get("eps", 1e-5))
-    if fn is F.layer_norm:
-        return F.layer_norm(x, bound["normalized_shape"], None, None, bound.get("eps", 1e-5))
-    return F.rms_norm(x, bound["normalized_shape"], None, bound.get("eps"))
+def _batch_normalised(call: dict[str, Any]) -> Tensor:
+    x, eps = call["input"], call.get("eps", 1e-5)
+    if call.get("training", False):
+        return F.batch_norm(x, None, None, None, None, True, 0.1, eps)
+    return F.batch_norm(x, call["running_mean"], call["running_var"], None, None, False, 0.1, eps)
+
+
+def _layer_normalised(call: dict[str, Any]) -> Tensor:
+    return F.layer_norm(call["input"], call["normalized_shape"], None, None, call.get("eps", 1e-5))
+
+
+def _group_normalised(call: dict[str, Any]) -> Tensor:
+    return F.group_norm(call["input"], call["num_groups"], None, None, call.get("eps", 1e-5))
+
+
+def _rms_normalised(call: dict[str, Any]) -> Tensor:
+    return F.rms_norm(call["input"], call["normalized_shape"], None, call.get("eps"))
 
 
 _layer_norm_jacobian = torch.ops.aten.native_layer_norm_backward.default
@@ -118,13 +121,12 @@ def _per_channel(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _statistics(out: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and reciprocal deviation, from the graph of a layer norm."""
+    """Mean and reciprocal deviation ``[..., 1, 1]``, from the reverse graph of a layer norm; None without a graph."""
     node: Any = out.grad_fn
     found = [getattr(node, f"_saved_result{k}", None) for k in (1, 2)]
     return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
-@register_tangent(F.layer_norm, torch.layer_norm, known=_statistics)
 def layer_norm(
     x: Tensor,
     dx: Tensor,
@@ -148,7 +150,6 @@ def layer_norm(
     return out, dxhat if weight is None else dxhat.mul_(weight)
 
 
-@register_tangent(F.rms_norm, torch.rms_norm)
 def rms_norm(
     x: Tensor, dx: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,6 @@ def rms_norm(
     return (xhat * weight).to(x.dtype), dxhat.mul_(weight).to(x.dtype)
 
 
-@register_tangent(F.group_norm)
 def group_norm(
     x: Tensor,
     dx: Tensor,
@@ -183,7 +183,6 @@ def group_norm(
     return out, dxhat if weight is None else dxhat.mul_(_per_channel(weight, x))
 
 
-@register_tangent(F.batch_norm)
 def batch_norm(
     x: Tensor,
     dx: Tensor,
@@ -209,7 +208,6 @@ def batch_norm(
     return out, dx * _per_channel(scale, x).to(dx.dtype)
 
 
-@register_tangent(F.instance_norm)
 def instance_norm(
     x: Tensor,
     dx: Tensor,
@@ -225,3 +223,71 @@ def instance_norm(
     if running_mean is not None or not use_input_stats or math.prod(x.shape[2:]) <= 1:
         return NotImplemented
     return group_norm(x, dx, x.shape[1], weight, bias, eps)
+
+
+def _without_statistics(
+    fn: Callable[..., Any], places: tuple[int, int], training: str, default: bool
+) -> Callable[..., Any]:
+    """``fn`` without running statistics where it would move them.
+
+    Args:
+        places: positions of the running statistics among the arguments of ``fn``.
+        training: name of the sixth argument of ``fn``, which says whether the statistics move.
+        default: default of the sixth argument.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if args[5] if len(args) > 5 else kwargs.get(training, default):
+            args = tuple(None if k in places else a for k, a in enumerate(args))  # ``fn`` would not read them
+            kwargs = {k: None if k in ("running_mean", "running_var") else a for k, a in kwargs.items()}
+        return fn(*args, **kwargs)
+
+    return run
+
+
+register(
+    Op(
+        (F.layer_norm, torch.layer_norm),
+        tangent=layer_norm,
+        reuse=_statistics,
+        rule=NormRule("input normalized_shape weight bias eps cudnn_enable", _layer_normalised),
+    )
+)
+register(
+    Op(
+        (F.rms_norm, torch.rms_norm),
+        tangent=rms_norm,
+        rule=NormRule("input normalized_shape weight eps", _rms_normalised),
+    )
+)
+register(
+    Op(
+        (F.group_norm,),
+        tangent=group_norm,
+        rule=NormRule("input num_groups weight bias eps", _group_normalised, channels_second=True),
+    )
+)
+register(
+    Op(
+        (F.batch_norm,),
+        tangent=batch_norm,
+        rule=BatchNormRule(
+            "input running_mean running_var weight bias training momentum eps", _batch_normalised, channels_second=True
+        ),
+        without_statistics=_without_statistics(F.batch_norm, (1, 2), "training", False),
+    )
+)
+register(
+    Op(
+        (F.instance_norm,),
+        tangent=instance_norm,
+        without_statistics=_without_statistics(F.instance_norm, (1, 2), "use_input_stats", True),
+    )
+)
+register(Op((torch.batch_norm,), without_statistics=_without_statistics(torch.batch_norm, (3, 4), "training", False)))
+register(
+    Op(
+        (torch.instance_norm,),
+        without_statistics=_without_statistics(torch.instance_norm, (3, 4), "use_input_stats", False),
+    )
+)

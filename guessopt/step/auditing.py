@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from guessopt.engine.audit import Audit, AuditReport
-from guessopt.engine.forward import ForwardRun, GraphMismatch
+from guessopt.engine.following import GraphMismatch
+from guessopt.engine.forward import ForwardRun
 from guessopt.engine.transaction import Transaction
 from guessopt.record import ForwardRecord
 from guessopt.step.checks import unstable

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.engine.forward import GraphMismatch
+from guessopt.engine.following import GraphMismatch
 from guessopt.errors import ClosureError
 from guessopt.estimator import Estimator
 from guessopt.graph import SiteGraph

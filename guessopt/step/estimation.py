@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
 from guessopt.engine.audit import AuditReport
-from guessopt.engine.jvp.engines import JvpEngine, make_engine
+from guessopt.engine.jvp import make_engine
+from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning, PartialUpdateError
 from guessopt.estimator import Estimator

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from guessopt.engine.forward import Guess
-from guessopt.ops.base import CachedCall
+from guessopt.ops.cached import CachedCall
 from guessopt.record import ForwardRecord
 from guessopt.rng import NoiseSource
 from guessopt.sites import ParallelSites, Site

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from guessopt.engine.forward import ForwardRun, Guess
-from guessopt.engine.jvp.engines import BlockVjpRun, JvpEngine, LossGradRun, PrimalRun
+from guessopt.engine.jvp.base import JvpEngine
+from guessopt.engine.jvp.primal import BlockVjpRun, LossGradRun, PrimalRun
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
 from guessopt.estimator import Estimator

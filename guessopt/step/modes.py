@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from guessopt.engine.audit import AuditReport
-from guessopt.engine.forward import GraphMismatch
+from guessopt.engine.combine import combined, mean_weights, projection_weights
+from guessopt.engine.following import GraphMismatch
 from guessopt.engine.gradients import Gradients, estimated_cotangents, parameter_gradients
-from guessopt.engine.jvp.stacked import combined, mean_weights, projection_weights
 from guessopt.engine.transaction import Transaction
 from guessopt.hooks import apart
-from guessopt.ops.base import CachedCall
+from guessopt.ops.cached import CachedCall
 from guessopt.record import ForwardRecord
 from guessopt.step.checks import check_finite, unstable
 from guessopt.step.estimation import Estimation

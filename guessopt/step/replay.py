@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guessopt.engine.forward import ForwardRun, Guess
 from guessopt.engine.gradients import Gradients, scaled
-from guessopt.engine.jvp.engines import PrimalRun
+from guessopt.engine.jvp.primal import PrimalRun
 from guessopt.engine.transaction import Transaction
 from guessopt.graph import Kind, SiteGraph
 from guessopt.record import ForwardRecord, SavedCall

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.engine.forward import ForwardRun, GraphMismatch, Guess
-from guessopt.engine.jvp.engines import FastEngine, JvpEngine
-from guessopt.engine.jvp.stacked import StackedEngine, stack
+from guessopt.engine.combine import stack
+from guessopt.engine.following import GraphMismatch
+from guessopt.engine.forward import ForwardRun, Guess
+from guessopt.engine.jvp import ENGINES
+from guessopt.engine.jvp.base import JvpEngine
+from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.estimator import Estimator
 from guessopt.learning import LearningStep
@@ -162,7 +165,7 @@ def _may_share(est: Estimation, plan: Plan) -> bool:
     if plan.stacks is None or (est.stack_guesses and not plan.stacks):
         shared = ", ".join(dict.fromkeys(plan.graph.shared_writes))
         reasons = {
-            f"engine={est.engine!r} carries one tangent": est.engine != "fast",
+            f"engine={est.engine!r} carries one tangent": not ENGINES[est.engine].stacks,
             "an estimator learns from one guess at a time": any(e.learns for e in est.estimators),
             f"the network writes into memory that other tensors share ({shared})": bool(shared),
             "an operation writes tensors that are not among its arguments": bool(plan.graph.hidden),
@@ -258,7 +261,7 @@ def _engine_for(est: Estimation, plan: Plan, count: int) -> JvpEngine:
     engine = est.make_engine()
     if count > 1:
         return StackedEngine(count, plan.ways, frozen_statistics=engine.frozen_statistics)
-    if isinstance(engine, FastEngine) and makes_no_guess(est, plan):
+    if engine.rests and makes_no_guess(est, plan):
         return engine_without_guesses(est, plan)
     return engine
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.engine.forward import GraphMismatch
-from guessopt.engine.jvp.engines import FastEngine, JvpEngine
+from guessopt.engine.following import GraphMismatch
+from guessopt.engine.jvp.base import JvpEngine
+from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.engine.probe import Found, Tangents, find_layouts
 from guessopt.engine.transaction import Transaction

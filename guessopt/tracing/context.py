@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from guessopt.layout import Layout, Shape
-from guessopt.ops.base import CachedCall, push
-from guessopt.ops.elementwise import DROPOUT, derivative, lasting_derivative, pull_back
+from guessopt.ops.cached import CachedCall
+from guessopt.ops.elementwise import derivative, is_dropout, lasting_derivative, pull_back
+from guessopt.ops.reverse import push
 from guessopt.rng import NoiseSource
 from guessopt.sites import DownstreamPath, Matrix, ParallelSites, Site
 from guessopt.tracing.functions import autocast_of, dense
@@ -178,7 +179,7 @@ class SiteContext:
             return self._segment()(self.s)
         x = self.s
         for fn, run in self._path():
-            x = x if fn in DROPOUT else run(x)
+            x = x if is_dropout(fn) else run(x)
         return x
 
     def onward(self, matrices: int) -> DownstreamPath | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guessopt.graph import Kind
 from guessopt.layout import numel
-from guessopt.ops.base import Rule, rule_for
+from guessopt.ops.base import Rule, op_of
 from guessopt.ops.elementwise import fused_pull_back, is_rectifier
 from guessopt.sites import MAX_DOWNSTREAM_SITES, Call, DownstreamPath, Matrix, Segment, Site
 from guessopt.tracing.analysis import Analysis
@@ -45,7 +45,7 @@ def _site(analysis: Analysis, call: Call, output: int, index: int) -> Site:
     tape, v = analysis.tape, call.outputs[output]
     return Site(
         index=index, call=call, output=output, value=v,
-        rule=_GENERIC if is_complex(tape, *call.inputs, *call.outputs) else rule_for(call.fn),
+        rule=_GENERIC if is_complex(tape, *call.inputs, *call.outputs) else op_of(call.fn).rule,
         params=tuple(sorted(tape.origins[call.index])), shape=tape.shapes[v], dtype=tape.dtypes[v],
         segment=_segment(analysis, v), overwritten=v in tape.overwritten, reach=joined_span(tape, call),
         kept=_kept_bytes(tape, call, v),

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from guessopt.layout import numel
-from guessopt.ops.base import MatrixRule, rule_for
-from guessopt.ops.elementwise import ADDITION
+from guessopt.ops.base import op_of
+from guessopt.ops.matrix import MatrixRule
 from guessopt.sites import Call, OutputSpan, Value
 from guessopt.tracing.answers import CustomFunction
 from guessopt.tracing.tape import Tape
-
-#: Losses with the network's last layer in them. The parameters that they read get their exact gradient from the loss's
-#: own reverse pass. Functions, and names of ``torch.autograd.Function``s.
-LOSSES_WITH_PARAMETERS: set[Any] = {
-    getattr(F, "linear_cross_entropy", None), "LinearCrossEntropyFunction", "FusedLinearCrossEntropyFunction",
-    "LigerFusedLinearCrossEntropyFunction", "LigerFusedLinearJSDFunction",
-}  # fmt: skip
 
 #: Layers whose weight or bias may be computed from parameters (a pruning mask, a spectral norm, a merged LoRA update).
 LAYERS: set[Callable[..., Any]] = {F.linear, F.conv1d, F.conv2d, F.conv3d}
@@ -46,7 +39,7 @@ class MatrixCall(NamedTuple):
 
 def matrix_call(tape: Tape, call: Call) -> MatrixCall | None:
     """The call as a linear layer or convolution, frozen or not; None for any other call."""
-    rule = rule_for(call.fn)
+    rule = op_of(call.fn).rule
     if not isinstance(rule, MatrixRule):
         return None
     try:
@@ -62,14 +55,13 @@ def matrix_call(tape: Tape, call: Call) -> MatrixCall | None:
 
 
 def is_loss_with_parameters(fn: Callable[..., Any]) -> bool:
-    """Whether ``fn`` is one of ``LOSSES_WITH_PARAMETERS``."""
-    name: Any = fn.cls.__name__ if isinstance(fn, CustomFunction) else fn
-    return isinstance(name, Hashable) and name in LOSSES_WITH_PARAMETERS
+    """Whether ``fn`` is a loss with the network's last layer in it: see ``ops.loss``."""
+    return op_of(fn.cls.__name__ if isinstance(fn, CustomFunction) else fn).is_loss
 
 
 def is_plain_addition(call: Call) -> bool:
     """Whether the call adds two tensors, and writes into no memory that others share."""
-    return call.fn in ADDITION and not call.kwargs and len(call.args) == 2 and not call.aliases
+    return op_of(call.fn).is_addition and not call.kwargs and len(call.args) == 2 and not call.aliases
 
 
 def normalises_batch(call: Call) -> bool:

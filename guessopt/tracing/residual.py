@@ -15,8 +15,8 @@ from functools import reduce
 from torch import Tensor
 
 from guessopt.chains import Block, ResidualChain
+from guessopt.ops.base import op_of
 from guessopt.ops.drawing import draws_now
-from guessopt.ops.elementwise import ADDITION
 from guessopt.sites import Call, Site
 from guessopt.tracing.tape import Tape
 
@@ -181,5 +181,5 @@ def _trimmed(block: Block) -> Block:
 
 def _is_identity(call: Call, passed: list[int | None]) -> bool:
     """Whether the call adds another value to one of those that have ``passed``."""
-    addition = (call.fn in ADDITION or call.fn in _IN_PLACE) and not call.kwargs
+    addition = (op_of(call.fn).is_addition or call.fn in _IN_PLACE) and not call.kwargs
     return addition and len(call.inputs) == 2 and len([v for v in call.inputs if v in passed]) == 1

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from guessopt.chains import Block
 from guessopt.errors import refusal, refused
-from guessopt.ops.base import PULLED_BACK, REUSED, CachedCall, moves_statistics, without_side_effects
+from guessopt.ops.base import moves_statistics, op_of, without_side_effects
+from guessopt.ops.cached import CachedCall
 from guessopt.ops.drawing import draws_now
-from guessopt.ops.elementwise import DROPOUT
+from guessopt.ops.elementwise import is_dropout
 from guessopt.record import GraphInput, Graphs
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Call, Segment, Value
@@ -105,7 +106,7 @@ def unary(call: Call) -> Callable[[Tensor], Tensor]:
         args = tuple(source if isinstance(a, Value) else a for a in call.args)
         kwargs = {k: source if isinstance(a, Value) else a for k, a in call.kwargs.items()}
         with _autocasting(call, {call.inputs[0]: t}):
-            out: Tensor = PULLED_BACK.get(call.fn, call.fn)(*args, **kwargs)
+            out: Tensor = (op_of(call.fn).in_reverse or call.fn)(*args, **kwargs)
         return out
 
     return run
@@ -132,7 +133,7 @@ def evaluate(
         ``values`` and the results, by value.
     """
     values, random = dict(values), random or {}
-    anew = [c for c in calls if draws(c.fn) and c.fn not in DROPOUT and random.get(c.index) is None and draws_now(c)]
+    anew = [c for c in calls if draws(c.fn) and not is_dropout(c.fn) and random.get(c.index) is None and draws_now(c)]
     state = (
         RandomState.before([*values.values(), *((c.args, c.kwargs) for c in anew)], {}, *(c.fn for c in anew))
         if anew
@@ -151,7 +152,7 @@ def _evaluate_one(
 ) -> None:
     """Make one call and put its results into ``values``."""
     fn = call.fn
-    if fn in DROPOUT and state is None:
+    if state is None and is_dropout(fn):
         values[call.outputs[0]] = values[call.inputs[0]]
         return
     if call.held:
@@ -162,7 +163,8 @@ def _evaluate_one(
         args = (args[0].clone(), *args[1:])
     elif call.writes and not moves_statistics(fn):
         args, kwargs = copied(args, kwargs, call.writes)
-    run = PULLED_BACK.get(fn) if state is None else None
+    op = op_of(fn)
+    run = op.in_reverse if state is None else None
     try:
         with _as_recorded(call, values, state):
             out = (run or without_side_effects(fn))(*args, **kwargs)
@@ -172,8 +174,8 @@ def _evaluate_one(
         raise refused(fn, why) from error
     if isinstance(out, Tensor):
         values[call.outputs[0]] = out
-        if cached is not None and fn in REUSED and not (call.in_place or call.writes or call.hidden):
-            cached[call.index] = CachedCall.of(args, kwargs, out, REUSED[fn](out))
+        if cached is not None and op.reuse is not None and not (call.in_place or call.writes or call.hidden):
+            cached[call.index] = CachedCall.of(args, kwargs, out, op.reuse(out))
     else:
         results = tensors_in((out,)) if out is not None else [args[0]]
         values.update(zip(call.outputs[: call.result_count], results, strict=True))

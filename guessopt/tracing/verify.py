@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from guessopt.layout import Layout, numel
 from guessopt.ops.elementwise import is_elementwise
-from guessopt.ops.norm import CHANNELS_SECOND
 from guessopt.sites import Call, Site
 from guessopt.tracing.analysis import Analysis
 from guessopt.tracing.match import is_complex, is_plain_addition
@@ -80,7 +79,7 @@ def is_outnumbered(analysis: Analysis, site: Site, sites: Sequence[Site], layout
     tape = analysis.tape
     shapes = [tape.shapes[site.call.inputs[k]] for k in tape.mine[site.call.index]]
     dims = len(site.shape) - (2 if layout is Layout.BATCH_SECOND else 1)
-    if site.call.fn in CHANNELS_SECOND:
+    if site.rule.channels_second:
         dims -= len(site.shape) - 2
     fits = all(len(shape) <= dims or (len(shape) <= dims + 1 and shape[:1] == (1,)) for shape in shapes)
     entries = numel(site.shape) // (1 if layout is Layout.COUPLED else batch)
