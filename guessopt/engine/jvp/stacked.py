@@ -25,7 +25,7 @@ from guessopt.layout import Layout, is_differentiable
 from guessopt.ops.base import Entries, is_in_place, op_of
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws
-from guessopt.tracing.interceptor import map_tensors, tensors_in
+from guessopt.tree import map_tensors, tensors_in
 
 T = TypeVar("T")
 
