@@ -22,9 +22,10 @@ Pair = tuple[Any, Any]
 
 
 class _OperandRule(NamedRule):
-    """An operand that is a parameter: ``p`` broadcasts against ``s``, the output.
+    """One operand ``p`` is a parameter; its shape broadcasts to that of the output ``s``.
 
-    ``ds = slope dp``, so that ``dp`` is the sum of ``g slope`` over all that ``p`` is broadcast along."""
+    The output moves by ``slope`` times the parameter's move. The gradient is thus ``g slope``, summed over the
+    dimensions along which ``p`` is broadcast."""
 
     names = ("a", "b")
 

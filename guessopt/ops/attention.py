@@ -3,7 +3,8 @@
 ``p = softmax(a)`` has the Jacobian ``J = diag(p) - p p^T``, equal to its transpose: torch's fused kernel for ``J^T g``
 computes ``dp = J da = p (da - <p, da>)``.
 
-Letters: b examples and heads, l queries, s keys, e features, v features of the values.
+Letters: b examples and heads, l queries, s keys, e features, v features of the values. Queries are ``[b, l, e]``, keys
+``[b, s, e]``, values ``[b, s, v]``; scores ``a`` and probabilities ``p`` are ``[b, l, s]``, results ``[b, l, v]``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from guessopt.ops.cached import CachedCall
 
 _jacobian = torch._softmax_backward_data
 
-#: Scores held at a time: about what a core's cache takes; on a GPU, what keeps it busy without filling its memory.
+#: Scores held at a time, a number of entries. A CPU's fit into the cache of a core; a GPU's keep it busy.
 _SCORES = {"cpu": 1 << 18, "cuda": 1 << 27}
 
 
@@ -42,7 +43,7 @@ def functional_softmax(
 
 
 def _probabilities_of(out: Tensor) -> list[Tensor] | None:
-    """The probabilities, head by head, where the result is that of ``_Attention``."""
+    """The probabilities, head by head, from the reverse graph of ``_Attention``; None from any other."""
     return getattr(out.grad_fn, "probabilities", None)
 
 
@@ -98,14 +99,15 @@ def attention(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """``[n, heads, l, e]`` alike, on a CPU, without a mask of its own: heads are strided matrices, and
-    a product per head copies nothing."""
+    """Whether heads can be taken one by one, as strided matrices that no product copies.
+
+    This needs ``[n, heads, l, e]`` with equal ``n`` and heads, a CPU, and no mask but the causal one."""
     alike = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     return alike and mask is None and not q.is_cuda and q.shape[0] * q.shape[-2] >= 512
 
 
 def _scaled(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """``c a b``, without a pass of its own for c."""
+    """``c a b`` in one kernel."""
     return a.new_empty(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=c)
 
 

@@ -1,6 +1,6 @@
 """Rows looked up by index, and sums of them: linear in the table.
 
-Letters: n example, w the table ``[words, features]``.
+Letters: n example, b bag, i feature. The table ``w`` is ``[words, i]``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from guessopt.ops.base import Op, register
 def embedding_bag(
     ids_and_table: tuple[Tensor, Tensor], tangents: tuple[None, Tensor], *rest: Any, mode: str = "mean", **other: Any
 ) -> Any:
-    """``ds = bag(dw)`` for sums and means, of the rows chosen for maxima; torch has no forward derivative."""
+    """``ds = bag(dw)`` for sums and means. For maxima, ``ds[b, i]`` is ``dw`` of the word that ``s[b, i]`` comes from.
+
+    Torch has no forward derivative. ``ids`` is ``[b, n]``, or ``[n]`` with ``offsets`` ``[b]``; ``s`` is ``[b, i]``."""
     if rest or other.get("max_norm") is not None:
         return NotImplemented
     (ids, w), (_, dw) = ids_and_table, tangents
@@ -35,7 +37,7 @@ def _of_largest(
     padding_idx: int | None = None,
     **other: Any,
 ) -> Tensor:
-    """``dw`` of the word that has given each entry its maximum; 0 for an empty bag."""
+    """``[b, i]``: ``dw`` of the word that has given each entry its maximum; 0 for an empty bag."""
     if offsets is None:
         offsets = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
     padding = None if padding_idx is None else padding_idx % len(w)

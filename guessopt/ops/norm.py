@@ -1,7 +1,8 @@
 """Normalisations with an affine part: ``s = xhat * w + b``, so ``dw = sum g xhat`` and ``db = sum g``.
 
 ``xhat`` comes from the operation itself without its affine part; running statistics stay as they are.
-Letters: n examples and positions, c the channels or features that the weight covers.
+Letters: n example, c channel. The weight and the bias are ``[c]`` where channels lie along dimension 1 of
+``x`` ``[n, c, ...]``; otherwise they are ``normalized_shape``, the last dimensions of ``x``.
 
 Tangents: ``xhat = (x - mean) r`` with ``r = 1 / std`` over a set of entries has, on that set, the Jacobian
 ``J = r (1 - 1 1^T / m - xhat xhat^T / m)`` (m entries; without ``1 1^T`` for RMS). It equals its transpose, so torch's
@@ -22,7 +23,7 @@ from torch import Tensor
 from guessopt.ops.base import FeedbackMap, Formulas, NamedRule, Op, register
 from guessopt.ops.cached import CachedCall
 
-#: ``xhat`` from the arguments by name: the operation without its affine part.
+#: ``xhat``, shape of ``x``, from the arguments by name: the operation without its affine part.
 Normalised = Callable[[dict[str, Any]], Tensor]
 
 
@@ -30,9 +31,9 @@ class NormRule(NamedRule):
     """``s = xhat w + b``, ``w`` and ``b`` broadcast: ``dw = sum g xhat`` and ``db = sum g``.
 
     Args:
-        names: of the operation's arguments.
+        names: the operation's arguments, in order.
         normalised: computes ``xhat``.
-        channels_second: whether ``w`` lies along dimension 1; otherwise along the last dimensions.
+        channels_second: whether ``w`` is ``[c]``, along dimension 1; otherwise it lies along the last dimensions.
     """
 
     def __init__(self, names: str, normalised: Normalised, *, channels_second: bool = False) -> None:
@@ -43,8 +44,10 @@ class NormRule(NamedRule):
         affine = [call[name] for name in ("weight", "bias") if isinstance(call.get(name), Tensor)]
         if not affine:
             return {}
-        rows = range(g.dim() - affine[0].dim())
-        summed = [d for d in range(g.dim()) if d != 1] if self.channels_second else list(rows)
+        if self.channels_second:
+            summed = [d for d in range(g.dim()) if d != 1]  # n c ... -> c
+        else:
+            summed = list(range(g.dim() - affine[0].dim()))
         return {
             "weight": lambda: (g * self.normalised(call)).sum(summed),
             "bias": lambda: g.sum(summed),
@@ -82,7 +85,7 @@ class BatchNormRule(NormRule):
 
 
 def _batch_norm_gradients(x: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Of the scale and the shift."""
+    """``dw`` and ``db``, ``[c]`` each; ``x`` and ``g`` are ``[n, c, ...]``."""
     _, mean, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
     _, dw, db = _batch_norm_jacobian(g, x, None, None, None, mean, inverse, True, eps, [False, True, True])
     return dw, db
@@ -118,7 +121,7 @@ def _per_channel(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _statistics(out: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and reciprocal deviation, from the graph of a layer norm."""
+    """Mean and reciprocal deviation ``[..., 1, 1]``, from the reverse graph of a layer norm; None without a graph."""
     node: Any = out.grad_fn
     found = [getattr(node, f"_saved_result{k}", None) for k in (1, 2)]
     return None if found[0] is None or found[1] is None else (found[0], found[1])
@@ -228,14 +231,14 @@ def _without_statistics(
     """``fn`` without running statistics where it would move them.
 
     Args:
-        places: positions of the running statistics among its arguments.
-        training: the name of its sixth argument, which says whether it moves them.
-        default: of that argument.
+        places: positions of the running statistics among the arguments of ``fn``.
+        training: name of the sixth argument of ``fn``, which says whether the statistics move.
+        default: default of the sixth argument.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if args[5] if len(args) > 5 else kwargs.get(training, default):
-            args = tuple(None if k in places else a for k, a in enumerate(args))  # it would not read them
+            args = tuple(None if k in places else a for k, a in enumerate(args))  # ``fn`` would not read them
             kwargs = {k: None if k in ("running_mean", "running_var") else a for k, a in kwargs.items()}
         return fn(*args, **kwargs)
 
