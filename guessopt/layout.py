@@ -76,9 +76,10 @@ class Layout(enum.Enum):
         return t.movedim(dim, 0) if dim else t
 
     def unrows(self, rows: Tensor, shape: Shape) -> Tensor:
-        """The inverse of ``rows``: ``[N, ...]`` back to ``shape``."""
+        """The inverse of ``rows``: ``[N, ...]``, the rows in any shape, back to ``shape``."""
         if self in (Layout.BATCH_SECOND, Layout.FLAT_T):
-            rows = rows.transpose(0, 1)
+            n = len(rows)
+            rows = rows.reshape(n, *self.row_shape(shape, n)).transpose(0, 1)
         return rows.reshape(shape)
 
     def row_shape(self, shape: Shape, n: int) -> Shape:

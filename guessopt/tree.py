@@ -16,6 +16,9 @@ from torch import Tensor
 
 Leaf = TypeVar("Leaf")
 
+#: The commonest types of arguments that hold nothing else.
+_ATOMS: set[type] = {bool, int, float, str, type(None), torch.dtype, torch.device, type(...)}
+
 
 def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
     """The tensors among arguments, in order.
@@ -57,20 +60,24 @@ def map_tensors(node: Any, f: Callable[[Tensor], Any]) -> Any:
 
 
 def map_leaves(node: Any, kind: type[Leaf], f: Callable[[Leaf], Any]) -> Any:
-    """``node`` with ``f(leaf)`` in place of each leaf of type ``kind``. Other leaves, and the containers' types, stay.
+    """``node`` with ``f(leaf)`` in place of each leaf of type ``kind`` (no plain number or name). Other leaves, and the
+    containers' types, stay.
 
-    >>> map_leaves((1, [2.0], {"a": 3}), int, lambda k: k + 1)
-    (2, [2.0], {'a': 4})
+    >>> map_leaves((1, [{2}], {"a": {3, 4}}), set, sum)
+    (1, [2], {'a': 7})
     """
     if isinstance(node, kind):
         return f(node)
     if isinstance(node, (tuple, list)):
-        items = [f(item) if isinstance(item, kind) else map_leaves(item, kind, f) for item in node]
+        items = [
+            item if type(item) in _ATOMS else f(item) if isinstance(item, kind) else map_leaves(item, kind, f)
+            for item in node
+        ]
         if type(node) is tuple:
             return tuple(items)
         return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
     if isinstance(node, dict):
-        return {key: map_leaves(item, kind, f) for key, item in node.items()}
+        return {key: map_leaves(item, kind, f) for key, item in node.items()} if node else {}
     return node
 
 
@@ -88,10 +95,6 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor
     if kwargs:
         outline.append(_outline_of_dict(kwargs, tensors))
     return tensors, outline
-
-
-#: The commonest types of arguments that hold nothing else.
-_ATOMS: set[type] = {bool, int, float, str, type(None), torch.dtype, torch.device, type(...)}
 
 
 def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer, LearnedFeedback
 from guessopt.diagnostics import cosine, expected_gradient, true_cotangents, true_gradient, variance
-from guessopt.diagnostics.reverse import unrows
 from guessopt.estimators import Estimator, estimator_names
 from guessopt.layout import Layout, numel
 from guessopt.rng import NoiseSource
@@ -249,7 +248,7 @@ class OneHot(Estimator):
         r = local.s.new_zeros(n, local.s.numel() // n)
         if site == local.site.index:
             r[:, entry % r.shape[1]] = 1j if entry >= r.shape[1] else 1
-        return unrows(r, local.site.layout, tuple(local.s.shape))
+        return local.site.layout.unrows(r, tuple(local.s.shape))
 
     def options(self) -> dict[str, Any]:
         return {}

@@ -28,7 +28,7 @@ class SiteContext:
     Args:
         site: the site.
         s: its output, without tangent, ``[N, *, d_out]`` or as ``site.layout`` says.
-        values: the tensors that the segment reads, by value.
+        values: tensors of the run by value, at least those that the segment reads.
         source: of noise.
         several: whether more than one guess will be made here, so that their common work is kept.
         cached: takes the results of calls that a pull-back makes before the closure does, by call; None: nobody can
@@ -49,7 +49,7 @@ class SiteContext:
         cached: dict[int, CachedCall] | None = None,
         random: Random | None = None,
     ) -> None:
-        self.site, self.s, self._values, self._source = site, s, values, source
+        self.site, self.s, self.values, self._source = site, s, values, source
         self._cached = cached
         self._random: Random = random or {}
         self._derivative: tuple[Tensor | None] | None = None
@@ -68,13 +68,13 @@ class SiteContext:
     def held(self, *, several: bool = False) -> SiteContext:
         """A copy that may outlast the site's place in the run: of the values, it keeps only those that the segment
         reads. ``several``: whether it will pull back several times."""
-        segment, values = self.site.segment, self._values
+        segment, values = self.site.segment, self.values
         needed = {} if segment is None else {v: values[v] for v in segment.needs if v in values}
         return SiteContext(self.site, self.s, needed, self._source, several=several, random=self._random)
 
     def replaying(self, random: Random) -> SiteContext:
         """A copy whose segment draws the numbers of the forward run, from the states in ``random``."""
-        return SiteContext(self.site, self.s, self._values, self._source, several=self._several, random=random)
+        return SiteContext(self.site, self.s, self.values, self._source, several=self._several, random=random)
 
     @property
     def awaits_draws(self) -> bool:
@@ -95,7 +95,7 @@ class SiteContext:
     def weights(self) -> list[tuple[Matrix, Tensor]]:
         """The next matrix site(s), each with its weight (parallel ones stacked) as ``[b, o, i]``."""
         assert self.site.segment is not None
-        values = self._values
+        values = self.values
         if self.site.segment.weight_program:
             values = evaluate(self.site.segment.weight_program, values, random=self._random)
         return [
@@ -201,7 +201,7 @@ class SiteContext:
         assert segment is not None
 
         def run(s: Tensor) -> tuple[Tensor, ...]:
-            values = evaluate(way.program, {**self._values, segment.source: s}, random=self._random)
+            values = evaluate(way.program, {**self.values, segment.source: s}, random=self._random)
             return tuple(values[goal] for goal in way.goals)
 
         return run
@@ -222,7 +222,7 @@ class SiteContext:
         x, calls = segment.matrices[0].x, segment.elementwise or segment.program
 
         def run(s: Tensor) -> Tensor:
-            return evaluate(calls, {**self._values, segment.source: s}, cached=self._cached, random=self._random)[x]
+            return evaluate(calls, {**self.values, segment.source: s}, cached=self._cached, random=self._random)[x]
 
         return run
 
@@ -250,10 +250,10 @@ class ParallelContext(SiteContext):
         super().__init__(site, s, values, source, several=several, cached=cached)
         if cached is not None:
             cached.clear()
-        self._values = evaluate(joint.others, {**values, site.value: s}, cached=cached)
+        self.values = evaluate(joint.others, {**values, site.value: s}, cached=cached)
         self.joint = joint
         self._run: tuple[tuple[Tensor, ...], Tensor] | None = None
-        self.outputs = tuple(self._values[v] for v in joint.values)
+        self.outputs = tuple(self.values[v] for v in joint.values)
 
     def pull_back(self, u: Tensor, *, spent: bool = False) -> Any:
         """``J^T u``: a tensor for each site."""
@@ -270,7 +270,7 @@ class ParallelContext(SiteContext):
     def _meet(self, *ss: Tensor, cached: dict[int, CachedCall] | None = None) -> tuple[Tensor]:
         segment = self.site.segment
         assert segment is not None
-        values = {**self._values, **dict(zip(self.joint.values, ss, strict=True))}
+        values = {**self.values, **dict(zip(self.joint.values, ss, strict=True))}
         return (evaluate(self.joint.program, values, cached=cached)[segment.matrices[0].x],)
 
 

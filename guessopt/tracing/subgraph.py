@@ -158,7 +158,7 @@ def _evaluate_one(
     if call.held:
         _write_numbers(call, values)
         return
-    args, kwargs = filled(call.args, values), filled(call.kwargs, values)
+    args, kwargs = filled(call.args, values), filled(call.kwargs, values) if call.kwargs else {}
     if call.in_place:
         args = (args[0].clone(), *args[1:])
     elif call.writes and not moves_statistics(fn):

@@ -17,7 +17,7 @@ from guessopt.graph import Kind
 from guessopt.layout import Shape, is_differentiable
 from guessopt.ops.base import is_in_place
 from guessopt.sites import Call, Value
-from guessopt.tracing.functions import autocast_of, read_by, stops_gradient
+from guessopt.tracing.functions import AS_IT_IS, autocast_of, read_by, stops_gradient
 from guessopt.tracing.interceptor import Interceptor
 from guessopt.tracing.writes import Writes, plain
 from guessopt.tree import map_tensors, results_of
@@ -100,37 +100,29 @@ class Tape(Interceptor):
     ) -> Any:
         if torch._C._are_functorch_transforms_active() or isinstance(fn, HigherOrderOperator):
             self._check_plain(fn, tensors)
-        mine = [t for t in read_by(fn, tensors) if id(t) in self.params or id(t) in self.expressions]
+        read = read_by(fn, tensors)
+        mine = [t for t in read if id(t) in self.params or id(t) in self.expressions]
         self.compiled = self.compiled or (bool(mine) and _within_compiled_code())
         reads = tuple(self._read(t, index, position, fn) for position, t in enumerate(tensors))
         inputs = tuple(v if v >= 0 else ~v for v in reads)
         recorded_args, recorded_kwargs = map_tensors((args, kwargs), lambda t: Value(self.value(t)))
-        if kwargs.get("out") is not None and (mine or any(v in self.active for v in inputs)):
-            raise ClosureError(
-                f"{getattr(fn, '__name__', fn)}(out=...) has no derivative; leave out= away and use what it returns"
-            )
-
+        moving = not self.active.isdisjoint(inputs)
+        if kwargs.get("out") is not None and (mine or moving):
+            raise ClosureError(f"{_name(fn)}(out=...) has no derivative; leave out= away and use what it returns")
         origins = frozenset().union(*(self.positions(m) for m in mine))
         versions = [version_of(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
-            kind = Kind.STOPPED
             self.stopped |= origins
-        elif mine and (len(mine) == len(read_by(fn, tensors)) or index in self.as_expression):
-            kind = Kind.EXPRESSION
-        else:
-            kind = Kind.SITE if mine else Kind.PLAIN
+        kind = self._kind(index, stopped, len(mine), len(read))
         if kind is Kind.SITE and is_in_place(fn) and id(tensors[0]) in self.params:
             raise ClosureError(
-                f"{getattr(fn, '__name__', fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} "
-                "with gradients enabled, which autograd refuses as well; write under torch.no_grad()"
+                f"{_name(fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} with gradients "
+                "enabled, which autograd refuses as well; write under torch.no_grad()"
             )
         self.writes.begin(index, fn, args, kwargs, tensors)
-        if kind in (Kind.EXPRESSION, Kind.STOPPED):
+        with AS_IT_IS if kind in (Kind.EXPRESSION, Kind.STOPPED) else self.no_grad:
             out = fn(*args, **kwargs)
-        else:
-            with self.no_grad:
-                out = fn(*args, **kwargs)
         self.writes.end()
         in_place = is_in_place(fn)
         written = [k for k, t in enumerate(tensors) if version_of(t) != versions[k] or (not k and in_place)]
@@ -140,7 +132,7 @@ class Tape(Interceptor):
             self.express(results, mine)
         moves: tuple[tuple[int, int], ...] = ()
         held: tuple[tuple[int, int], ...] = ()
-        flows = kind is Kind.SITE or (kind is Kind.PLAIN and any(v in self.active for v in inputs))
+        flows = kind is Kind.SITE or (kind is Kind.PLAIN and moving)
         if written:
             outputs, moves, held = self._write(index, kind, flows, [tensors[k] for k in written], results)
         else:
@@ -162,6 +154,14 @@ class Tape(Interceptor):
         self.mine.append(tuple(k for k, t in enumerate(tensors) if any(t is m for m in mine)))
         self.origins.append(origins)
         return out
+
+    def _kind(self, index: int, stopped: bool, mine: int, read: int) -> Kind:
+        """The call's kind; ``mine`` of the ``read`` tensors that matter are parameters or their expressions."""
+        if stopped:
+            return Kind.STOPPED
+        if not mine:
+            return Kind.PLAIN
+        return Kind.EXPRESSION if mine == read or index in self.as_expression else Kind.SITE
 
     def _read(self, t: Tensor, index: int, position: int, fn: Callable[..., Any]) -> int:
         """The tensor's value ``v``; ``~v`` if no call has made or read it before."""
@@ -280,7 +280,7 @@ class Tape(Interceptor):
 
     def _check_plain(self, fn: Callable[..., Any], tensors: list[Tensor]) -> None:
         """Raise ``ClosureError`` if derivatives pass through a call inside a transform, or a higher-order operation."""
-        name = getattr(fn, "__name__", str(fn))
+        name = _name(fn)
         for t in tensors:
             t = plain(t)
             if id(t) in self.params or id(t) in self.expressions or self._values.get(t) in self.active:
@@ -305,7 +305,7 @@ class Tape(Interceptor):
             seen.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and (id(leaf) in self.params or self._values.get(leaf) in self.active):
-                where = "the closure returns" if fn is None else f"{getattr(fn, '__name__', fn)} reads"
+                where = "the closure returns" if fn is None else f"{_name(fn)} reads"
                 raise ClosureError(
                     f"{where} a tensor that depends on trainable parameters through an operation which cannot be seen "
                     f"({t.grad_fn.name()}): TorchScript (torch.jit) hides its operations, so use the original module; "  # type: ignore[union-attr]
@@ -328,6 +328,10 @@ class Tape(Interceptor):
         if producer is not None:
             self.producer[v] = producer
         return v
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return str(getattr(fn, "__name__", fn))
 
 
 def _within_compiled_code() -> bool:
