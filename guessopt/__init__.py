@@ -57,4 +57,4 @@ __all__ = [
     "register_rule",
     "save",
 ]
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"

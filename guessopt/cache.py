@@ -1,4 +1,4 @@
-"""Per-site state: prepared, with its age (a truncated SVD), or learned."""
+"""Per-site state: prepared, with its age (the leading singular vectors of a weight), or learned."""
 
 from __future__ import annotations
 

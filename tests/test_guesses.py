@@ -394,7 +394,7 @@ def test_a_failed_step_leaves_everything_as_it_was(
             draw = SiteContext.noise
 
             def noise(self: SiteContext, *args: Any, draw: Any = draw, opt: GuessGradOptimizer = opt) -> Tensor:
-                if opt.estimation.noise.lane == K - 1 and self.s.shape[-1] == 2:
+                if opt.estimation.noise.guess_index == K - 1 and self.s.shape[-1] == 2:
                     raise RuntimeError("broken")
                 return draw(self, *args)
 
@@ -404,7 +404,7 @@ def test_a_failed_step_leaves_everything_as_it_was(
                     opt.step(closure)
             after = state_of(opt, model)
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-            assert opt.estimation.noise.lane == 0
+            assert opt.estimation.noise.guess_index == 0
         for _ in range(2):
             opt.step(closure)
         found.append(state_of(opt, model))

@@ -47,7 +47,7 @@ def audit_run(
     if why := _why_not(est, plan, record):
         report = AuditReport(float(record.d.sum()), skipped=(why,))
     else:
-        index = 0 if record.count > 1 else est.noise.lane
+        index = 0 if record.count > 1 else est.noise.guess_index
         guesses = partial(white_noise if light else guessed_again, est, plan, record, before, index)
         with transaction.ahead():
             try:

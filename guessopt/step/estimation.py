@@ -199,7 +199,7 @@ class Estimation:
                     p.grad = grad
             raise
         finally:
-            self.noise.lane = 0
+            self.noise.guess_index = 0
 
     @property
     def mode(self) -> Mode:

@@ -92,7 +92,7 @@ def _context(
 def _directions_at(drawing: DrawContext, noise: str, site: Site, ctx: SiteContext) -> list[Tensor]:
     """A direction for each parameter of the site, example by example."""
     kind, count = centred(noise), drawing.count
-    drawn = [[ctx.noise(shape, kind) for shape in site.direction_shapes] for _ in drawing.source.lanes(count)]
+    drawn = [[ctx.noise(shape, kind) for shape in site.direction_shapes] for _ in drawing.source.guess_indices(count)]
     return [stacked(each, count) for each in zip(*drawn, strict=True)]
 
 
@@ -109,7 +109,7 @@ def _sampled(
     state = est.prepared(site, estimator, ctx, found.prepared)
     if estimator.learns:
         state = (state, est.cache.peek(found.learned))
-    made = (_typed(estimator.sample(state, ctx), ctx.s) for _ in drawing.source.lanes(count))
+    made = (_typed(estimator.sample(state, ctx), ctx.s) for _ in drawing.source.guess_indices(count))
     if joint is not None:
         each_site = zip(joint.sites, *made, strict=True)
         drawing.joined |= {index: stacked(ys, count) for index, *ys in each_site}
@@ -127,7 +127,7 @@ def directions(est: Estimation, count: int, source: NoiseSource) -> dict[int, Te
     for position, p in est.by_position.items():
         estimator = est.estimators[position]
         if estimator.space == "parameters":
-            vs = (draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device) for _ in source.lanes(count))
+            vs = (draw(source, estimator.noise, tuple(p.shape), p.dtype, p.device) for _ in source.guess_indices(count))
             amplitude = est.amplitudes[estimator]
             found[position] = stacked(vs, count) if amplitude == 1 else stacked(vs, count).mul_(amplitude)
     return found
@@ -146,7 +146,7 @@ def again(est: Estimation, noise: Any, count: int = 1, index: int = 0) -> tuple[
     """
     source = NoiseSource(est.noise.seed)
     source.restore(noise)
-    source.lane = index
+    source.guess_index = index
     return source, directions(est, count, source)
 
 

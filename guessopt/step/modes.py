@@ -57,7 +57,7 @@ def store(est: Estimation, closure: Closure, transaction: Transaction) -> tuple[
     loss, gradients, count = _store_once(est, closure, transaction, est.guesses)
     runs = est.guesses // count
     for index in range(1, runs):
-        est.noise.lane = index
+        est.noise.guess_index = index
         transaction.rewind()
         for k, g in _store_once(est, closure, transaction, 1)[1].items():
             gradients[k] = gradients[k] + g if k in gradients else g
@@ -130,7 +130,7 @@ def first_run(est: Estimation, closure: Closure, transaction: Transaction) -> tu
     plan: Plan | None = None
     while sum(record.count for record in records) < est.guesses:
         if plan is not None:
-            est.noise.lane = len(records)
+            est.noise.guess_index = len(records)
             transaction.rewind()
         found, record = forward(est, closure, transaction, est.guesses if plan is None else 1, keeps=False)
         if plan is not None and found is not plan:

@@ -186,7 +186,7 @@ def run_others(
     """Make a run for each of the other guesses; return one record, as if all guesses had shared a run."""
     records = [first]
     for index in range(1, est.guesses):
-        est.noise.lane = index
+        est.noise.guess_index = index
         transaction.rewind()
         try:
             records.append(run_once(est, plan, closure, transaction))
