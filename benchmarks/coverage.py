@@ -1,4 +1,4 @@
-"""Models that people have, unchanged: what is missed, how exact, where it falls back, how fast; fails on a surprise."""
+"""Well-known models, unchanged: missed parameters, errors, fallbacks and step times. Fails on a surprise."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import internals
 from benchmarks.exactness import exactness
 from benchmarks.machine import refused
 from benchmarks.measure import Ratio, interleaved, ratio, seconds
@@ -84,15 +85,14 @@ def survey(entry: Entry, subject: Subject, **options: Any) -> Coverage:
         warnings.simplefilter("always", GuessWarning)
         opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, lr=0.0, seed=0, **options)
         opt.step(subject.closure)
-    graph = opt._plans[0].graph
+    graph = internals.graph_of(opt)
     coupled = [site for site in graph.sites if site.layout is Layout.COUPLED and site.shares is None]
-    names = [opt._names[site.params[0]] for site in coupled]
+    names = [internals.name_of(opt, site) for site in coupled]
     reasons = [why for pattern, why in entry.fallbacks.items() if any(fnmatchcase(name, pattern) for name in names)]
-    guesses = opt._guesses_of(opt._plans[0])
     return Coverage(
-        parameters=len(opt._params),
+        parameters=len(subject.named()),
         sites=len(graph.sites),
-        guided=sum(not graph.sites[k].is_last and not graph.sites[k].by_parameter for k in guesses),
+        guided=sum(not site.is_last and not site.by_parameter for site in internals.guessed_sites(opt)),
         missed=[name for name, p in subject.named() if p.grad is None or not bool(p.grad.any())],
         fallbacks=len(coupled),
         reason="; ".join(reasons),

@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks import internals
 from benchmarks.zoo import Subject
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
-from guessopt.engine.gradients import parameter_gradients
 from guessopt.engine.jvp.engines import inner
 from guessopt.estimators import Estimator
 from guessopt.graph import SiteGraph
@@ -76,15 +76,11 @@ def exactness(subject: Subject, *, draws: int = 2, **options: Any) -> Exactness:
         opt = GuessGradOptimizer(named, torch.optim.SGD, "activation_perturbation", seed=0, lr=0.0, **options)
         truth = Truth(opt, closure)
         errors, norms = 0.0, 0.0
-        for estimator in (opt._estimators[0], _Apart()):
-            opt._estimators = [estimator] * len(named)
-            opt._plans[0].guesses = None
-            for _ in range(draws):
-                with measuring(opt) as transaction:
-                    plan, record = opt._forward(closure, transaction)
-                error, norm = _derivative_error(plan.graph, record, truth)
-                errors, norms = errors + error, norms + norm
-    found = parameter_gradients(truth.graph, truth.record, truth.g, opt._by_position, opt._ids)
+        estimators = (internals.first_estimator(opt), _Apart())
+        for graph, record in internals.passes(opt, closure, estimators, draws):
+            error, norm = _derivative_error(graph, record, truth)
+            errors, norms = errors + error, norms + norm
+    found = internals.true_gradients(opt, truth)
     with measuring(opt):
         reference = torch.autograd.grad(closure(), [p for _, p in named], materialize_grads=True)
     least = 1e-3 * _norm(*reference)
