@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import internals
 from benchmarks.exactness import exactness
 from benchmarks.machine import refused
 from benchmarks.measure import Ratio, interleaved, ratio, seconds
@@ -85,14 +84,15 @@ def survey(entry: Entry, subject: Subject, **options: Any) -> Coverage:
         warnings.simplefilter("always", GuessWarning)
         opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, lr=0.0, seed=0, **options)
         opt.step(subject.closure)
-    graph = internals.graph_of(opt)
+    graph = opt.estimation.plans[0].graph
     coupled = [site for site in graph.sites if site.layout is Layout.COUPLED and site.shares is None]
-    names = [internals.name_of(opt, site) for site in coupled]
+    names = [opt.estimation.names[site.params[0]] for site in coupled]
     reasons = [why for pattern, why in entry.fallbacks.items() if any(fnmatchcase(name, pattern) for name in names)]
+    guesses = opt.estimation.assignments(opt.estimation.plans[0])
     return Coverage(
         parameters=len(subject.named()),
         sites=len(graph.sites),
-        guided=sum(not site.is_last and not site.by_parameter for site in internals.guessed_sites(opt)),
+        guided=sum(not graph.sites[k].is_last and not graph.sites[k].by_parameter for k in guesses),
         missed=[name for name, p in subject.named() if p.grad is None or not bool(p.grad.any())],
         fallbacks=len(coupled),
         reason="; ".join(reasons),

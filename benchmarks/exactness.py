@@ -19,16 +19,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks import internals
 from benchmarks.zoo import Subject
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
+from guessopt.engine.gradients import parameter_gradients
 from guessopt.engine.jvp.engines import inner
 from guessopt.estimators import Estimator
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout
 from guessopt.ops import Rule
 from guessopt.record import ForwardRecord
+from guessopt.step.runs import forward
 
 
 class _Apart(Estimator):
@@ -76,11 +77,15 @@ def exactness(subject: Subject, *, draws: int = 2, **options: Any) -> Exactness:
         opt = GuessGradOptimizer(named, torch.optim.SGD, "activation_perturbation", seed=0, lr=0.0, **options)
         truth = Truth(opt, closure)
         errors, norms = 0.0, 0.0
-        estimators = (internals.first_estimator(opt), _Apart())
-        for graph, record in internals.passes(opt, closure, estimators, draws):
-            error, norm = _derivative_error(graph, record, truth)
-            errors, norms = errors + error, norms + norm
-    found = internals.true_gradients(opt, truth)
+        for estimator in (opt.estimation.estimators[0], _Apart()):
+            opt.estimation.estimators = [estimator] * len(named)
+            opt.estimation.plans[0].assignments = None
+            for _ in range(draws):
+                with measuring(opt) as transaction:
+                    plan, record = forward(opt.estimation, closure, transaction)
+                error, norm = _derivative_error(plan.graph, record, truth)
+                errors, norms = errors + error, norms + norm
+    found = parameter_gradients(truth.graph, truth.record, truth.g, opt.estimation.by_position, opt.estimation.ids)
     with measuring(opt):
         reference = torch.autograd.grad(closure(), [p for _, p in named], materialize_grads=True)
     least = 1e-3 * _norm(*reference)

@@ -1,44 +1,35 @@
-"""All places where a benchmark reads or replaces private parts of the package.
+"""The functions of the package that a benchmark replaces to time the phases of a step.
 
-The package promises nothing about these parts. A change of the package may need a change here, and nowhere else in
-``benchmarks`` but in ``step_times``, which also runs beside other versions of the package.
+They are public names within the package, and no part of what users are promised. A change of the package may need a
+change here. Nothing else in ``benchmarks`` replaces parts of the package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from time import process_time
 from typing import Any
 from unittest import mock
 
-from torch import Tensor
-
-from guessopt import GuessGradOptimizer, WPerp
-from guessopt.diagnostics.reverse import Truth, measuring
+from guessopt import WPerp
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import parameter_gradients
-from guessopt.estimators import Estimator
-from guessopt.graph import SiteGraph
-from guessopt.record import ForwardRecord
-from guessopt.sites import Site
-from guessopt.step import estimation
+from guessopt.step import guessing, modes, runs, updating
 from guessopt.tracing import context
-
-# --- phases of a step -------------------------------------------------------------------------------------------------
 
 REFRESH, PROBE, PASS = "guesses: SVD", "probe", "pass"
 POINTS: tuple[tuple[Any, str, str], ...] = (
-    (GuessGradOptimizer, "_guess", "guesses: transposes"),
+    (guessing, "guess_at", "guesses: transposes"),
     (context, "draw", "guesses: noise"),
     (context.SiteContext, "pull_back", "guesses: pull back"),
     (WPerp, "prepare", REFRESH),
     (ForwardRun, "execute", PASS),
-    (estimation, "estimated_cotangents", "parameter gradients"),
-    (estimation, "parameter_gradients", "parameter gradients"),
-    (GuessGradOptimizer, "_update", "base update"),
-    (estimation, "trace", PROBE),
-    (estimation, "reprobe", PROBE),
+    (modes, "estimated_cotangents", "parameter gradients"),
+    (modes, "parameter_gradients", "parameter gradients"),
+    (updating, "update", "base update"),
+    (runs, "trace", PROBE),
+    (runs, "probe_again", PROBE),
 )
 """Functions of the package, and the phase that each belongs to."""
 PHASES = tuple(dict.fromkeys(phase for *_, phase in POINTS if phase != PASS))
@@ -71,53 +62,10 @@ def timed_gradients(report: Callable[[float], object]) -> Iterator[None]:
         report(process_time() - start)
         return found
 
-    with mock.patch.object(estimation, "parameter_gradients", timed):
+    with mock.patch.object(modes, "parameter_gradients", timed):
         yield
 
 
-def guess_nothing(opt: GuessGradOptimizer) -> None:
-    """From now on the optimizer's passes have no guesses."""
-    opt._guess = lambda *_: None  # type: ignore[method-assign]
-
-
-# --- the plan of a step -----------------------------------------------------------------------------------------------
-
-
-def graph_of(opt: GuessGradOptimizer) -> SiteGraph:
-    """The graph of the last step."""
-    return opt._plans[0].graph
-
-
-def guessed_sites(opt: GuessGradOptimizer) -> list[Site]:
-    """The sites that got a guess in the last step."""
-    return [graph_of(opt).sites[index] for index in opt._guesses_of(opt._plans[0])]
-
-
-def name_of(opt: GuessGradOptimizer, site: Site) -> str:
-    """The name of the first parameter that the site reads."""
-    return opt._names[site.params[0]]
-
-
-# --- exactness --------------------------------------------------------------------------------------------------------
-
-
-def passes(
-    opt: GuessGradOptimizer, closure: Callable[[], Tensor], estimators: Sequence[Estimator], draws: int
-) -> Iterator[tuple[SiteGraph, ForwardRecord]]:
-    """Graph and record of so many passes with each of the estimators, at all parameters. Nothing else is changed."""
-    for estimator in estimators:
-        opt._estimators = [estimator] * len(opt._params)
-        opt._plans[0].guesses = None
-        for _ in range(draws):
-            with measuring(opt) as transaction:
-                plan, record = opt._forward(closure, transaction)
-            yield plan.graph, record
-
-
-def first_estimator(opt: GuessGradOptimizer) -> Estimator:
-    return opt._estimators[0]
-
-
-def true_gradients(opt: GuessGradOptimizer, truth: Truth) -> dict[int, Tensor]:
-    """Parameter gradients by position, made from the true cotangents by the sites' own rules."""
-    return parameter_gradients(truth.graph, truth.record, truth.g, opt._by_position, opt._ids)
+def without_guesses() -> AbstractContextManager[Any]:
+    """Within, no pass has guesses."""
+    return mock.patch.object(guessing, "guess_at", lambda *_: None)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,8 +16,9 @@ from benchmarks.measure import Step
 from benchmarks.methods import METHODS
 from benchmarks.problems import Problem, cnn, images, mlp, relu_mlp, text, vit
 from guessopt import GuessGradOptimizer
+from guessopt.options import Engine
 
-ENGINES = ("fast", "dual", "func")
+ENGINES: tuple[str, ...] = get_args(Engine)
 DEFAULT_ENGINE: str = inspect.signature(GuessGradOptimizer).parameters["engine"].default
 UNFUSED_ATTENTION = "unfused attention with engine {}, which has no forward-mode rule for the fused one"
 
@@ -76,8 +77,12 @@ class Bench:
         """A guess step without guesses: it shows the cost of intercepting the closure's calls."""
         own = self.problem.copy()
         opt = METHODS["activation_perturbation"].learner(own.model, engine=engine).optimizer
-        internals.guess_nothing(opt)
-        return self._with_attention(lambda: opt.estimate(own.loss), engine)
+
+        def step() -> None:
+            with internals.without_guesses():
+                opt.estimate(own.loss)
+
+        return self._with_attention(step, engine)
 
     def _with_attention(self, step: Step, engine: str | None) -> Step:
         """The step, with unfused attention if the engine has no rule for the fused one."""

@@ -91,7 +91,7 @@ def joined(estimator: Any) -> list[tuple[str, ...]]:
     net, closure = problem(False)
     opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.0, seed=0)
     opt.step(closure)
-    plan = opt._plans[0]
+    plan = opt.estimation.plans[0]
     names = [name for name, _ in net.named_parameters()]
     return [
         tuple(names[plan.graph.sites[k].params[0]].partition(".")[0] for k in joint.sites)

@@ -26,6 +26,7 @@ from guessopt import (
     WTranspose,
 )
 from guessopt.memory_plan import cpu_peak
+from guessopt.step import modes
 
 from .machine import refused, skip_if_refused
 from .problems import learned, unfollowed
@@ -197,14 +198,14 @@ def test_first_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2, memory="replay")
     opt.step(lambda: net(x).square().mean())
     alive: list[int] = []
-    second = opt._replay
+    second = modes.second_run
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         gc.collect()
         alive.append(sum(ref() is not None for ref in seen))
         return second(*args, **kwargs)
 
-    monkeypatch.setattr(opt, "_replay", spy)
+    monkeypatch.setattr(modes, "second_run", spy)
     seen.clear()
     opt.step(lambda: net(x).square().mean())
     assert alive == [0] and len(seen) >= 2 * len(net)
@@ -252,12 +253,12 @@ def test_failure_before_the_first_update_changes_nothing(memory: str) -> None:
             raise KeyError("second pass")
         return net(x).square().mean()
 
-    state, noise = torch.get_rng_state(), opt._noise.state()
+    state, noise = torch.get_rng_state(), opt.estimation.noise.state()
     with pytest.raises(KeyError, match="second pass"):
         opt.step(closure)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(v, noise["generators"][k]) for k, v in opt._noise.state()["generators"].items())
+    assert all(torch.equal(v, noise["generators"][k]) for k, v in opt.estimation.noise.state()["generators"].items())
 
 
 def _counting(base: Any, updates: list[int]) -> Any:
@@ -414,7 +415,7 @@ def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monke
     for _ in range(4):
         opt.step(lambda: net(x).square().mean())
     between: list[int] = []
-    second = opt._replay
+    second = modes.second_run
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         gc.collect()
@@ -422,7 +423,7 @@ def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monke
         alive.clear()
         return second(*args, **kwargs)
 
-    monkeypatch.setattr(opt, "_replay", spy)
+    monkeypatch.setattr(modes, "second_run", spy)
     seen.clear()
     opt.step(lambda: net(x).square().mean())
     assert between == [0] and len(alive) == len(net)
@@ -517,12 +518,12 @@ def test_learned_feedback_after_a_failed_step(failing: int, memory: str) -> None
             raise KeyError("failing")
         return net(x).square().mean()
 
-    state, noise = torch.get_rng_state(), opt._noise.state()
+    state, noise = torch.get_rng_state(), opt.estimation.noise.state()
     with pytest.raises(KeyError, match="failing"):
         opt.step(closure)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(v, noise["generators"][k]) for k, v in opt._noise.state()["generators"].items())
+    assert all(torch.equal(v, noise["generators"][k]) for k, v in opt.estimation.noise.state()["generators"].items())
     after = learned(opt)
     assert learning_steps.keys() == after.keys() and all(after[k] is state for k, state in learning_steps.items())
 

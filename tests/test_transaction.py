@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError, preflight
 from guessopt.diagnostics import variance
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 from tests.problems import PassedThrough, seeded
 
 pytestmark = [
@@ -731,5 +731,5 @@ def test_calls_that_write_nothing_are_not_looked_at() -> None:
     case = build("row of a queue")
     opt = optimizer(case, "store")
     opt.step(case.closure)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     assert {graph.functions[index].__name__ for index in graph.mutations} == {"add_"}

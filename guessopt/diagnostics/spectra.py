@@ -160,7 +160,7 @@ def effective_rank(opt: GuessGradOptimizer, closure: Closure | None = None) -> E
     >>> 1 <= effective_rank(opt).per_parameter["weight"] <= 3
     True
     """
-    names = zip(opt._names, opt._params, strict=True)
+    names = zip(opt.estimation.names, opt.estimation.params, strict=True)
     return EffectiveRank({name: effective_rank_of(p.flatten(1)) for name, p in names if p.dim() > 1})
 
 
