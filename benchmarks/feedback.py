@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(PROBLEMS)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), metavar="P", help=names)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
     parser.add_argument("--estimate", action="store_true", help="print how long the missing runs will take, and stop")
 
 

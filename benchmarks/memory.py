@@ -17,7 +17,7 @@ from benchmarks.report import COMMITTED, SCRATCH, Table, print_table
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", nargs="+", choices=FULL, metavar="NAME", help=", ".join(FULL))
-    parser.add_argument("--fresh", action="store_true", help="measure again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the measurements that the file has already")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -79,7 +79,7 @@ class Cell:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--widths", type=int, nargs="+", help="hidden widths (default: 128 512)")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES), metavar="METHOD")
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
 
 
 def run(args: argparse.Namespace) -> None:

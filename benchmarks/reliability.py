@@ -71,7 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="seed of the first network (default: 0)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--workers", type=int, default=2, metavar="K", help="processes (default: 2)")
-    parser.add_argument("--fresh", action="store_true", help="try again what an earlier run has tried")
+    parser.add_argument("--fresh", action="store_true", help="repeat the tasks that an earlier call has finished")
 
 
 def tasks_of(args: argparse.Namespace, settings: Settings, parts: Iterable[str]) -> dict[str, Task]:

@@ -42,7 +42,7 @@ AXES = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), metavar="AXIS", help=", ".join(AXES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("--fresh", action="store_true", help="measure again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the measurements that the file has already")
 
 
 def run(args: argparse.Namespace) -> None:

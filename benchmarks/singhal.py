@@ -99,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of figure5 (default: 10000; paper: 50000)")
     parser.add_argument("--width", type=int, help="hidden width of table2 and figure4 (paper: 1024)")
     parser.add_argument("--images", type=int, help="training images of the CIFAR-10 parts (paper: 50000)")
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
 
 
 def run(args: argparse.Namespace) -> None:

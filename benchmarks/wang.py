@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tables", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=names)
     parser.add_argument("--widths", type=int, nargs="+", help="only these hidden widths (default: the paper's)")
     parser.add_argument("--methods", nargs="+", choices=list(LABELS), metavar="METHOD", help=", ".join(LABELS))
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
     parser.add_argument("--estimate", action="store_true", help="print how long the missing runs will take, and stop")
 
 

@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="lora, sentences: a causal language model of the hub instead")
     parser.add_argument("--data", choices=["trec", "sst2"], default="trec", help="sentences: the data set")
     parser.add_argument("--vit", choices=["small", "vit_b_16"], default="small", help="prompts: vit_b_16 is downloaded")
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
     parser.add_argument("--estimate", action="store_true", help="print how long the missing runs will take, and stop")
 
 
