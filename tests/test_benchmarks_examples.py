@@ -21,6 +21,11 @@ def test_every_script_is_tested() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
 
 
+def test_the_quickstart_is_the_script_of_the_readme() -> None:
+    readme = (EXAMPLES.parents[1] / "README.md").read_text()
+    assert readme.partition("```python\n")[2].partition("```")[0] in (EXAMPLES / "quickstart.py").read_text()
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_runs_as_it_stands(name: str, tmp_path: Path) -> None:
     if name == "demo.py" and importlib.util.find_spec("mnist1d") is None:
