@@ -19,7 +19,7 @@ from benchmarks.isolated import fresh
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.estimators import estimator_names, make_estimator
 from guessopt.step.mode import MODES
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tree import tensors_in
 
 #: Steps before saving, and after.
 BEFORE, AFTER = 3, 3

@@ -25,7 +25,9 @@ from guessopt.step.estimation import Estimation
 from guessopt.step.learning import learn
 from guessopt.step.modes import estimate, first_run, second_run
 from guessopt.step.trace import trace
-from guessopt.tracing.interceptor import Interceptor, read_by, results_of, tensors_in
+from guessopt.tracing.functions import read_by
+from guessopt.tracing.interceptor import Interceptor
+from guessopt.tree import results_of, tensors_in
 
 Closure = Callable[[], Any]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.engine.transaction import Transaction
-from guessopt.estimator import plain
 from guessopt.exclusive import exclusive, refuse_in_closure, unscaled
 from guessopt.groups import build, check_tensors, groups_of, listed, tensors_of, with_fused
 from guessopt.hooks import accumulates, fire, hooked, is_made, mark
@@ -26,6 +25,7 @@ from guessopt.options import (
     Params,
     check_options,
 )
+from guessopt.registry import plain
 from guessopt.state import loaded, packed
 from guessopt.step import modes
 from guessopt.step.estimation import Estimation

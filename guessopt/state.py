@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from guessopt.cache import SiteCache
-from guessopt.estimator import estimators_for, plain
 from guessopt.groups import names_of
+from guessopt.registry import estimators_for, plain
 from guessopt.rng import NoiseSource, is_here
 from guessopt.step.estimation import Estimation
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer, LearnedFeedback
 from guessopt.diagnostics import cosine, expected_gradient, true_cotangents, true_gradient, variance
-from guessopt.diagnostics.reverse import unrows
 from guessopt.estimators import Estimator, estimator_names
 from guessopt.layout import Layout, numel
 from guessopt.rng import NoiseSource
@@ -249,7 +248,7 @@ class OneHot(Estimator):
         r = local.s.new_zeros(n, local.s.numel() // n)
         if site == local.site.index:
             r[:, entry % r.shape[1]] = 1j if entry >= r.shape[1] else 1
-        return unrows(r, local.site.layout, tuple(local.s.shape))
+        return local.site.layout.unrows(r, tuple(local.s.shape))
 
     def options(self) -> dict[str, Any]:
         return {}
@@ -267,7 +266,7 @@ def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) ->
     graph = opt.estimation.plans[0].graph
     assert problem.batch in (None, graph.batch) or name == "state space"  # the kernel's length is the batch's
     estimator = OneHot()
-    opt.estimation.estimators, opt.estimation.plans[0].guesses = [estimator] * len(problem.named), None
+    opt.estimation.estimators, opt.estimation.plans[0].assignments = [estimator] * len(problem.named), None
     total = {k: torch.zeros_like(p) for k, p in opt.estimation.by_position.items()}
     runs = 0
     for site in graph.sites:

@@ -256,7 +256,7 @@ def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypa
     monkeypatch.setattr(runs, "direct_calls", lambda *_: frozenset())  # as in a step whose guesses correct
     monkeypatch.setattr(runs, "makes_no_guess", lambda *_: False)
     truth, found = Truth(opt, closure), draw(opt, closure).cotangents
-    assert truth.graph.stream is not None
+    assert truth.graph.chain is not None
     last = [site for site in truth.graph.sites if opt.estimation.names[site.params[0]].startswith("2.")]
     assert {site.op for site in last} == {"lstm_cell", "linear"} and len(last) == 3
     for site in last:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from guessopt import GuessGradOptimizer, GuessWarning, LearnedFeedback
 from guessopt.diagnostics import estimated_gradient, true_gradient
 from guessopt.engine.jvp.stacked import StackedEngine
-from guessopt.estimator import _ESTIMATORS, Estimator
+from guessopt.estimator import Estimator
 from guessopt.estimators import estimator_names
+from guessopt.registry import ESTIMATORS
 from guessopt.step import modes, runs
 from guessopt.tracing.context import SiteContext
 from tests.problems import PROBLEMS, Problem, labels, of
@@ -43,9 +44,9 @@ class Given(Estimator):
 
 @pytest.fixture(autouse=True)
 def _given() -> Iterator[None]:
-    _ESTIMATORS["given"], Given.seen = Given, {}
+    ESTIMATORS["given"], Given.seen = Given, {}
     yield
-    del _ESTIMATORS["given"]
+    del ESTIMATORS["given"]
     Given.change = staticmethod(lambda y, site, k: y)
 
 

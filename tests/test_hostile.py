@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.layout import Layout
+from guessopt.step.guessing import directions
 
 from .problems import Attention, Cube, Problem, Transformer, labels, of
 from .test_exactness import Summing, sum_over_one_hots
@@ -909,7 +910,7 @@ def test_directional_descent_through_an_embedding_bag(mode: str, engine: str) ->
     before = opt.estimation.noise.snapshot()
     opt.estimate(lambda: F.cross_entropy(model(ids), labels(6, 2)))
     opt.estimation.noise.restore(before)
-    vs = list(opt._directions(1, opt.estimation.noise).values())
+    vs = list(directions(opt.estimation, 1, opt.estimation.noise).values())
     gs = torch.autograd.grad(F.cross_entropy(model(ids), labels(6, 2)), list(model.parameters()))
     slope = sum(float((v * g).sum()) for v, g in zip(vs, gs, strict=True))
     for p, v in zip(model.parameters(), vs, strict=True):

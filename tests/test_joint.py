@@ -166,15 +166,15 @@ def test_calls_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the three projections and one of the two in the MLP, attention, the first norm, the gate."""
     taken = []
     net, closure = problem(False)
-    resume = FastEngine.resume
+    reuse = FastEngine.reuse
 
     def spy(self: FastEngine, fn: Any, *rest: Any) -> Any:
-        out = resume(self, fn, *rest)
+        out = reuse(self, fn, *rest)
         if out is not NotImplemented:
             taken.append(fn.__name__)
         return out
 
-    monkeypatch.setattr(FastEngine, "resume", spy)
+    monkeypatch.setattr(FastEngine, "reuse", spy)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, WPerp(k=2), lr=0.0, seed=0)
     opt.step(closure)
     assert sorted(taken) == ["add", "add", "layer_norm", *["linear"] * 3, "mul", "scaled_dot_product_attention", "silu"]

@@ -88,7 +88,7 @@ def test_learned_feedback_keeps_a_block_or_runs_it_again(name: str) -> None:
         torch.manual_seed(1)
         for _ in range(3):
             opt.step(subject.closure)
-        assert opt.estimation.plans[0].graph.stream is not None and opt.estimation.plans[0].keeps_graphs
+        assert opt.estimation.plans[0].graph.chain is not None and opt.estimation.plans[0].keeps_graphs
         ends.append([p.detach() for _, p in subject.named()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b)

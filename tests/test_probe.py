@@ -49,11 +49,11 @@ def optimizer(problem: Problem, **options: Any) -> GuessGradOptimizer:
 def check_layouts_of(opt: GuessGradOptimizer, problem: Problem) -> tuple[Tensor, Tensor]:
     """``D_n`` of guesses at the sites where examples are apart, from a pass and from autograd."""
     own, opt.estimation.estimators = opt.estimation.estimators, [Apart()] * len(problem.named)
-    opt.estimation.plans[0].guesses = None
+    opt.estimation.plans[0].assignments = None
     truth = Truth(opt, problem.closure)
     with measuring(opt) as transaction:
         plan, record = forward(opt.estimation, problem.closure, transaction)
-    opt.estimation.estimators, plan.guesses = own, None
+    opt.estimation.estimators, plan.assignments = own, None
     n = plan.graph.batch
     expected = torch.zeros(n, dtype=torch.float64)
     for index, y in record.guesses.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from guessopt import GuessGradOptimizer
 from guessopt.engine.jvp.engines import DualEngine, _pack, _unpack
 from guessopt.engine.jvp.stacked import StackedEngine
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tree import tensors_in
 
 from .problems import Problem, labels
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guessopt.diagnostics.gradients import expected_cotangents, expected_from, joined
 from guessopt.diagnostics.plots import bars
-from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, unrows, wide
+from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, wide
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Site
 from guessopt.tracing.context import NOISES, SiteContext
@@ -196,7 +196,7 @@ def covariance_norm(
             else:
                 r = torch.randint(2, (n, d), generator=generator) * 2.0 - 1
             r = torch.view_as_complex(r.double().unflatten(1, (-1, 2))) if ctx.s.is_complex() else r
-            v = unrows(r.to(ctx.s.dtype).to(ctx.s.device), site.layout, tuple(ctx.s.shape))
+            v = site.layout.unrows(r.to(ctx.s.dtype).to(ctx.s.device), tuple(ctx.s.shape))
             with torch.no_grad(), unfused():
                 moment = apply(v)
             if moment is None:

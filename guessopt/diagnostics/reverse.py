@@ -171,7 +171,7 @@ class Truth:
     def joint_local(self, joint: ParallelSites) -> ParallelContext:
         """The surroundings of sites that are guessed as one."""
         first = self.contexts[joint.sites[0]]
-        return ParallelContext(joint, first.site, first.s, first._values, self.opt.estimation.noise)
+        return ParallelContext(joint, first.site, first.s, first.values, self.opt.estimation.noise)
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
         """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``. Both parts of complex
@@ -214,13 +214,8 @@ def unfused() -> AbstractContextManager[None]:
 
 def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
     """``[N, d]``, one row an example; coupled: ``[1, d]``."""
-    if layout is Layout.BATCH_SECOND:
-        return t.transpose(0, 1).reshape(n, -1)
-    if layout is Layout.FLAT_T:
-        return t.reshape(-1, n, *t.shape[1:]).transpose(0, 1).reshape(n, -1)
-    if layout is Layout.COUPLED:
-        return t.reshape(1, -1)
-    return t.reshape(n, -1)
+    found = layout.rows(t, n)
+    return found.reshape(len(found), -1)
 
 
 def real(t: Tensor) -> Tensor:
@@ -235,16 +230,6 @@ def real(t: Tensor) -> Tensor:
 def wide(t: Tensor) -> Tensor:
     """In double precision, complex numbers as such."""
     return t.to(torch.complex128) if t.is_complex() else t.double()
-
-
-def unrows(r: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
-    """Back from ``rows`` to ``shape``."""
-    n = r.shape[0]
-    if layout is Layout.BATCH_SECOND:
-        return r.reshape(n, shape[0], *shape[2:]).transpose(0, 1)
-    if layout is Layout.FLAT_T:
-        return r.reshape(n, shape[0] // n, *shape[1:]).transpose(0, 1).reshape(shape)
-    return r.reshape(shape)
 
 
 class _Reverse(JvpEngine):

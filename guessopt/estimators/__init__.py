@@ -1,6 +1,6 @@
-"""The estimators: one family a file, all on one contract (``base.py``)."""
+"""The estimators: one family a file, all on one contract (``guessopt.estimator``)."""
 
-from guessopt.estimator import Estimator, describe, estimator_names, make_estimator, register_estimator
+from guessopt.estimator import Estimator
 from guessopt.estimators.activation import ActivationPerturbation
 from guessopt.estimators.auto import Auto
 from guessopt.estimators.directional import DirectionalDescent
@@ -10,7 +10,8 @@ from guessopt.estimators.newton_schulz import WPerpNS
 from guessopt.estimators.perp import WPerp
 from guessopt.estimators.precondition import WPreconditioned
 from guessopt.estimators.transpose import WTranspose
-from guessopt.feedback.options import LearnedFeedback
+from guessopt.feedback.learned import LearnedFeedback
+from guessopt.registry import describe, estimator_names, make_estimator, register_estimator
 
 __all__ = [
     "ActivationMixing",

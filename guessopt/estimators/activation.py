@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.estimator import Estimator, check_noise, register_estimator
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import check_noise
+from guessopt.registry import register_estimator
 from guessopt.sites import Site
 from guessopt.tracing.context import SiteContext
 
@@ -19,7 +21,7 @@ class ActivationPerturbation(Estimator):
 
     Args:
         masked: multiply by ``M_i``, the derivative of the activation that follows (Singhal 3.2, second insight). For
-            ReLU this changes no expectation, since the cotangent carries the same mask, and halves the dimension.
+            ReLU this halves the dimension and adds no bias, since the cotangent carries the same mask.
         noise: kind of the entries.
 
     >>> ActivationPerturbation(masked=True).unbiased
@@ -45,13 +47,15 @@ class ActivationPerturbation(Estimator):
         return self.masked
 
     def sample(self, state: Any, ctx: SiteContext) -> Tensor:
-        y = ctx.noise(ctx.s.shape, self.noise)
-        m = ctx.derivative() if self.masked and ctx.is_elementwise else None
+        y, m = ctx.noise(ctx.s.shape, self.noise), self._mask(ctx)
         return y if m is None else y * m
 
     def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
-        m = ctx.derivative() if self.masked and ctx.is_elementwise else None
+        m = self._mask(ctx)
         return g if m is None else g * m * m
+
+    def _mask(self, ctx: SiteContext) -> Tensor | None:
+        return ctx.derivative() if self.masked and ctx.is_elementwise else None
 
     def note(self, site: Site) -> str | None:
         if self.masked and site.segment is not None and site.segment.elementwise is None:

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.estimator import Estimator, check_noise, register_estimator
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import check_noise
+from guessopt.registry import register_estimator
 from guessopt.tracing.context import SiteContext
 
 

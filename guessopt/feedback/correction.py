@@ -1,4 +1,7 @@
-"""What the guess adds to a predicted cotangent: ``gamma (e . d)_n y_i / a_i^2``."""
+"""What the guess adds to a predicted cotangent: ``gamma D'_n y_i / a_i^2``.
+
+``D'_n = D_n - sum_i <c_i[n], y_i[n]>``, and ``a_i`` is the amplitude of the guess.
+"""
 
 from __future__ import annotations
 
@@ -8,67 +11,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.feedback.maps import apart, by_example, wide
-from guessopt.feedback.updates import State, shrunken
+from guessopt.feedback.maps import by_example, example_layout, wide
+from guessopt.feedback.updates import State, correction_shrinkage
 from guessopt.graph import SiteGraph
 from guessopt.sites import Site
 
-#: A remainder is rounding where it is below so many machine epsilons of the numbers that were subtracted.
-ROUNDINGS = 64
+#: A remainder is rounding if it is at most so many machine epsilons of the numbers that were subtracted.
+MAX_ROUNDING_EPSILONS = 64
 
 
 class Correction:
-    """Of one step.
+    """The correction in one step.
 
     Args:
-        gamma: as ``LearnedFeedback`` has it.
+        gamma: see ``LearnedFeedback``.
         states: what was learned, by site index.
-        closed: sites that can have no prediction, and take the correction in full.
+        coupled: sites whose examples cannot be told apart. They have no prediction, and take the whole correction.
 
     Attributes:
-        learned: by site index, the moments from which ``gamma="auto"`` finds its weight.
+        shrinkage: by site index, the moments from which ``gamma="auto"`` finds its weight.
     """
 
-    def __init__(self, gamma: float | str, graph: SiteGraph, states: dict[int, Any], closed: Collection[int]) -> None:
-        self.gamma, self.graph, self.states, self.closed = gamma, graph, states, closed
-        self.learned: dict[int, State] = {}
+    def __init__(self, gamma: float | str, graph: SiteGraph, states: dict[int, Any], coupled: Collection[int]) -> None:
+        self.gamma, self.graph, self.states, self.coupled = gamma, graph, states, coupled
+        self.shrinkage: dict[int, State] = {}
 
-    def of(self, index: int, c: Tensor | None, y: Tensor, rest: Tensor) -> Tensor:
-        """The prediction ``c`` (None: there is none), corrected. ``rest``: ``(e . d)_n``."""
+    def apply(self, index: int, c: Tensor | None, y: Tensor, rest: Tensor) -> Tensor:
+        """``c + gamma D' y / a^2``.
+
+        Args:
+            c: the prediction; None if there is none.
+            y: the guess.
+            rest: ``D'_n``, ``[N]`` or ``[1]``.
+        """
         state, layout = self.states[index], self.graph.sites[index].layout
-        gamma: Any = 1.0 if index in self.closed else self.gamma
+        gamma: Any = 1.0 if index in self.coupled else self.gamma
         if gamma == "auto":
             gamma = 1.0 if state is None or "gamma" not in state else state["gamma"]
         elif gamma == 0:
             return torch.zeros_like(y) if c is None else c
         correction = y * layout.spread(rest / amplitude(state) ** 2, tuple(y.shape)).to(y.dtype)
-        if self.gamma == "auto" and index not in self.closed and index not in self.learned:
+        if self.gamma == "auto" and index not in self.coupled and index not in self.shrinkage:
             looks = 1 if state is None else state.get("looks", 0) + 1
-            new = shrunken(state, by_example(correction, layout, self.graph.batch), looks)
-            self.learned[index] = {"looks": looks} | new
+            new = correction_shrinkage(state, by_example(correction, layout, self.graph.batch), looks)
+            self.shrinkage[index] = {"looks": looks} | new
         correction = correction if isinstance(gamma, float) and gamma == 1 else correction.mul_(gamma)
         return correction if c is None else c + correction
 
-    def together(self, learned: dict[int, State]) -> dict[int, State]:
-        """The states that the sites have learned, with these moments."""
+    def merged(self, learned: dict[int, State]) -> dict[int, State]:
+        """The states that the sites have learned, with ``shrinkage`` added."""
         return learned | {
-            index: (learned.get(index) or self.states[index] or {}) | new for index, new in self.learned.items()
+            index: (learned.get(index) or self.states[index] or {}) | new for index, new in self.shrinkage.items()
         }
 
 
 def amplitude(state: State | None) -> Any:
-    """Of the guess at a site."""
+    """The factor on the guess at a site."""
     return 1.0 if state is None else state.get("amplitude", 1.0)
 
 
 class Remainder:
-    """``D_n - sum_i <c_i[n], y_i[n]>``: the part of the directional derivative that the predictions do not explain.
+    """``D'_n = D_n - sum_i <c_i[n], y_i[n]>``: the part of the directional derivative that no prediction explains.
 
-    The weight of ``gamma="auto"`` is learned from the corrections, that is, from their ratio to each other, however
-    small they are. So a remainder that is nothing but rounding must be zero.
+    ``gamma="auto"`` compares corrections with each other, however small they are. So a remainder that is nothing but
+    rounding must be zero.
 
     Args:
-        d: the directional derivatives, ``[N]``, or the sum over the batch, ``[1]``.
+        d: the directional derivatives, ``[N]``, or their sum over the batch, ``[1]``.
     """
 
     def __init__(self, d: Tensor) -> None:
@@ -76,16 +85,16 @@ class Remainder:
         self._value: Tensor | None = None
 
     def subtract_explained(self, c: Tensor, y: Tensor, site: Site, n: int) -> None:
-        """Take away the part that a site's prediction ``c`` explains of its guess ``y``, both of the site's shape."""
-        part = apart(site.layout, site.shape, n).sum_examples(wide(c) * wide(y), n)
+        """Subtract ``<c[n], y[n]>`` for a site's prediction ``c`` and its guess ``y``, both of the site's shape."""
+        part = example_layout(site.layout, site.shape, n).sum_examples(wide(c) * wide(y), n)
         if part.shape != self.d.shape:
             part, self.d, self.size = part.sum(), self.d.sum().reshape(1), self.size.sum().reshape(1)
         self.d, self.size, self._value = self.d - part, self.size + part.abs(), None
 
     @property
     def value(self) -> Tensor:
-        """``[N]`` or ``[1]``; zero where less than ``ROUNDINGS`` roundings are left."""
+        """``[N]`` or ``[1]``; zero where it is at most ``MAX_ROUNDING_EPSILONS`` of rounding."""
         if self._value is None:
-            rounding = ROUNDINGS * torch.finfo(self.d.dtype).eps * self.size
+            rounding = MAX_ROUNDING_EPSILONS * torch.finfo(self.d.dtype).eps * self.size
             self._value = torch.where(self.d.abs() > rounding, self.d, 0)
         return self._value

@@ -17,7 +17,7 @@ from guessopt.layout import Layout, numel
 from guessopt.sites import Site
 from guessopt.step.estimation import Estimation
 from guessopt.step.plan import Plan
-from guessopt.tracing.graph import Analysis
+from guessopt.tracing.analysis import Analysis
 
 
 def check_loss(loss: Any) -> None:

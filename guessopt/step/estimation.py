@@ -22,11 +22,12 @@ from guessopt.engine.audit import AuditReport
 from guessopt.engine.jvp.engines import JvpEngine, make_engine
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning, PartialUpdateError
-from guessopt.estimator import Estimator, describe, estimators_for
+from guessopt.estimator import Estimator
 from guessopt.exclusive import exclusive, hold_interrupts, leave_modes
 from guessopt.graph import SiteGraph
 from guessopt.groups import check_trainable, names_of
 from guessopt.hooks import Hooks, lifted, watch
+from guessopt.registry import describe, estimators_for
 from guessopt.rng import NoiseSource, cuda_devices
 from guessopt.sites import ParallelSites, Site
 from guessopt.step.mode import MODES, Mode
@@ -150,7 +151,7 @@ class Estimation:
         if self.orthogonal:
             return f"orthogonal takes all guesses at once, which memory={memory!r} does not keep; use memory='store'"
         for e in dict.fromkeys(e for e in self.estimators if e.learns):
-            several = f"guesses={self.guesses}: each guess uses the lesson of the one before, and needs its own passes"
+            several = f"guesses={self.guesses}: each guess uses what the last one taught, and needs its own passes"
             if why := several if self.guesses > 1 else e.refuses(memory, graph):
                 return f"{e.name} does not go with memory={memory!r} here: {why}; or use memory='store'"
         return None

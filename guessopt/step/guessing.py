@@ -15,8 +15,9 @@ from guessopt.rng import NoiseSource
 from guessopt.sites import ParallelSites, Site
 from guessopt.step.estimation import Estimation
 from guessopt.step.plan import Assignment, Plan
-from guessopt.tracing.context import ParallelContext, Random, SiteContext, centred, draw
-from guessopt.tracing.interceptor import NoGrad
+from guessopt.tracing.context import ParallelContext, SiteContext, centred, draw
+from guessopt.tracing.functions import NoGrad
+from guessopt.tracing.subgraph import Random
 
 
 @dataclass
@@ -84,8 +85,8 @@ def _context(
 ) -> SiteContext:
     known, several = None if found.estimator.learns else drawing.known, drawing.count > 1
     if joint is not None:
-        return ParallelContext(joint, site, s, values, drawing.source, several=several, known=known)
-    return SiteContext(site, s, values, drawing.source, several=several, known=known)
+        return ParallelContext(joint, site, s, values, drawing.source, several=several, cached=known)
+    return SiteContext(site, s, values, drawing.source, several=several, cached=known)
 
 
 def _directions_at(drawing: DrawContext, noise: str, site: Site, ctx: SiteContext) -> list[Tensor]:

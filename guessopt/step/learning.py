@@ -12,10 +12,11 @@ from guessopt.engine.forward import ForwardRun, Guess
 from guessopt.engine.jvp.engines import BlockVjpRun, JvpEngine, LossGradRun, PrimalRun
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import ClosureError
-from guessopt.estimator import Estimator, LearningStep
+from guessopt.estimator import Estimator
 from guessopt.feedback.updates import sound
 from guessopt.graph import SiteGraph
 from guessopt.layout import Shape
+from guessopt.learning import LearningStep
 from guessopt.ops.drawing import draws_now
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState
@@ -23,8 +24,9 @@ from guessopt.sites import Site
 from guessopt.step.estimation import Estimation
 from guessopt.step.guessing import DrawContext, again, guesses_of
 from guessopt.step.plan import Plan
-from guessopt.tracing.context import Random, SiteContext, draw, walked
-from guessopt.tracing.interceptor import without_autocast
+from guessopt.tracing.context import SiteContext, draw
+from guessopt.tracing.functions import without_autocast
+from guessopt.tracing.subgraph import Random, walked
 
 #: A method of a ``LearningStep`` that is shown a site and its guess.
 Shown = Callable[[SiteContext, Any], Any]
@@ -42,7 +44,7 @@ def begin_learning(est: Estimation, plan: Plan) -> dict[Estimator, LearningStep]
         return draw(est.noise, "normal", shape, site.dtype, est.params[site.params[0]].device)
 
     return {
-        estimator: estimator.begin(
+        estimator: estimator.learning_step(
             tuple(own), plan.graph, {site.index: est.cache.peek(assigned[site.index].learned) for site in own}, noise
         )
         for estimator, own in sites.items()
@@ -202,17 +204,17 @@ def makes_no_guess(est: Estimation, plan: Plan) -> bool:
 def engine_without_guesses(est: Estimation, plan: Plan) -> JvpEngine:
     """The engine of a step without guesses: it takes the exact errors. Along a residual stream it keeps the blocks'
     reverse graphs, unless they are made again later."""
-    frozen, chain = est.frozen_statistics, plan.graph.stream
+    frozen, chain = est.frozen_statistics, plan.graph.chain
     lacks = not plan.keeps_graphs or any(cut.shared for cut in plan.graph.cuts)
     if chain is None or lacks or not est.mode.keeps:
         return LossGradRun(frozen_statistics=frozen)
-    return BlockVjpRun(chain, plan.graph.marked, frozen_statistics=frozen)
+    return BlockVjpRun(chain, plan.graph.block_inputs, frozen_statistics=frozen)
 
 
 def direct_calls(est: Estimation, plan: Plan, learning_steps: Mapping[Estimator, LearningStep]) -> frozenset[int]:
     """Calls whose gradients come from the reverse graphs of a chain's blocks: no guess corrects them in this step."""
-    corrected = any(step.keeps[1] and e.injects(est.steps, plan.graph) for e, step in learning_steps.items())
-    return frozenset() if corrected else plan.graph.direct
+    corrected = any(step.keeps_guesses and e.injects(est.steps, plan.graph) for e, step in learning_steps.items())
+    return frozenset() if corrected else plan.graph.block_calls
 
 
 # --- the network's own draws, memory ----------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def redrawn(graph: SiteGraph) -> frozenset[int]:
         segments = [site.segment for site in graph.sites if site.segment is not None]
         return frozenset(call.index for segment in segments for call in walked(segment) if draws_now(call))
 
-    return frozenset() if graph.stream is not None else graph.derive("redrawn", found)
+    return frozenset() if graph.chain is not None else graph.cached("redrawn", found)
 
 
 def keep_rectified(graph: SiteGraph, contexts: dict[int, SiteContext], saved: SavedCall) -> None:

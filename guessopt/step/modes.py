@@ -116,7 +116,7 @@ def replay(est: Estimation, closure: Closure, transaction: Transaction) -> tuple
     """A run that finds ``D_n`` and keeps nothing, and one that forms the gradients. Along a residual stream the record
     of the first suffices: each block is run once more by itself."""
     plan, records = first_run(est, closure, transaction)
-    if plan.graph.stream is not None:
+    if plan.graph.chain is not None:
         return records[0].loss, gradients_of(est, plan, records[0])
     gradients = second_run(est, plan, records, closure, transaction)
     learn(est, plan, records[0])

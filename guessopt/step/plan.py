@@ -14,7 +14,7 @@ from guessopt.engine.probe import Found
 from guessopt.estimator import Estimator
 from guessopt.graph import SiteGraph
 from guessopt.sites import ParallelSites, Site
-from guessopt.tracing.graph import Analysis
+from guessopt.tracing.analysis import Analysis
 
 #: Plans kept: one for each branch that the closure takes and each shape that it meets.
 MAX_PLANS = 16

@@ -13,7 +13,8 @@ from guessopt.engine.forward import ForwardRun, GraphMismatch, Guess
 from guessopt.engine.jvp.engines import FastEngine, JvpEngine
 from guessopt.engine.jvp.stacked import StackedEngine, stack
 from guessopt.engine.transaction import Transaction
-from guessopt.estimator import Estimator, LearningStep
+from guessopt.estimator import Estimator
+from guessopt.learning import LearningStep
 from guessopt.record import ForwardRecord
 from guessopt.rng import RandomState
 from guessopt.step.auditing import audit_run, is_audited
@@ -92,7 +93,7 @@ def _run_by(
     probes = is_due_for_probe(plan)
     if probes:
         probe_again(est, plan, closure, transaction)
-    if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.early:
+    if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.constant_values:
         look(est, plan, closure, transaction)
     noise, cached = est.noise.snapshot(), est.cache.copy()
     for _ in range(3):
@@ -199,7 +200,7 @@ def run_once(
 ) -> ForwardRecord:
     """A run with ``count`` guesses at each site. The record says what it found."""
     learning_steps = begin_learning(est, plan)
-    keeps = keeps or plan.graph.stream is not None
+    keeps = keeps or plan.graph.chain is not None
     audited = is_audited(est, plan)
     before = None if keeps and not audited else est.noise.snapshot()
     random = dict[int, RandomState | None].fromkeys(redrawn(plan.graph)) if learning_steps else {}
@@ -216,7 +217,7 @@ def run_once(
     run.known = {} if drawing.known is None else drawing.known
     if random:
         run.random = random
-    run.keeps_guesses = keeps and all(step.keeps[1] for step in learning_steps.values())
+    run.keeps_guesses = keeps and all(step.keeps_guesses for step in learning_steps.values())
     record = _executed(est, plan, run, closure)
     if learning_steps:
         check_real(record.errors)
@@ -225,12 +226,12 @@ def run_once(
     if audited and not plan.stale:  # a stale run is made again
         audit_run(est, plan, record, before, closure, transaction, light=not keeps)
     record.noise, record.learning_steps = before, learning_steps
-    plan.graph.met.clear()
+    plan.graph.first_pass_tensors.clear()
     if keeps:
         record.contexts = drawing.contexts
     else:
         _let_go(est, plan, record)
-        plan.graph.met.update(run.met)
+        plan.graph.first_pass_tensors.update(run.met)
     _confirm(est, plan, record, closure, transaction)
     return record
 
@@ -248,7 +249,7 @@ def _initialise(
     while any(step.needs_init for step in learning_steps.values()):
         if None in random.values():  # first find the random states before the network's draws
             find_draws(est, plan, closure, transaction, random)
-        methods = {e: step.begin for e, step in learning_steps.items()}
+        methods = {e: step.init for e, step in learning_steps.items()}
         show_sites(est, plan, learning_steps, methods, noise, closure, transaction, random)
         transaction.rewind()
 
@@ -268,7 +269,7 @@ def _guesses_for(
     if learning_steps and not keeps:
         return observed(est, plan, learning_steps, drawing)
     guess = guesses_of(est, plan, drawing)
-    return guess if all(step.keeps[0] for step in learning_steps.values()) else forgetting(guess, drawing)
+    return guess if all(step.keeps_contexts for step in learning_steps.values()) else forgetting(guess, drawing)
 
 
 def _executed(est: Estimation, plan: Plan, run: ForwardRun, closure: Closure) -> ForwardRecord:

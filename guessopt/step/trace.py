@@ -23,7 +23,9 @@ from guessopt.sites import Site
 from guessopt.step.checks import check_examples, check_finite, check_loss, independent, precision, unstable
 from guessopt.step.estimation import Estimation
 from guessopt.step.plan import Plan
-from guessopt.tracing.graph import Analysis
+from guessopt.tracing.analysis import Analysis
+from guessopt.tracing.extract import sites_of
+from guessopt.tracing.graph import site_graph
 from guessopt.tracing.tape import Tape
 
 
@@ -60,7 +62,7 @@ def trace(
     transaction.watch(closure)
     recording = _recorded(est, closure, transaction, finite, together)
     tape, analysis, found, chain = recording.tape, recording.analysis, recording.found, est.follows_chain
-    graph = analysis.graph(recording.sites, found.layouts, found.batch, stream=chain, ends=found.ends)
+    graph = site_graph(analysis, recording.sites, found.layouts, found.batch, chain=chain, ends=found.ends)
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(est.names, graph))
     plan = Plan(
@@ -100,7 +102,7 @@ def _recorded(
             as_expression |= weights
             transaction.rewind()
             continue
-        sites = analysis.sites()
+        sites = sites_of(analysis)
         if finite:
             check_finite(loss)
         check_examples(sites, analysis)
@@ -149,7 +151,7 @@ def layouts_of(
     together: bool = True,
 ) -> Found:
     """Probe the closure for where its examples lie. ``known``: see ``find_layouts``."""
-    graph = analysis.graph(list(sites), {}, 1, segments=False)
+    graph = site_graph(analysis, sites, {}, 1, segments=False)
     frozen, witness = est.frozen_statistics, Witness(analysis)
     together = together and not graph.shared_writes
 
@@ -313,9 +315,9 @@ def probe_again(est: Estimation, plan: Plan, closure: Callable[[], Any], transac
     changed = (found.batch, found.layouts, found.ends) != (plan.found.batch, plan.found.layouts, plan.found.ends)
     plan.found = found
     if changed:
-        new = plan.analysis.graph(list(plan.sites), found.layouts, found.batch, stream=plan.stream, ends=found.ends)
-        plan.graph = replace(new, constants={**new.constants, **graph.constants})  # the tape has forgotten its batch
-        object.__setattr__(plan.graph, "early", graph.early)
+        new = site_graph(plan.analysis, plan.sites, found.layouts, found.batch, chain=plan.stream, ends=found.ends)
+        constants = {**new.constants, **graph.constants}  # the tape has forgotten its batch
+        plan.graph = replace(new, constants=constants, constant_values=graph.constant_values)
         plan.assignments = None
     plan.due = False
 

@@ -215,7 +215,7 @@ def one_run(opt: GuessGradOptimizer, built: Built, guess: OneHot, at: tuple[int,
     if opt.estimation.estimators[0] is not guess:
         opt.estimation.estimators = [guess] * len(opt.estimation.names)
         for plan in opt.estimation.plans:
-            plan.guesses = None
+            plan.assignments = None
     seeded()
     gradients = estimate_alone(opt.estimation, built.closure)[1]
     return {opt.estimation.names[k]: g for k, g in gradients.items()}
