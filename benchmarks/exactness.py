@@ -1,4 +1,4 @@
-"""How far the engine is from the true gradient, without summing over every one-hot guess.
+"""How far the engine is from the true gradient, measured without a sum over all one-hot guesses.
 
 The sum of the estimates over all one-hot guesses is the gradient if and only if two things hold:
 
@@ -33,7 +33,7 @@ from guessopt.step.runs import forward
 
 
 class _Apart(Estimator):
-    """Normal noise, but none at coupled sites: with it no ``D_n`` is one example's alone."""
+    """Normal noise, but none at coupled sites. (A guess there would add to the ``D_n`` of all examples.)"""
 
     name: ClassVar[str] = "apart"
     per_example_parameters: ClassVar[bool] = False

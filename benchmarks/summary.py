@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from benchmarks.methods import METHODS
 from benchmarks.report import Table
 
 Tables = Mapping[str, Sequence[Table]]
 """The tables of each committed result, by the name of its file."""
 
-PERTURBATION, IN_BACKWARD = "activation pert.", "+ optimizer in the backward"
+PERTURBATION, IN_BACKWARD = (METHODS[name].label for name in ("activation_perturbation", "in_backward"))
 """Labels of methods in the experiments' tables."""
 CLOSENESS = ("backprop", "learned feedback", "W-perp", PERTURBATION)
 NETWORKS = ("MLP 24x1024", "ViT depth 12")
