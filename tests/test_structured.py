@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, LearnedFeedback, WPerp, WPerpNS, WPreconditioned
 from guessopt.estimators import ActivationMixing, WTranspose, estimator_names
 
+from . import awkward
+from .awkward import N, Net, lin
 from .problems import labels, learned
 
 #: The registered names, as they are and with other options.
@@ -44,40 +46,16 @@ MODES: dict[str, dict[str, Any]] = {
 Closure = Callable[[], Tensor]
 Network = tuple[nn.Module, Closure]
 
-N = 6
 
+def of(run: Callable[..., Tensor], *shape: int, **layers: Callable[[], nn.Module]) -> Callable[[], Network]:
+    """``awkward.of``, as a pair of network and closure."""
 
-class Net(nn.Module):
-    """Named layers and a function of them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **layers: Any) -> None:
-        super().__init__()
-        self.run = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-
-def of(run: Callable[..., Tensor], *shape: int, **layers: Any) -> Callable[[], Network]:
     def build() -> Network:
-        torch.manual_seed(0)
-        made = {name: layer() for name, layer in layers.items()}
-        net = Net(run, **made).double()
-        x = torch.randn(N, *(shape or (4,)), dtype=torch.float64)
-        return net, lambda: F.cross_entropy(net(x), labels(N, 3))
+        problem = awkward.of(run, *shape, **layers)()
+        assert problem.model is not None
+        return problem.model, problem.closure
 
     return build
-
-
-def lin(a: int, b: int) -> Callable[[], nn.Module]:
-    return lambda: nn.Linear(a, b)
-
-
-def attention(m: Any, x: Tensor) -> Tensor:
-    a = torch.softmax(m.q(x) @ m.k(x).mT, -1) @ m.v(x)
-    return m.h(m.o(a).mean(1))
 
 
 def recurrence(m: Any, x: Tensor) -> Tensor:
@@ -85,48 +63,6 @@ def recurrence(m: Any, x: Tensor) -> Tensor:
     for t in range(x.shape[1]):
         h, c = m.cell(x[:, t], (h, c))
     return m.h(torch.relu(m.b(torch.cat([h, c], -1))))
-
-
-#: Where two sites share a guess, or a guess is an expanded tensor, or a view.
-NETWORKS: dict[str, Callable[[], Network]] = {
-    "sum of two layers": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) + m.b(x)))), a=lin(4, 8), b=lin(4, 8), c=lin(8, 8), h=lin(8, 3)
-    ),
-    "difference of two layers": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) - m.b(x)))), a=lin(4, 8), b=lin(4, 8), c=lin(8, 8), h=lin(8, 3)
-    ),
-    "sum of three layers of two inputs": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) + m.b(x) + m.d(x.tanh())))),
-        a=lin(4, 8), b=lin(4, 8), c=lin(8, 8), d=lin(4, 8), h=lin(8, 3),
-    ),
-    "queries, keys and values": of(attention, 3, 4, q=lin(4, 5), k=lin(4, 5), v=lin(4, 5), o=lin(5, 8), h=lin(8, 3)),
-    "gate and up": of(
-        lambda m, x: m.h(m.down(F.silu(m.gate(x)) * m.up(x))), gate=lin(4, 8), up=lin(4, 8), down=lin(8, 6), h=lin(6, 3)
-    ),
-    "shared weights": of(lambda m, x: m.h(torch.tanh(m.a(torch.tanh(m.a(x))))), a=lin(4, 4), h=lin(4, 3)),
-    "one layer twice, added": of(lambda m, x: m.h(torch.relu(m.b(m.a(x) + m.a(2 * x)))), a=lin(4, 8), b=lin(8, 8),
-                                 h=lin(8, 3)),
-    "residual": of(lambda m, x: m.h(x + m.b(torch.relu(m.a(x)))), a=lin(4, 8), b=lin(8, 4), h=lin(4, 3)),
-    "cat": of(
-        lambda m, x: m.h(torch.relu(m.c(torch.cat([m.a(x), m.b(x)], -1)))), a=lin(4, 5), b=lin(4, 5), c=lin(10, 8),
-        h=lin(8, 3),
-    ),
-    "sum pooling": of(lambda m, x: m.h(torch.relu(m.b(m.a(x).sum(1)))), 5, 4, a=lin(4, 8), b=lin(8, 8), h=lin(8, 3)),
-    "mean pooling": of(lambda m, x: m.h(torch.relu(m.b(m.a(x).mean(1)))), 5, 4, a=lin(4, 8), b=lin(8, 8), h=lin(8, 3)),
-    "broadcast": of(
-        lambda m, x: m.h(torch.relu(m.b(m.a(x)[:, None] + m.c(x)[:, None].expand(-1, 3, -1))).sum(1)),
-        a=lin(4, 8), b=lin(8, 8), c=lin(4, 8), h=lin(8, 3),
-    ),
-    "halves": of(lambda m, x: m.h(torch.relu(m.b(sum(m.a(x).chunk(2, -1))))), a=lin(4, 16), b=lin(8, 8), h=lin(8, 3)),
-    "convolutions, added": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) + m.b(x))).flatten(1)), 2, 4, 4,
-        a=lambda: nn.Conv2d(2, 3, 3), b=lambda: nn.Conv2d(2, 3, 3), c=lambda: nn.Conv2d(3, 3, 1), h=lin(12, 3),
-    ),
-    "norm": of(
-        lambda m, x: m.h(torch.relu(m.b(m.n(m.a(x))))), 5, 4,
-        a=lin(4, 8), n=lambda: nn.LayerNorm(8), b=lin(8, 8), h=lambda: nn.Sequential(nn.Flatten(), nn.Linear(40, 3)),
-    ),
-}  # fmt: skip
 
 
 def modes_of(estimator: str) -> list[str]:
@@ -145,26 +81,6 @@ def update(network: Network, estimator: Any, scale: float = 1.0, **options: Any)
         opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=1.0, seed=3, **options)
         opt.step(lambda: scale * closure())
     return before - torch.cat([p.detach().double().flatten() for p in net.parameters()])
-
-
-def cases() -> list[Any]:
-    """Every name on every network, other options on some; each in the next of its modes."""
-    found, some = [], ("sum of two layers", "sum pooling", "gate and up")
-    for k, estimator in enumerate(ESTIMATORS):
-        for j, network in enumerate(NETWORKS if estimator in NAMES else some):
-            modes = modes_of(estimator)
-            mode = modes[(k + j) % len(modes)]
-            found.append(pytest.param(estimator, network, mode, id=f"{estimator}-{network}-{mode}"))
-    return found
-
-
-@pytest.mark.parametrize(("estimator", "network", "mode"), cases())
-def test_three_times_the_loss_gives_three_times_the_estimate(estimator: str, network: str, mode: str) -> None:
-    build, chosen = NETWORKS[network], ESTIMATORS[estimator]
-    once, thrice = (update(build(), chosen, scale, **MODES[mode]) for scale in (1.0, 3.0))
-    assert bool(torch.isfinite(once).all())
-    assert bool(once.any())
-    torch.testing.assert_close(thrice, 3 * once, rtol=1e-6, atol=1e-9)
 
 
 # --- networks on which guesses used to crash, or were refused without need --------------------------------------------
