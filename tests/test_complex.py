@@ -254,7 +254,11 @@ class OneHot(Estimator):
         return {}
 
 
-@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
+#: ``test_engines_and_modes_agree`` compares these with "fast".
+SLOW_ENGINES = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("dual", "func")]
+
+
+@pytest.mark.parametrize("engine", ["fast", *SLOW_ENGINES])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) -> None:
     problem = build(name)

@@ -143,7 +143,14 @@ ALONG_STREAMS = [name for name in LEARNING if "residual" not in str(ESTIMATORS[n
 FUSED_ATTENTION = ("rotary language model", "encoder")
 
 WAYS = list(product(MODES, (1, 3)))
-WAYS_OF_VARIANTS = cycle([[("store", 3), ("replay", 1)], [("store", 1), ("stream", 1)]])
+
+
+def ways_of_variant(estimator: str) -> list[tuple[str, int]]:
+    """Variants of an estimator that is in the table anyway: fewer ways."""
+    second = "replay" if list(VARIANTS).index(estimator) % 2 else "stream"
+    return [("replay", 1), ("stream", 1)] if estimator in LEARNING else [("store", 3), (second, 1)]
+
+
 #: A memory mode, and options; ``"stream"`` builds fused updates, whose rounding differs.
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("stream", {"fused": True}),
@@ -192,7 +199,7 @@ def configs() -> Iterator[Config]:
     """Every estimator in every mode, each time on the next of the networks; then other bases and options."""
     networks = cycle(NETWORKS)
     for estimator in ESTIMATORS:
-        for memory, guesses in WAYS if estimator in SHIPPED else next(WAYS_OF_VARIANTS):
+        for memory, guesses in WAYS if estimator in SHIPPED else ways_of_variant(estimator):
             rows = [Config(estimator, memory, guesses, next(networks)) for _ in range(3)]
             yield from [row for row in rows if not row.is_refused][:1]
     for base, (memory, options) in BASES.items():
@@ -388,7 +395,7 @@ def stacked_guesses_are_those_in_turn(config: Config) -> None:
 def a_failed_step_changes_nothing(config: Config) -> None:
     """The closure raises in its first run, or in a later one; then training goes on as if it had not."""
     run = Run(config)
-    for step, failing in enumerate([(3,), (1, 2)]):
+    for step, failing in enumerate([(3,), (1, 2, 3)]):
         for number in failing:
             before = run.state()
             if failed_step(run, number):
@@ -431,7 +438,7 @@ def scales_with_the_loss(config: Config) -> None:
 #: Each contract, and to which configs it applies.
 CONTRACTS: dict[Contract, Callable[[Config], bool]] = {
     resumes_bit_for_bit: lambda config: True,
-    copies_go_on_bit_for_bit: lambda config: True,
+    copies_go_on_bit_for_bit: lambda config: config.memory == "store",
     engines_agree: lambda config: (config.memory, config.guesses, config.base) == ("store", 1, "SGD"),
     memory_modes_agree: lambda config: config.memory != "store",
     stacked_guesses_are_those_in_turn: lambda config: (
@@ -463,6 +470,8 @@ def test_every_estimator_is_in_the_table_in_every_way_that_it_allows() -> None:
         if not Config(name, memory, guesses).is_refused
     }
     assert {config.network for config in CONFIGS} == NETWORKS.keys() | AWKWARD.keys()
+    found = {(config.network, config.memory) for config in CONFIGS if not config.contracts}
+    assert found >= set(product(NETWORKS, MODES))
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer", "random", "losses"])

@@ -41,8 +41,10 @@ STREAMS = ("residual, batch norm in eval mode", "transformer", "prompts", "rotar
 
 
 def feedback(opt: GuessGradOptimizer) -> list[Tensor]:
-    """The ``B`` of every hidden site, in order."""
-    return [state["B"] for state in learned(opt).values()]
+    """The ``B`` of every hidden site, in order; there is one."""
+    found = [state["B"] for state in learned(opt).values()]
+    assert found
+    return found
 
 
 class Reference:
@@ -135,7 +137,7 @@ def test_unbiased_at_gamma_1(activation: type[nn.Module]) -> None:
         opt.step(closure)
     assert all(bool(b.any()) for b in feedback(opt))
     true, expected = true_gradient(opt, closure), expected_gradient(opt, closure)
-    draws = [estimated_gradient(opt, closure) for _ in range(2000)]
+    draws = [estimated_gradient(opt, closure) for _ in range(400)]
     for name, g in true.items():
         torch.testing.assert_close(expected[name], g, rtol=1e-9, atol=1e-12)
         each = torch.stack([(draw[name] * g).sum() / g.square().sum() for draw in draws])
@@ -149,7 +151,7 @@ def test_unbiased_on_other_networks(name: str) -> None:
     for _ in range(5):
         opt.step(made.closure)
     true = true_gradient(opt, made.closure)
-    draws = [estimated_gradient(opt, made.closure) for _ in range(300)]
+    draws = [estimated_gradient(opt, made.closure) for _ in range(150)]
     for key, g in true.items():
         each = torch.stack([(draw[key] * g).sum() / g.square().sum() for draw in draws])
         assert abs(float(each.mean()) - 1) <= 5 * float(each.std()) / len(each) ** 0.5 + 1e-9, key
@@ -163,29 +165,6 @@ def test_a_look_at_the_estimate_teaches_nothing() -> None:
     estimated_gradient(opt, closure)
     cosine(opt, closure)
     assert all(torch.equal(a, b) for a, b in zip(before, feedback(opt), strict=True))
-
-
-@pytest.mark.parametrize("gamma", [1.0, 0.0, "auto"])
-@pytest.mark.parametrize("guess", ["activation_perturbation", {"name": "w_perp", "k": 2}])
-def test_resumes_bit_for_bit(guess: Any, gamma: Any) -> None:
-    def start() -> tuple[nn.Sequential, Closure, GuessGradOptimizer]:
-        net, closure = network()
-        return net, closure, optimizer(net, guess=guess, gamma=gamma, every=2)
-
-    net, closure, opt = start()
-    for _ in range(5):
-        opt.step(closure)
-    saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
-    for _ in range(6):
-        opt.step(closure)
-    other, again, resumed = start()
-    other.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
-    for _ in range(6):
-        resumed.step(again)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
-    assert len(feedback(opt)) == 2
-    assert all(torch.equal(a, b) for a, b in zip(feedback(opt), feedback(resumed), strict=True))
 
 
 def test_a_failed_step_leaves_the_feedback_alone() -> None:
@@ -318,7 +297,7 @@ def test_learns_the_product_of_the_weights_of_a_linear_network() -> None:
     torch.testing.assert_close(b2, w3.T, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
+@pytest.mark.parametrize("engine", ["dual", "func"])
 def test_engines_agree(engine: str) -> None:
     found = []
     for each in ("fast", engine):
@@ -487,20 +466,6 @@ def test_feedback_from_weights(memory: str) -> None:
         assert str(noise) == str(opt.state_dict()["guessopt"]["noise"])
 
 
-@pytest.mark.parametrize("model", ["mlp", "convolutions"])
-@pytest.mark.parametrize("gamma", [0, 1])
-def test_feedback_from_weights_in_every_mode(model: str, gamma: int) -> None:
-    ends = []
-    for memory in ("store", "replay", "stream"):
-        net, closure = network() if model == "mlp" else convolutions()
-        estimator = LearnedFeedback(gamma=gamma, source="weights")
-        opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.1, memory=memory, seed=1)
-        for _ in range(3):
-            opt.step(closure)
-        ends.append([*feedback(opt), *(p.detach() for p in net.parameters())])
-    assert all(torch.equal(a, b) for end in ends[1:] for a, b in zip(ends[0], end, strict=True))
-
-
 def convolutions(n: int = 8) -> tuple[nn.Sequential, Closure]:
     """One way to the next matrix site is elementwise, one holds pooling."""
     torch.manual_seed(0)
@@ -542,9 +507,10 @@ def test_where_feedback_comes_from() -> None:
     assert report.sites[0].guess == "learned_feedback: one matrix site ahead"
     assert report.sites[1].guess == "learned_feedback: one matrix site ahead, B [36, 3] from weights"
     assert report.feedback == 8 * 3 * (36 + 4 + 3)
+    wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 129)).double()
+    opt = optimizer(wide, source="weights")
     with pytest.raises(ValueError, match="source: 'weights' needs weights"):
-        wide = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 129)).double()
-        optimizer(wide, source="weights").step(lambda: wide(torch.randn(16, 4).double()).square().mean())
+        opt.step(lambda: wide(torch.randn(16, 4).double()).square().mean())
     with pytest.raises(ValueError, match="source: 'weights' goes with ahead=1"):
         LearnedFeedback(source="weights", ahead=0)
     with pytest.raises(ValueError, match="source: 'backward' is not one of"):

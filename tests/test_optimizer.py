@@ -532,13 +532,11 @@ def test_averaged_weights_and_their_schedule(memory: str) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("seed", [7, None], ids=["seed=7", "seed=None"])
-@pytest.mark.parametrize("estimator", ["activation_perturbation", WPerp(k=2, refresh=3)], ids=["activation", "w_perp"])
-def test_resumed_training_equals_uninterrupted(estimator: Any, seed: int | None, at: int) -> None:
-    """Bit for bit, from any age of the cached SVD, in a process seeded differently (our reading for seed=None)."""
+def test_resumed_training_equals_uninterrupted(at: int) -> None:
+    """Bit for bit, whatever the age of the bases, in a process seeded differently."""
 
     def build(model: nn.Module) -> GuessGradOptimizer:
-        return GuessGradOptimizer(model.parameters(), lr=0.05, estimator=estimator, seed=seed)
+        return GuessGradOptimizer(model.parameters(), lr=0.05, estimator=WPerp(k=2, refresh=3))
 
     model, resumed = mlp(), mlp()
     optimizer = build(model)

@@ -30,7 +30,6 @@ from benchmarks.reliability_resume import (
     WAYS,
     Case,
     cases,
-    is_refused,
     resume_mismatches,
     resumed,
     small,
@@ -83,23 +82,6 @@ def test_every_registered_estimator_is_in_the_matrix() -> None:
     shipped = {name for name in estimator_names() if type(make_estimator(name)).__module__.startswith("guessopt.")}
     found = {(case.estimator["name"], case.memory, case.guesses) for case in cases()}
     assert found >= {(name, memory, guesses) for name in shipped for memory in MODES for guesses in GUESSES}
-
-
-@pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
-@pytest.mark.parametrize("guesses", GUESSES)
-@pytest.mark.parametrize("memory", MODES)
-@pytest.mark.parametrize("estimator", [*ESTIMATORS, *VARIANTS], ids=str)
-def test_resumed_training_equals_uninterrupted(
-    estimator: dict[str, Any], memory: str, guesses: int, tmp_path: Path
-) -> None:
-    """The middle layer is frozen where guesses are 3: what is prepared for it has no parameter's name."""
-    case = Case(estimator, memory, guesses, "mlp" if guesses == 1 else "frozen middle layer")
-    if is_refused(case):
-        assert make_estimator(estimator).learns and memory != "store" and guesses > 1
-        return
-    expected = stopped(case, tmp_path)
-    way = WAYS[(MODES.index(memory) + guesses) % len(WAYS)]
-    assert resumed(case, tmp_path, way) == expected
 
 
 HANDFUL = [
@@ -437,18 +419,6 @@ def _through_torch(pair: Any) -> Any:
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": _through_pickle, "torch.save": _through_torch}
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
-def test_a_copy_goes_on_as_the_original_does(estimator: dict[str, Any], copied: Callable[[Any], Any]) -> None:
-    model, opt = used(estimator, steps=3)
-    twin, again = copied((model, opt))
-    assert all(p is q for p, q in zip(twin.parameters(), again.param_groups[0]["params"], strict=True))
-    before = snapshot(model, opt)
-    found = train(twin, again)
-    assert_same(before, snapshot(model, opt))
-    assert train(model, opt) == found
 
 
 @pytest.mark.parametrize(("steps", "how"), [(0, "deepcopy"), (0, "pickle"), (1, "torch.save")])

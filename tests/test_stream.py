@@ -1,6 +1,5 @@
 """Learned feedback along residual streams: what the tracer finds, and the formulas of docs/learned_feedback.md."""
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -311,7 +310,7 @@ def test_unbiased_at_gamma_1(ahead: int) -> None:
     for _ in range(5):
         opt.step(closure)
     true = true_gradient(opt, closure)
-    draws = [estimated_gradient(opt, closure) for _ in range(300)]
+    draws = [estimated_gradient(opt, closure) for _ in range(150)]
     for name, g in true.items():
         each = torch.stack([(draw[name] * g).sum() / g.square().sum() for draw in draws])
         assert abs(float(each.mean()) - 1) <= 5 * float(each.std()) / len(each) ** 0.5 + 1e-9, name
@@ -391,24 +390,6 @@ def test_a_bad_batch_does_no_harm_to_feedback_from_weights() -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_resumes_bit_for_bit(ahead: int) -> None:
-    net, closure = stack(2)
-    opt = optimizer(net.named_parameters(), every=2, ahead=ahead)
-    for _ in range(3):
-        opt.step(closure)
-    saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
-    for _ in range(4):
-        opt.step(closure)
-    other, again = stack(2)
-    resumed = optimizer(other.named_parameters(), every=2, ahead=ahead)
-    other.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
-    for _ in range(4):
-        resumed.step(again)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("engine", ["dual", "func"])
 def test_engines_agree(engine: str, ahead: int) -> None:
     found = []
@@ -462,25 +443,22 @@ def test_memory_grows_by_what_blocks_compute_or_by_states_alone(memory: str, eve
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 @pytest.mark.parametrize("options", [{}, {"source": "guesses", "every": 2}, {"gamma": 1, "every": 2}], ids=str)
-@pytest.mark.parametrize("model", ["sums", "rectified", "in place", "projected", "prompts", "transformer", "drawing"])
+@pytest.mark.parametrize("model", ["rectified", "in place", "projected", "drawing"])
 def test_replay_makes_the_updates_of_store(model: str, options: dict[str, Any]) -> None:
     """Whether a block's graph was kept or made once more; parameters, ``B`` and buffers."""
     ends = []
     for memory in ("store", "replay"):
-        if model in ("sums", "rectified"):
-            net, closure = stack(4, model == "rectified")
+        if model == "rectified":
+            net, closure = stack(4, rectified=True)
             named = list(net.named_parameters())
         elif model == "drawing":
             torch.manual_seed(0)
             net = nn.Sequential(nn.Linear(4, 5), *(Awkward("drawing") for _ in range(3)), nn.Linear(5, 3)).double()
             x = torch.randn(12, 4, dtype=torch.float64)
             named, closure = list(net.named_parameters()), lambda net=net, x=x: F.cross_entropy(net(x), labels(12, 3))
-        elif model in ("in place", "projected"):
+        else:
             net, closure = shortcut_net(model == "projected")
             named = list(net.named_parameters())
-        else:
-            made = build(model)
-            named, closure = list(made.named), made.closure
         opt = optimizer(named, **{"gamma": 0, **options})
         opt.memory = memory
         losses = [opt.step(closure).item() for _ in range(6)]
