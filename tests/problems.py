@@ -1,6 +1,6 @@
-"""Problems as data: name -> a function that builds (named parameters, closure), in float64, small and seeded.
+"""Problems as data: name -> a function that builds a ``Problem``. Problems are small, seeded, and in float64.
 
-One row here exercises every test that is parametrised over ``PROBLEMS``.
+One more row in ``PROBLEMS`` is one more case of every test that runs over the table.
 """
 
 import random
@@ -55,13 +55,13 @@ def labels(n: int, classes: int) -> Tensor:
 
 
 def learned(opt: GuessGradOptimizer) -> dict[str, Any]:
-    """What it has learned, by site."""
+    """What the optimizer's estimators have learned, by site."""
     cache = opt.state_dict()["guessopt"]["cache"]
     return {key: entry["state"] for key, entry in cache.items() if key.startswith("learned: ")}
 
 
 class Cube(torch.autograd.Function):
-    """With a ``jvp``."""
+    """``x ** 3`` with a ``jvp``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Cube(torch.autograd.Function):
 
 
 class PassedThrough(torch.autograd.Function):
-    """A base for functions whose derivative is taken to be the identity, in both modes."""
+    """A base class: the derivative is the identity in both modes."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -271,8 +271,8 @@ def lstm() -> Problem:
 
 
 def unfollowed(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, called in a way that cannot be followed: what it does to a test's own lists in a run of the closure is not
-    put back."""
+    """Hide ``f`` from the transaction: a failed step does not undo the changes that ``f`` makes to a test's own
+    lists."""
     return lru_cache(maxsize=0)(f)
 
 

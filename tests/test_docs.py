@@ -1,7 +1,7 @@
-"""The Python blocks of README.md and docs/ run as they stand: all blocks of a page one after the other, in one module.
+"""The Python blocks of README.md and docs/ run. All blocks of a page run in order, in one module.
 
-What a page takes for given (a model, an optimizer) is in a comment of the page that starts with ``<!-- python``, which
-readers do not see. ``<!-- setup -->`` stands for ``SETUP``, which several pages share.
+A comment that starts with ``<!-- python`` holds code that readers do not see, such as the model that a page assumes.
+``<!-- setup -->`` stands for ``SETUP``, which several pages share.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_all_python_blocks_are_found() -> None:
 
 
 def table_of_runs() -> dict[str, list[int]]:
-    """By its first column (``"store"`` or ``"store"`, `audit=False``), how often the closure runs in steps 1 to 17."""
+    """How often the closure runs in steps 1 to 17, by the table's first column."""
     steps = (1, 2, 3, 4, 5, 6, 7, 8, 9, *range(10, 16), 16, 17)
     columns = [0, 1, 2, 3, 4, 5, 5, 6, 7, *[8] * 6, 9, 10]
     rows = re.findall(

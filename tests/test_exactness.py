@@ -16,7 +16,7 @@ from .problems import PROBLEMS, Problem, build
 
 
 class OneHot(Estimator):
-    """One entry of one site, the same in every example; the others get no tangent."""
+    """A guess that is 1 at one entry of one site, in every example, and 0 elsewhere."""
 
     name: ClassVar[str] = "one_hot"
     per_example_parameters: ClassVar[bool] = False
@@ -57,7 +57,7 @@ def one_hots(opt: GuessGradOptimizer) -> Iterator[tuple[int, int]]:
 
 
 class Summing:
-    """One optimizer whose gradients are summed over one-hot guesses at any time, along the plan then in use."""
+    """One optimizer; ``gradient()`` sums its gradients over all one-hot guesses along the current plan."""
 
     def __init__(self, problem: Problem, **options: Any) -> None:
         self.problem, self.estimator = problem, OneHot()

@@ -1,4 +1,4 @@
-"""Several guesses a step: in one pass or in turn, averaged or projected on."""
+"""Several guesses a step: in one pass or in turn, averaged or projected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ K = 3
 
 
 class Given(Estimator):
-    """Guesses fixed beforehand: of site i, the k-th drawn is always the same."""
+    """Fixed guesses: the k-th guess at site i is always equal."""
 
     name = "given"
     per_example_parameters = False
@@ -72,7 +72,7 @@ def encoder() -> Problem:
 
 
 class Cube(torch.autograd.Function):
-    """Without ``setup_context``, so that ``vmap`` refuses it."""
+    """``x ** 3`` without ``setup_context``: ``vmap`` refuses it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def indexed() -> Problem:
 
 
 class SharedMemory(nn.Module):
-    """Writes through one name what it reads by another."""
+    """Writes through one name, and reads through another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def sgd(problem: Problem, estimator: Any = "given", **options: Any) -> GuessGrad
 
 
 def estimate(opt: GuessGradOptimizer, problem: Problem) -> dict[str, Tensor]:
-    """By the guesses that ``Given`` gives first, in a step that is not the first."""
+    """The estimate from the first guesses of ``Given``, in the second step."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GuessWarning)
         estimated_gradient(opt, problem.closure)
@@ -192,7 +192,7 @@ def test_one_pass_with_k_guesses_is_the_mean_of_k_passes(name: str) -> None:
 @pytest.mark.parametrize("name", ["mlp", "batch norm, training"])
 @pytest.mark.parametrize("estimator", [name for name in estimator_names() if name not in ("learned_feedback", "given")])
 def test_orthogonal_guesses_in_one_pass_and_in_turn(name: str, estimator: str) -> None:
-    """For guesses that are averaged see test_contracts.py."""
+    """For averaged guesses see test_contracts.py."""
     problem = build(name)
     options = {"guesses": K, "seed": 3, "orthogonal": True}
     together = estimate(sgd(problem, estimator, stack_guesses=True, **options), problem)
@@ -231,7 +231,7 @@ def test_the_closure_runs_once_for_all_guesses() -> None:
 
 
 def test_one_guess_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No stack, no second stream; and the first guess of several is that of one."""
+    """One guess needs no stack and no second noise stream. It equals the first of several guesses."""
     monkeypatch.setattr(estimation, "StackedEngine", None)
     problem = build("mlp")
     one = sgd(problem, "activation_perturbation", seed=3)
@@ -308,7 +308,7 @@ def fragile() -> tuple[nn.Module, Callable[[], Tensor]]:
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 def test_a_failed_attempt_to_share_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The estimate is that of guesses in turn, and so is all that it leaves behind."""
+    """The estimate and the state after the step equal those of guesses in turn."""
 
     def refuse(self: StackedEngine, *args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("no such batching rule")
@@ -354,8 +354,8 @@ def test_out_of_memory_goes_in_turn_at_any_time(monkeypatch: pytest.MonkeyPatch)
 def test_a_failed_step_leaves_everything_as_it_was(
     stack_guesses: bool | None, when: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last guess of the last site fails, in the first step or a later one; the steps after it are those of a twin
-    to whom nothing happened."""
+    """The last guess of the last site fails, in the first or a later step. The next steps equal those of a run
+    without the failure."""
     found = []
     for fails in (True, False):
         model, closure = fragile()
@@ -448,7 +448,7 @@ def test_orthogonal_is_the_scaled_projection() -> None:
 
 
 def test_orthogonal_guesses_of_one_length_give_the_mean() -> None:
-    """Guess k lives on unit k of each layer alone."""
+    """Guess k is nonzero at unit k of each layer only."""
 
     def unit(y: Tensor, site: int, k: int) -> Tensor:
         return F.one_hot(torch.tensor(k % K), y.shape[-1]).to(y.dtype).expand(y.shape).contiguous()
@@ -460,7 +460,7 @@ def test_orthogonal_guesses_of_one_length_give_the_mean() -> None:
 
 
 def test_guesses_that_depend_on_each_other_project_on_what_they_span() -> None:
-    """The third guess is the first again, the fourth nothing: what they span has two dimensions."""
+    """The third guess equals the first, and the fourth is zero: the span has two dimensions."""
     Given.change = staticmethod(lambda y, site, k: [y, y, first(y, site), 0 * y][k % 4])
 
     def first(y: Tensor, site: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""``memory="replay"`` and ``"stream"``: the updates of ``"store"``, with nothing kept between the passes."""
+"""``memory="replay"`` and ``"stream"`` keep nothing between the passes. That they update as ``"store"`` does is in
+test_contracts.py."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ def test_accumulates(memory: str) -> None:
 
 @pytest.mark.parametrize("base", FUSED)
 def test_fused_updates_of_a_transposed_weight(base: Any) -> None:
-    """Its gradient comes transposed as well, and fused kernels go by memory."""
+    """The gradient is transposed as well, and fused kernels go by the order in memory."""
     found = []
     for fused in (False, True):
         torch.manual_seed(0)
@@ -113,7 +114,7 @@ def test_fused_updates_of_a_transposed_weight(base: Any) -> None:
 
 
 def test_first_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the passes no input, output or guess of any layer is alive."""
+    """Between the passes no layer's input, output or guess is alive."""
     torch.manual_seed(0)
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(16, 16), nn.ReLU())), nn.Linear(16, 2))
     x = torch.randn(32, 16)
@@ -168,7 +169,7 @@ def test_hooks_and_schedulers_fire_once_a_step() -> None:
 
 
 def _counting(base: Any, updates: list[int]) -> Any:
-    """The base, noting each of its steps."""
+    """A base that notes each of its steps in ``updates``."""
 
     class Counting(base):  # type: ignore[misc]
         def step(self, closure: Any = None) -> None:
@@ -179,7 +180,7 @@ def _counting(base: Any, updates: list[int]) -> Any:
 
 
 def _failing_once_updated(layer: nn.Module, updates: list[int]) -> RemovableHandle:
-    """Until the handle is removed, the layer fails when something has been updated before it is reached."""
+    """The layer fails if a parameter was updated before it is reached, until the handle is removed."""
 
     def fail(module: nn.Module, args: Any) -> None:
         if updates:
@@ -189,8 +190,8 @@ def _failing_once_updated(layer: nn.Module, updates: list[int]) -> RemovableHand
 
 
 def test_partial_update_is_finished_from_its_journal() -> None:
-    """A failure half-way: parameters after it keep their values, buffers and random states are as before; ``finish``
-    updates just those that were missing, each exactly once."""
+    """The step fails half-way. Later parameters, buffers and random states are unchanged. ``finish`` updates each
+    remaining parameter once."""
     updates: list[int] = []
     net, _, _, opt = _train("cnn", memory="stream", estimator=WTranspose(), base=_counting(torch.optim.AdamW, updates))
     before = {k: v.clone() for k, v in net.state_dict().items()}
@@ -246,7 +247,7 @@ def _assert_same_lessons(a: GuessGradOptimizer, b: GuessGradOptimizer) -> None:
 @pytest.mark.parametrize("memory", ["replay", "stream"])
 @pytest.mark.parametrize(("gamma", "passes"), [(0, (2, 2, 2)), (1, (3, 2, 3)), ("auto", (3, 2, 3))])
 def test_passes_of_learned_feedback(gamma: Any, passes: tuple[int, ...], memory: str) -> None:
-    """Two; a third on steps whose guesses correct predictions, which must all be known first."""
+    """Two passes; three in steps whose guesses correct predictions, for then all predictions must be known first."""
     torch.manual_seed(0)
     net, x, runs, passed = _mlp(), torch.randn(5, 6), count(), list[int]()
     estimator = LearnedFeedback(gamma=gamma, every=2)
@@ -266,8 +267,8 @@ def test_passes_of_learned_feedback(gamma: Any, passes: tuple[int, ...], memory:
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("every", [1, 10**6])
 def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the passes no memory of any layer's output is alive; in the second, that of a call's input and, one
-    matrix site ahead, of what the layer that waits has read."""
+    """Between the passes no layer's output is alive. In the second pass a call's input is alive and, with
+    ``ahead=1``, the input of the waiting layer."""
     torch.manual_seed(0)
     net = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(16, 16), nn.Tanh())), nn.Linear(16, 2))
     x = torch.randn(32, 16)
@@ -302,7 +303,7 @@ def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monke
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_learned_feedback_updates_as_the_pass_goes(ahead: int) -> None:
-    """When a layer is reached in the second pass, the ones before the one that waits have their update."""
+    """When the second pass reaches a layer, all earlier layers but the waiting one are updated."""
     torch.manual_seed(0)
     net = nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(8, 8), nn.Tanh())), nn.Linear(8, 2))
     layers = [layer for layer in net if isinstance(layer, nn.Linear)]
@@ -327,7 +328,7 @@ def test_learned_feedback_updates_as_the_pass_goes(ahead: int) -> None:
 
 @pytest.mark.parametrize(("activation", "values"), [(nn.ReLU(), 1), (nn.ReLU(inplace=True), 1), (nn.SiLU(), 2)])
 def test_what_a_rectifier_has_made_stands_for_what_it_read(activation: nn.Module, values: int) -> None:
-    """With each layer more, learned feedback keeps what backprop does: of a rectifier, what it has made."""
+    """Learned feedback keeps as much for each further layer as backprop does: after ReLU only its output."""
     peaks, n, width = [], 2048, 16
     for depth in (4, 12):
         layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), activation)]
@@ -344,8 +345,8 @@ def test_what_a_rectifier_has_made_stands_for_what_it_read(activation: nn.Module
 
 
 def test_learned_feedback_finishes_a_partial_update() -> None:
-    """Parameters that were done stay, the others follow, each once; every ``B`` learns once, and those of sites that
-    the failed pass had reached just as if it had not failed."""
+    """Each parameter is updated once, and every ``B`` learns once. For sites that the failed pass reached, ``B``
+    equals that of a run without the failure."""
     updates: list[int] = []
     base = _counting(torch.optim.SGD, updates)
 
@@ -380,7 +381,7 @@ def test_learned_feedback_finishes_a_partial_update() -> None:
 
 
 def test_what_learned_feedback_cannot_do_in_two_passes() -> None:
-    """Along a stream: told in the first step, which changes nothing; there are two remedies."""
+    """On a residual stream the first step raises and changes nothing. The error names two remedies."""
     torch.manual_seed(0)
     net, x = Residual(), torch.randn(5, 6)
 
@@ -402,7 +403,7 @@ def test_what_learned_feedback_cannot_do_in_two_passes() -> None:
 
 
 def test_sparse_gradients_in_a_stream() -> None:
-    """torch's fused kernels, which a stream prefers, refuse them."""
+    """torch's fused kernels, which ``"stream"`` prefers, refuse sparse gradients."""
     found = []
     for memory in ("store", "stream"):
         torch.manual_seed(0)

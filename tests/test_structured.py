@@ -1,4 +1,4 @@
-"""Guesses built from the next weights, on networks that are awkward for them: every estimator, every memory mode."""
+"""Guesses built from the next weights, on awkward networks: every estimator, in every memory mode."""
 
 import copy
 import warnings
@@ -66,14 +66,14 @@ def recurrence(m: Any, x: Tensor) -> Tensor:
 
 
 def modes_of(estimator: str) -> list[str]:
-    """Those that an estimator can serve in: along a residual stream none but two."""
+    """The modes of an estimator. Along a residual stream learned feedback has two."""
     if estimator.startswith("learned"):
         return ["store", "replay"] if estimator == "learned_feedback" else ["store", "replay", "stream"]
     return list(MODES)
 
 
 def update(network: Network, estimator: Any, scale: float = 1.0, **options: Any) -> Tensor:
-    """What one step subtracts from the parameters."""
+    """The change of the parameters in one step, old minus new."""
     net, closure = network
     before = torch.cat([p.detach().double().flatten() for p in net.parameters()])
     with warnings.catch_warnings():
@@ -87,7 +87,7 @@ def update(network: Network, estimator: Any, scale: float = 1.0, **options: Any)
 
 
 def experts(m: Any, x: Tensor) -> Tensor:
-    """Of three experts one gets no example."""
+    """Three experts; one gets no example."""
     out = torch.zeros(len(x), 8, dtype=x.dtype)
     for k, expert in enumerate((m.a, m.b, m.c)):
         chosen = torch.tensor([i for i in range(len(x)) if i % 2 == k])
@@ -132,7 +132,7 @@ def zeros() -> nn.Module:
 
 
 def mixed(run: Callable[..., Tensor], **layers: tuple[Callable[[], nn.Module], torch.dtype]) -> Callable[[], Network]:
-    """Layers in dtypes of their own; the first one's is the input's."""
+    """Layers of different dtypes. The input has the first layer's."""
 
     def build() -> Network:
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ NUMBERS = [name for name in AWKWARD if "float" in name or "zeros" in name]
     ("estimator", "network"), [(e, n) for e in ESTIMATORS for n in (AWKWARD if e in NAMES else NUMBERS)]
 )
 def test_awkward_networks(estimator: str, network: str) -> None:
-    """A finite estimate; where the network draws numbers, the same in every memory mode."""
+    """The estimate is finite. Where the network draws random numbers, the memory modes agree."""
     chosen = ESTIMATORS[estimator]
     modes = [mode for mode in modes_of(estimator) if "guesses" not in mode]
     if not any(word in network for word in ("noise", "dropout")):
@@ -218,7 +218,7 @@ def test_awkward_networks(estimator: str, network: str) -> None:
 @pytest.mark.parametrize("kind", ["coo", "listed", "csr"])
 @pytest.mark.parametrize("memory", ["store", "replay"])
 def test_trainable_values_of_a_sparse_matrix(kind: str, memory: str) -> None:
-    """Before the head, learned feedback is exact."""
+    """Learned feedback is exact at the site before the head."""
     torch.manual_seed(0)
     values, head = nn.Parameter(torch.rand(N, dtype=torch.float64)), nn.Linear(4, 3).double()
     x, rows, columns = torch.randn(N, 4, dtype=torch.float64), torch.arange(N), torch.arange(N).flip(0)
@@ -248,7 +248,7 @@ def test_an_empty_batch_is_refused_all_the_same() -> None:
 
 
 def test_an_output_that_is_empty_at_times() -> None:
-    """A second head that finds nothing in this batch: its loss is zero, and so are its gradients."""
+    """A second head gets no example in this batch: its loss and its gradients are zero."""
     net, _ = of(lambda m, x: m.h(x), a=lin(4, 8), h=lin(8, 3), box=lin(8, 2))()
     x = torch.randn(N, 4, dtype=torch.float64)
 
@@ -266,7 +266,7 @@ def test_an_output_that_is_empty_at_times() -> None:
 @pytest.mark.parametrize("way", ["model.to", "checkpoint"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_model_in_another_dtype(estimator: str, way: str, dtype: torch.dtype) -> None:
-    """Bases and feedback that were made of float32 weights serve the same model in another dtype."""
+    """Bases and feedback made of float32 weights work when the model changes its dtype."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
     x = torch.randn(N, 4)
@@ -299,7 +299,7 @@ def test_a_model_in_another_dtype(estimator: str, way: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("options", [{}, {"gamma": 0.0}, {"residual": True}, {"source": "guesses"}], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_teaches_nothing(memory: str, options: dict[str, Any], bad: float) -> None:
-    """As the first batch, and as a later one; with ``check_finite=False`` nobody looks at it."""
+    """As the first batch and as a later one, with ``check_finite=False``."""
     options = {"residual": False} | options
     if options["residual"] and memory == "stream":
         pytest.skip("a residual stream is taken in store and replay")
@@ -342,7 +342,7 @@ def test_a_batch_that_is_not_finite_teaches_nothing(memory: str, options: dict[s
 @pytest.mark.parametrize("norm", [nn.InstanceNorm1d, nn.BatchNorm1d])
 @pytest.mark.parametrize("estimator", ["activation_perturbation", "w_perp", "downstream", "learned_feedback"])
 def test_running_statistics_move_once_a_step(estimator: str, norm: type[nn.InstanceNorm1d], memory: str) -> None:
-    """However often guesses and rules run the norm once more."""
+    """Guesses and rules run the norm more than once."""
     made = of(
         lambda m, x: m.h(torch.relu(m.b(m.n(m.a(x)))).flatten(1)), 4, 5,
         a=lambda: nn.Conv1d(4, 4, 1), n=lambda: norm(4, affine=True, track_running_stats=True),
