@@ -38,7 +38,7 @@ SHIPPED = [name for name in estimator_names() if type(make_estimator(name)).__mo
 
 
 def small(name: str, **options: Any) -> dict[str, Any]:
-    """The estimator with bases so narrow, and prepared so often, that a few steps on small networks show their age."""
+    """The estimator with narrow bases, renewed within a few steps, so that the age of a basis matters."""
     known = {f.name for f in fields(make_estimator(name))}  # type: ignore[arg-type]
     return {"name": name, **{key: value for key, value in {"k": 2, "refresh": 3}.items() if key in known}, **options}
 
@@ -81,7 +81,7 @@ class Mixed(nn.Module):
 
 
 def classifier(*layers: nn.Module) -> Problem:
-    """Six inputs, three classes or more."""
+    """Five examples of six inputs, three classes."""
     x = torch.randn(5, 6, dtype=torch.float64)
     return of(nn.Sequential(*layers), CrossEntropy(x), 5)
 
@@ -146,7 +146,7 @@ WAYS = list(product(MODES, (1, 3)))
 
 
 def ways_of_variant(estimator: str) -> list[tuple[str, int]]:
-    """Variants of an estimator that is in the table anyway: fewer ways."""
+    """Memory modes and guesses. The estimator itself is in the table in all of them."""
     second = "replay" if list(VARIANTS).index(estimator) % 2 else "stream"
     return [("replay", 1), ("stream", 1)] if estimator in LEARNING else [("store", 3), (second, 1)]
 
@@ -196,7 +196,7 @@ class Config:
 
 
 def configs() -> Iterator[Config]:
-    """Every estimator in every mode, each time on the next of the networks; then other bases and options."""
+    """Every estimator in every mode, each time on the next network; other bases and options; awkward networks."""
     networks = cycle(NETWORKS)
     for estimator in ESTIMATORS:
         for memory, guesses in WAYS if estimator in SHIPPED else ways_of_variant(estimator):
@@ -256,16 +256,11 @@ class Run:
 
     def weights(self) -> dict[str, Any]:
         """What the user sees: losses, parameters, buffers."""
-        return {"losses": list(self.losses), "model": flat(self.model.state_dict())}
+        return {"losses": list(self.losses), "model": copy.deepcopy(self.model.state_dict())}
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on."""
-        return {**self.weights(), "optimizer": flat(self.opt.state_dict()), "random": torch.get_rng_state()}
-
-
-def flat(node: Any) -> Any:
-    """A copy without tensors that share memory with the original."""
-    return copy.deepcopy({key: flat(value) for key, value in node.items()}) if isinstance(node, dict) else node
+        """Everything that the next step depends on."""
+        return {**self.weights(), "optimizer": copy.deepcopy(self.opt.state_dict()), "random": torch.get_rng_state()}
 
 
 def differences(found: Any, expected: Any, tolerance: float = 0.0, place: str = "") -> list[str]:
@@ -312,19 +307,25 @@ def reference(config: Config) -> Reference:
     pair = run.model, run.opt
     state_dicts = through_file(lambda file: torch.save([part.state_dict() for part in pair], file))
     file = through_file(lambda file: guessopt.save(file, run.opt, run.model))
-    copied, pickled = copy.deepcopy(pair), pickle.dumps(pair)
-    saved = through_file(lambda file: torch.save(pair, file))
-    copies = {
-        "copy.deepcopy": lambda: copied,
-        "pickle": lambda: pickle.loads(pickled),
-        "torch.save": lambda: torch.load(io.BytesIO(saved), weights_only=False),
-    }
+    copies = copies_of(pair) if config.memory == "store" else {}
     middle = run.state()
     run.train(AFTER)
     return Reference(middle, state_dicts, file, copies, run, run.state())
 
 
+def copies_of(pair: Any) -> dict[str, Callable[[], Any]]:
+    """How the pair was copied -> the copy."""
+    copied, pickled = copy.deepcopy(pair), pickle.dumps(pair)
+    saved = through_file(lambda file: torch.save(pair, file))
+    return {
+        "copy.deepcopy": lambda: copied,
+        "pickle": lambda: pickle.loads(pickled),
+        "torch.save": lambda: torch.load(io.BytesIO(saved), weights_only=False),
+    }
+
+
 def through_file(save: Callable[[Path], Any]) -> bytes:
+    """The content of the file that ``save`` writes."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         save(path)
@@ -368,22 +369,22 @@ def copies_go_on_bit_for_bit(config: Config) -> None:
 
 def engines_agree(config: Config) -> None:
     """The package's own tangents, torch's dual tensors, and ``torch.func.jvp``."""
-    steps = BEFORE if config.estimator in LEARNING else 1
-    found = {engine: Run(config, engine=engine).train(steps).weights() for engine in ("fast", "dual", "func")}
+    steps, lr = (BEFORE, 0.02) if config.estimator in LEARNING else (1, 1.0)
+    found = {engine: Run(config, engine=engine, lr=lr).train(steps).weights() for engine in ("fast", "dual", "func")}
     for engine in ("dual", "func"):
-        assert_same(found[engine], found["fast"], 1e-8)
+        assert_same(found[engine], found["fast"], 1e-10)
 
 
 def memory_modes_agree(config: Config) -> None:
     """Losses, weights, the base's state and learned feedback are those of ``"store"``."""
     expected = reference(config)
     run = Run(config, memory="store").train(BEFORE + AFTER)
-    exactly = config.guesses == 1 and config.network not in FUSED_ATTENTION
+    tolerance = 1e-9 if config.guesses > 1 or config.network in FUSED_ATTENTION else 0.0
     found, end = run.state(), expected.end
     for part in ("losses", "model", "random"):
-        assert_same(found[part], end[part], 0.0 if exactly else 1e-8)
-    assert_same(found["optimizer"]["state"], end["optimizer"]["state"], 0.0 if exactly else 1e-8)
-    assert_same(learned(run.opt), learned(expected.run.opt), 0.0 if exactly else 1e-8)
+        assert_same(found[part], end[part], tolerance)
+    assert_same(found["optimizer"]["state"], end["optimizer"]["state"], tolerance)
+    assert_same(learned(run.opt), learned(expected.run.opt), tolerance)
 
 
 def stacked_guesses_are_those_in_turn(config: Config) -> None:
@@ -398,8 +399,9 @@ def a_failed_step_changes_nothing(config: Config) -> None:
     for step, failing in enumerate([(3,), (1, 2, 3)]):
         for number in failing:
             before = run.state()
-            if failed_step(run, number):
-                assert_same(run.state(), before)
+            if not failed_step(run, number):
+                break
+            assert_same(run.state(), before)
         run.train(1 + step - len(run.losses))
     assert_same(run.state(), reference(config).middle)
 

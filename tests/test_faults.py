@@ -53,7 +53,7 @@ def _tidy() -> Iterator[None]:
 
 
 #: Steps, and faults in each: a few, and with ``-m slow`` many.
-EXTENT = [pytest.param(4, 3, id="few"), pytest.param(6, 8, id="many", marks=pytest.mark.slow)]
+EXTENT = [pytest.param(3, 3, id="few"), pytest.param(6, 8, id="many", marks=pytest.mark.slow)]
 
 
 # --- an error at every k-th call -------------------------------------------------------------------------------------
