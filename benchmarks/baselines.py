@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.speed import layers
 from benchmarks.training import ESTIMATORS, Backprop, Guess, Learner
 from guessopt import GuessGradOptimizer, LearnedFeedback
+from guessopt.options import Memory
 from guessopt.rng import RandomState
 
 
@@ -121,7 +122,7 @@ class Guessed(Guess):
     """A guess optimizer in one of its memory modes, on the same fused AdamW. Learned feedback predicts at the site
     itself, its least arithmetic; with ``"stream"``, which does not go along residual streams, it leaves these alone."""
 
-    def __init__(self, model: nn.Module, lr: float, method: str, memory: str = "store") -> None:
+    def __init__(self, model: nn.Module, lr: float, method: str, memory: Memory = "store") -> None:
         super().__init__(model, lr, method)
         estimator = ESTIMATORS[method]()
         if isinstance(estimator, LearnedFeedback):

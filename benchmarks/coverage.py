@@ -84,13 +84,13 @@ def survey(entry: Entry, subject: Subject, **options: Any) -> Coverage:
         warnings.simplefilter("always", GuessWarning)
         opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, lr=0.0, seed=0, **options)
         opt.step(subject.closure)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     coupled = [site for site in graph.sites if site.layout is Layout.COUPLED and site.shares is None]
-    names = [opt._names[site.params[0]] for site in coupled]
+    names = [opt.estimation.names[site.params[0]] for site in coupled]
     reasons = [why for pattern, why in entry.fallbacks.items() if any(fnmatchcase(name, pattern) for name in names)]
-    guesses = opt._guesses_of(opt._plans[0])
+    guesses = opt.estimation.assignments(opt.estimation.plans[0])
     return Coverage(
-        parameters=len(opt._params),
+        parameters=len(opt.estimation.params),
         sites=len(graph.sites),
         guided=sum(not graph.sites[k].is_last and not graph.sites[k].by_parameter for k in guesses),
         missed=[name for name, p in subject.named() if p.grad is None or not bool(p.grad.any())],

@@ -29,6 +29,7 @@ from guessopt.graph import SiteGraph
 from guessopt.layout import Layout
 from guessopt.ops import Rule
 from guessopt.record import ForwardRecord
+from guessopt.step.runs import forward
 
 
 class _Apart(Estimator):
@@ -76,15 +77,15 @@ def exactness(subject: Subject, *, draws: int = 2, **options: Any) -> Exactness:
         opt = GuessGradOptimizer(named, torch.optim.SGD, "activation_perturbation", seed=0, lr=0.0, **options)
         truth = Truth(opt, closure)
         errors, norms = 0.0, 0.0
-        for estimator in (opt._estimators[0], _Apart()):
-            opt._estimators = [estimator] * len(named)
-            opt._plans[0].guesses = None
+        for estimator in (opt.estimation.estimators[0], _Apart()):
+            opt.estimation.estimators = [estimator] * len(named)
+            opt.estimation.plans[0].assignments = None
             for _ in range(draws):
                 with measuring(opt) as transaction:
-                    plan, record = opt._forward(closure, transaction)
+                    plan, record = forward(opt.estimation, closure, transaction)
                 error, norm = _derivative_error(plan.graph, record, truth)
                 errors, norms = errors + error, norms + norm
-    found = parameter_gradients(truth.graph, truth.record, truth.g, opt._by_position, opt._ids)
+    found = parameter_gradients(truth.graph, truth.record, truth.g, opt.estimation.by_position, opt.estimation.ids)
     with measuring(opt):
         reference = torch.autograd.grad(closure(), [p for _, p in named], materialize_grads=True)
     least = 1e-3 * _norm(*reference)

@@ -18,8 +18,8 @@ import guessopt
 from benchmarks.isolated import fresh
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.estimators import estimator_names, make_estimator
-from guessopt.step.estimation import MODES
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.step.mode import MODES
+from guessopt.tree import tensors_in
 
 #: Steps before saving, and after.
 BEFORE, AFTER = 3, 3
@@ -75,7 +75,7 @@ class Case:
     """One run: its network, estimator, memory mode, guesses, and further options of the optimizer."""
 
     estimator: dict[str, Any]
-    memory: str = "store"
+    memory: Any = "store"
     guesses: int = 1
     network: str = "mlp"
     base: str = "AdamW"

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import mean, median
@@ -37,7 +38,8 @@ from guessopt import GuessGradOptimizer, GuessWarning, WPerp, WTranspose
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.engine.jvp import engines
-from guessopt.step import estimation
+from guessopt.step import guessing, modes, runs, updating
+from guessopt.step.updating import update
 from guessopt.tracing import context
 
 
@@ -140,7 +142,7 @@ def backprop(problem: Problem, loss: Callable[[], Tensor]) -> Step:
     return step
 
 
-def guess_optimizer(problem: Problem, estimator: Any, engine: str) -> GuessGradOptimizer:
+def guess_optimizer(problem: Problem, estimator: Any, engine: Any) -> GuessGradOptimizer:
     return GuessGradOptimizer(
         problem.model.parameters(), base=torch.optim.AdamW, estimator=estimator, engine=engine, lr=LR
     )
@@ -174,8 +176,12 @@ class Bench:
         """A guess step without guesses: what the interception of the closure's calls costs."""
         own = self.problem.copy()
         guesser = guess_optimizer(own, "activation_perturbation", engine)
-        guesser._guess = lambda *_: None  # type: ignore[method-assign]
-        return self._with_attention(lambda: guesser.estimate(own.loss), engine)
+
+        def step() -> object:
+            with mock.patch.object(guessing, "guess_at", lambda *_: None):
+                return guesser.estimate(own.loss)
+
+        return self._with_attention(step, engine)
 
     def _with_attention(self, step: Step, engine: str) -> Step:
         """The step, with unfused attention if the engine cannot do the fused."""
@@ -205,16 +211,16 @@ def warm(step: Step) -> Step:
 
 REFRESH, PROBE, PASS, REST = "guesses: SVD", "probe", "pass", "bookkeeping"
 POINTS: tuple[tuple[Any, str, str], ...] = (
-    (GuessGradOptimizer, "_guess", "guesses: transposes"),
+    (guessing, "guess_at", "guesses: transposes"),
     (context, "draw", "guesses: noise"),
     (context.SiteContext, "pull_back", "guesses: pull back"),
     (WPerp, "prepare", REFRESH),
     (ForwardRun, "execute", PASS),
-    (estimation, "estimated_cotangents", "parameter gradients"),
-    (estimation, "parameter_gradients", "parameter gradients"),
-    (GuessGradOptimizer, "_update", "base update"),
-    (estimation, "trace", PROBE),
-    (estimation, "reprobe", PROBE),
+    (modes, "estimated_cotangents", "parameter gradients"),
+    (modes, "parameter_gradients", "parameter gradients"),
+    (updating, "update", "base update"),
+    (runs, "trace", PROBE),
+    (runs, "probe_again", PROBE),
 )
 """Places in the package, and the phase that each is. What is in none is bookkeeping."""
 PHASES = ("forward", "interception", "tangents", *dict.fromkeys(phase for *_, phase in POINTS if phase != PASS), REST)
@@ -344,10 +350,10 @@ def guess_cost(problem: Problem, estimator: Any, guesses: int, rounds: int) -> G
         "one": one_step,
         "shared": stepper(guesses=guesses, stack_guesses=True)[1],
         "in turn": stepper(guesses=guesses, stack_guesses=False)[1],
-        "update": one._update,
+        "update": partial(update, one.estimation),
     }
     times: dict[str, list[float]] = {name: [] for name in (*kinds, "gradients")}
-    with mock.patch.object(estimation, "parameter_gradients", timed):
+    with mock.patch.object(modes, "parameter_gradients", timed):
         for _ in range(rounds):
             for name, step in kinds.items():
                 gradients.clear()

@@ -107,7 +107,7 @@ def ordinary(opt: GuessGradOptimizer, step: Callable[[], object], count: int) ->
     """The times of so many steps, none of them one of those in which a probe or an audit may be due."""
     found: list[float] = []
     while len(found) < count:
-        uses = opt._plans[0].uses if opt._plans else 0
+        uses = opt.estimation.plans[0].uses if opt.estimation.plans else 0
         due = any(n & (n - 1) == 0 for n in (uses, uses + 1))
         if uses < FIRST or due:
             step()
@@ -123,7 +123,7 @@ def audited(opt: GuessGradOptimizer, step: Callable[[], object]) -> list[float]:
         if number > FIRST:
             if number & (number - 1):
                 continue
-            opt._plans[0].uses = number - 1
+            opt.estimation.plans[0].uses = number - 1
         seconds = timed(step)
         if number in AUDITED:
             found.append(seconds)

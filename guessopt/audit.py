@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from guessopt.engine.audit import AuditReport
+from guessopt.step.modes import audited
 
 if TYPE_CHECKING:
     from guessopt.optimizer import GuessGradOptimizer
@@ -32,4 +33,4 @@ def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
     >>> guessopt.audit(opt, lambda: model(x).square().mean()).ok
     True
     """
-    return opt.audited(closure)
+    return audited(opt.estimation, closure)

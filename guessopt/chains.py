@@ -1,4 +1,7 @@
-"""A network as a chain of blocks between the states of its residual stream."""
+"""A residual network as a chain of blocks.
+
+A *state* is a value that everything passes through: each block reads the state before it and makes the next one.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ from guessopt.sites import Call
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of the network between two states of its residual stream.
+    """The part of a network between two neighbouring states.
 
-    ``source``: the state before it (None: the network's input); ``goals``: the state after it, or the cuts;
-    ``program``: the calls between; ``entries``: values made there from the input alone. ``skip``: the calls of a way
-    through without a matrix site, or around others with one, from ``origin`` on (up to there it is the identity); None
-    where there is no such way. ``matrices``: matrix sites on the longest way through. ``sites``: indices of the sites
-    inside."""
+    Attributes:
+        source: the state before it; None: the network's input.
+        goals: the state after it; of the last block, the cuts.
+        program: the calls between, in order.
+        entries: values made there from the network's input alone.
+        skip: the shortcut's calls, starting at ``origin``; None without a shortcut. A shortcut passes no matrix
+            site, or a single one (a projection) beside several.
+        origin: where the shortcut begins. From ``source`` to here it is the identity.
+        matrices: matrix sites on the longest way through.
+        sites: indices of the sites inside.
+    """
 
     source: int | None
     goals: tuple[int, ...]
@@ -35,7 +44,7 @@ class Block:
 
     @cached_property
     def ends_in_skip(self) -> bool:
-        """Whether all that reads the skip's origin is the skip itself: what comes after an addition, say."""
+        """Whether nothing but the skip reads its origin, as after an addition."""
         if not self.skip or self.origin == self.source:
             return False
         reached, calls = {self.origin}, {call.index for call in self.skip}
@@ -48,13 +57,19 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """A network as a chain of blocks, the head last; ``shapes``: of the states, by value; ``fragile``: values that
-    later calls write into; ``drawing``: calls inside blocks that may draw random numbers."""
+class ResidualChain:
+    """A network as a chain of blocks.
+
+    Attributes:
+        blocks: in order; the last one is the head.
+        shapes: of the states, by value.
+        overwritten_later: values that blocks need and that later calls write into.
+        drawing: calls inside blocks that may draw random numbers.
+    """
 
     blocks: tuple[Block, ...]
     shapes: dict[int, Shape]
-    fragile: frozenset[int] = frozenset()
+    overwritten_later: frozenset[int] = frozenset()
     drawing: frozenset[int] = frozenset()
 
     @cached_property
@@ -64,22 +79,22 @@ class Stream:
 
     @cached_property
     def origins(self) -> frozenset[int]:
-        """Where skips begin to which a block's graph can be pulled back, since nothing else reads these values."""
+        """Where skips begin that nothing else reads. A block's reverse graph can be pulled back to these values."""
         return frozenset(block.origin for block in self.blocks if block.ends_in_skip and block.origin is not None)
 
     @cached_property
     def needs(self) -> frozenset[int]:
-        """Values that are needed beside the blocks' graphs: the states, and what skips read that are run once more."""
+        """Values that are needed beside the blocks' graphs: the states, and inputs of skips that run once more."""
         return frozenset(self.shapes).union(*map(_read, self._apart))
 
     @cached_property
     def redrawn(self) -> frozenset[int]:
-        """Of the calls that draw, those that are run once more beside the blocks' graphs."""
+        """The drawing calls that run once more beside the blocks' graphs."""
         return self.drawing.intersection(call.index for skip in self._apart for call in skip)
 
     @property
     def _apart(self) -> list[tuple[Call, ...]]:
-        """Skips to which no block's graph leads."""
+        """Skips to whose origin no block's graph leads: they run once more."""
         return [block.skip for block in self.blocks if block.skip and not block.ends_in_skip]
 
 

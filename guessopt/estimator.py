@@ -70,7 +70,7 @@ class Estimator(ABC):
     #: Whether a ``LearningStep`` forms the cotangents, in place of ``g^ = D y``, from states that it learns.
     learns: ClassVar[bool] = False
 
-    #: Whether it works along a residual stream where there is one (``SiteGraph.stream``).
+    #: Whether it works along a residual stream where there is one (``SiteGraph.chain``).
     streams: bool = False
 
     @property

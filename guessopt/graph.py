@@ -1,18 +1,18 @@
-"""``SiteGraph``: what a trace of the closure found."""
+"""``SiteGraph``: the result of a trace of the closure."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from guessopt.chains import Stream
+from guessopt.chains import ResidualChain
 from guessopt.layout import Layout, Shape
 from guessopt.sites import Call, ParallelSites, Site, Value
 
@@ -25,14 +25,14 @@ class Cut:
 
     Attributes:
         shared: whether the network reads the value too.
-        fragile: whether a later call writes into its memory.
+        overwritten_later: whether a later call writes into its memory.
     """
 
     value: int
     shape: Shape
     layout: Layout = Layout.COUPLED
     shared: bool = False
-    fragile: bool = False
+    overwritten_later: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,17 @@ class Outside:
 
 
 class Kind(enum.IntEnum):
-    """The part that a call of the closure plays. ``IDLE``: tangents reach the call and do not go on to the loss (an
-    accuracy, a log)."""
+    """The part that a call of the closure plays.
+
+    | kind | the call |
+    |---|---|
+    | PLAIN | belongs to the network and reads no trainable parameter |
+    | EXPRESSION | computes with parameters alone |
+    | SITE | reads trainable parameters and an activation |
+    | LOSS | belongs to the loss |
+    | STOPPED | is made without gradients |
+    | IDLE | is reached by tangents that do not go on to the loss (an accuracy, a log) |
+    """
 
     PLAIN = 0
     EXPRESSION = 1
@@ -62,23 +71,39 @@ class Kind(enum.IntEnum):
     IDLE = 5
 
 
-#: A call, its function, its kind, positions of the tensors to save before it; values (with their positions) to keep
-#: before and after it, those of which the level takes note; values that are needed no longer after it.
-Handling = tuple[
-    Call,
-    Callable[..., Any],
-    Kind,
-    "tuple[int, ...] | None",
-    list[tuple[int, int]],
-    list[tuple[int, int]],
-    list[tuple[int, int]],
-    tuple[int, ...],
-]
+class Watched(NamedTuple):
+    """A value that a run keeps: the ``position``-th tensor that a call takes (``where`` = "in") or returns ("out")."""
+
+    where: str
+    position: int
+    value: int
+
+
+class Handling(NamedTuple):
+    """All that a run does at one call.
+
+    Attributes:
+        call, fn, kind: the call, its function, its part.
+        mutations: positions of the tensors to save before the call; None: it writes nothing of the user's.
+        entering: (position, value) of tensors to keep before the call.
+        leaving: (position, value) of results to keep after it.
+        noted: (position, value) of results that are states of the residual chain.
+        release: kept values that nothing needs after it.
+    """
+
+    call: Call
+    fn: Callable[..., Any]
+    kind: Kind
+    mutations: tuple[int, ...] | None
+    entering: list[tuple[int, int]]
+    leaving: list[tuple[int, int]]
+    noted: list[tuple[int, int]]
+    release: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class SiteGraph:
-    """All that a trace found: enough to run the closure again in one forward-mode pass.
+    """The result of a trace: enough to run the closure again in one forward-mode pass.
 
     A run whose calls, arguments or dataflow differ is traced anew. Call number i is the closure's i-th torch call.
 
@@ -89,23 +114,32 @@ class SiteGraph:
         outside: the tensors that the closure reads and does not make, by value.
         active: the values that derivatives reach.
         overwritten: the values into whose memory a later call writes.
+        sites, cuts: in order.
         batch: N.
+        mutations: by call, positions of the tensors that it writes and that the closure did not make.
+        hidden: by call, such tensors that are not among its arguments.
+        rewritten: positions of the trainable parameters that the closure writes itself.
         watch: by call, the values that a run keeps for segments.
         release: by call, the kept values that nothing needs after it.
         constants: values that a site needs before the closure reads them, with the tensors of the last run.
+        constant_values: the values of ``constants``. ``forget`` takes tensors out of ``constants`` and leaves these.
         ahead: calls that segments make before the closure does.
         returned: the loss's value.
         loss_params: positions of the parameters that the loss itself reads.
         keeps_graph: whether the loss reads parameters through expressions (``W.t()``). Sites may read these too, so the
             loss's reverse pass must keep their graphs.
+        stopped_params: positions of the parameters that calls without gradients read.
         blocked: by site, why it has no segment.
         answers: the answers to the closure's questions ``activation.requires_grad``, in order.
+        cost: matrix products of a step, in units of a forward pass.
         shared_writes: operations of the network that write into memory which other tensors share.
-        stream: the residual stream, if it was asked for and found.
+        chain: the residual chain, if it was asked for and found.
         joints: groups of sites that may get one guess.
-        mutations: by call, positions of the tensors that it writes and that the closure did not make.
-        hidden: by call, such tensors that are not among its arguments.
-        rewritten: positions of the trainable parameters that the closure writes itself.
+        without_forward: functions found to have no forward derivative here (another dtype may have one).
+        parameters_seen: by ``id``, the parameters that runs have read: a weak reference, and the value.
+        first_pass_tensors: by value, the tensors from outside that the first pass of a step has read. The second pass
+            must read the same numbers.
+        cached_results: results that others have computed from this graph; see ``cached``.
     """
 
     calls: tuple[Call, ...]
@@ -121,9 +155,10 @@ class SiteGraph:
     mutations: dict[int, tuple[int, ...]] = field(default_factory=dict)
     rewritten: frozenset[int] = frozenset()
     hidden: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    watch: dict[int, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
+    watch: dict[int, tuple[Watched, ...]] = field(default_factory=dict)
     release: dict[int, tuple[int, ...]] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
+    constant_values: frozenset[int] = frozenset()
     ahead: frozenset[int] = frozenset()
     returned: int = -1
     loss_params: frozenset[int] = frozenset()
@@ -133,42 +168,12 @@ class SiteGraph:
     answers: tuple[bool, ...] = ()
     cost: float = 0.0
     shared_writes: tuple[str, ...] = ()
-    stream: Stream | None = None
+    chain: ResidualChain | None = None
     joints: tuple[ParallelSites, ...] = ()
-
-    def __post_init__(self) -> None:
-        at: dict[int, list[Site]] = {}
-        for site in self.sites:
-            at.setdefault(site.call.index, []).append(site)
-        object.__setattr__(self, "sites_at", at)
-        object.__setattr__(self, "early", frozenset(self.constants))
-        object.__setattr__(self, "fragile", self._fragile(at))
-        object.__setattr__(self, "cut_of", {cut.value: number for number, cut in enumerate(self.cuts)})
-        object.__setattr__(
-            self,
-            "moving",
-            tuple(tuple(k for k, v in enumerate(call.inputs) if v in self.active) for call in self.calls),
-        )
-        shared: dict[int, tuple[int, ...]] = {}
-        for site in reversed(self.sites):
-            end = site
-            while end.shares is not None:
-                end = self.sites[end.shares]
-                shared[end.index] = (site.index, *shared.get(end.index, ()))
-        object.__setattr__(self, "shared_by", shared)
-        states = self.stream.shapes if self.stream is not None else {}
-        noted = {c: tuple(e for e in entries if e[2] in states) for c, entries in self.watch.items()}
-        object.__setattr__(self, "noted", {c: entries for c, entries in noted.items() if entries})
-
-    def _fragile(self, calls: Iterable[int]) -> dict[int, tuple[int, ...]]:
-        found = {}
-        for c in calls:
-            call = self.calls[c]
-            own = {*self.mine[c], *call.writes}
-            positions = tuple(k for k, v in enumerate(call.inputs) if v in self.overwritten and k not in own)
-            if positions:
-                found[c] = positions
-        return found
+    without_forward: set[Callable[..., Any]] = field(default_factory=set, repr=False, compare=False)
+    parameters_seen: dict[int, tuple[ref[Tensor], int]] = field(default_factory=dict, repr=False, compare=False)
+    first_pass_tensors: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    cached_results: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def forget(self) -> None:
         """Let go of the last batch's tensors; the parameters stay."""
@@ -176,42 +181,73 @@ class SiteGraph:
         self.constants.clear()
         self.constants.update(kept)
 
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
+        """The result of ``make``, computed once for a key and kept as long as the graph."""
+        if key not in self.cached_results:
+            self.cached_results[key] = make()
+        found: T = self.cached_results[key]
+        return found
+
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
         """The functions that the closure calls, in order."""
         return tuple(call.fn for call in self.calls)
 
-    def derive(self, key: Any, make: Callable[[], T]) -> T:
-        """What ``make`` works out from this graph, once for a key."""
-        if key not in self.derived:
-            self.derived[key] = make()
-        found: T = self.derived[key]
-        return found
-
     @cached_property
     def handling(self) -> tuple[Handling, ...]:
-        """What every pass does at each call."""
+        """By call, all that a run does there."""
+        states = {} if self.chain is None else self.chain.shapes
         found = []
         for call, kind in zip(self.calls, self.kinds, strict=True):
-            c = call.index
-            entering, leaving = ([e[1:] for e in self.watch.get(c, ()) if e[0] == where] for where in ("in", "out"))
-            noted = [entry[1:] for entry in self.noted.get(c, ())]
-            found.append(
-                (call, call.fn, kind, self.mutations.get(c), entering, leaving, noted, self.release.get(c, ()))
+            c, watch = call.index, self.watch.get(call.index, ())
+            entering, leaving = ([w[1:] for w in watch if w.where == where] for where in ("in", "out"))
+            noted = [w[1:] for w in watch if w.value in states]
+            handling = Handling(
+                call, call.fn, kind, self.mutations.get(c), entering, leaving, noted, self.release.get(c, ())
             )
+            found.append(handling)
         return tuple(found)
 
     @cached_property
-    def direct(self) -> frozenset[int]:
-        """The sites' calls that the reverse graphs of the stream's blocks hold."""
-        return frozenset() if self.stream is None else self.stream.reverses.intersection(self.sites_at)
+    def sites_at(self) -> dict[int, list[Site]]:
+        """By call, its sites."""
+        found: dict[int, list[Site]] = {}
+        for site in self.sites:
+            found.setdefault(site.call.index, []).append(site)
+        return found
 
     @cached_property
-    def marked(self) -> frozenset[int]:
-        """Values to which these graphs may be pulled back inside a block: the skips' origins, and the outputs of the
-        sites that no graph holds, since they read the network's input alone."""
-        entries = (site.value for site in self.sites if site.call.index not in self.direct)
-        return frozenset() if self.stream is None else self.stream.origins.union(entries)
+    def shared_by(self) -> dict[int, tuple[int, ...]]:
+        """By site index, the earlier sites that share its cotangent."""
+        found: dict[int, tuple[int, ...]] = {}
+        for site in reversed(self.sites):
+            end = site
+            while end.shares is not None:
+                end = self.sites[end.shares]
+                found[end.index] = (site.index, *found.get(end.index, ()))
+        return found
+
+    @cached_property
+    def cut_of(self) -> dict[int, int]:
+        """By value, the number of the cut."""
+        return {cut.value: number for number, cut in enumerate(self.cuts)}
+
+    @cached_property
+    def moving(self) -> tuple[tuple[int, ...], ...]:
+        """By call, the positions of its tensors that derivatives reach."""
+        return tuple(tuple(k for k, v in enumerate(call.inputs) if v in self.active) for call in self.calls)
+
+    @cached_property
+    def overwritten_later(self) -> dict[int, tuple[int, ...]]:
+        """By call of a site, positions of the inputs that the closure overwrites before gradients are formed."""
+        found = {}
+        for c in self.sites_at:
+            call = self.calls[c]
+            own = {*self.mine[c], *call.writes}
+            positions = tuple(k for k, v in enumerate(call.inputs) if v in self.overwritten and k not in own)
+            if positions:
+                found[c] = positions
+        return found
 
     @cached_property
     def loss_writes(self) -> bool:
@@ -220,7 +256,8 @@ class SiteGraph:
 
     @cached_property
     def rectified(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        """By call: the sites of which it reads what a rectifier made, and as which of its arguments."""
+        """After ReLU, keep the output instead of the input: the mask is the same. By call that reads such an output:
+        (index of the site before the ReLU, position of the output among the arguments)."""
         found: dict[int, tuple[tuple[int, int], ...]] = {}
         for site in self.sites:
             for m in site.segment.matrices if site.segment is not None and site.segment.rectified else ():
@@ -229,21 +266,14 @@ class SiteGraph:
                     found[m.call.index] = (*found.get(m.call.index, ()), entry)
         return found
 
-    #: The parameters that runs have met, by ``id``.
-    known: dict[int, tuple[ref[Tensor], int]] = field(default_factory=dict, repr=False, compare=False)
-    #: The tensors that the first pass of a step has met, for the second one.
-    met: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    #: Functions found to have no forward derivative here; another dtype or other options may have one.
-    without_forward: set[Callable[..., Any]] = field(default_factory=set, repr=False, compare=False)
-    #: What others have worked out from this graph, to be kept as long as it is.
-    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    sites_at: dict[int, list[Site]] = field(init=False, repr=False, compare=False)
-    #: The values of ``constants``, which are there until ``forget``.
-    early: frozenset[int] = field(init=False, repr=False, compare=False)
-    #: By call of a site, positions of the inputs into which the closure writes before the gradients are formed.
-    fragile: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    cut_of: dict[int, int] = field(init=False, repr=False, compare=False)
-    #: By call, which of its tensors derivatives reach.
-    moving: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
-    shared_by: dict[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    noted: dict[int, tuple[tuple[str, int, int], ...]] = field(init=False, repr=False, compare=False)
+    @cached_property
+    def block_calls(self) -> frozenset[int]:
+        """The sites' calls inside the reverse graphs of the chain's blocks."""
+        return frozenset() if self.chain is None else self.chain.reverses.intersection(self.sites_at)
+
+    @cached_property
+    def block_inputs(self) -> frozenset[int]:
+        """Values inside blocks to which the blocks' reverse graphs may be pulled back: the skips' origins, and the
+        outputs of sites outside of these graphs, which read the network's input alone."""
+        entries = (site.value for site in self.sites if site.call.index not in self.block_calls)
+        return frozenset() if self.chain is None else self.chain.origins.union(entries)

@@ -1,6 +1,6 @@
 """Shapes, and where the N examples lie in a tensor.
 
-Index letters: n example, N batch size, T everything else that was flattened with the batch (tokens, positions).
+Letters: N batch size, T the size of everything else that was flattened with the batch (tokens, positions).
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ def numel(shape: Shape) -> int:
 
 
 class Layout(enum.Enum):
-    """Where the N examples lie in a tensor.
+    """Where the N examples lie in a tensor. ``COUPLED``: they cannot be told apart, and the whole batch is one row.
 
-    >>> Layout.FLAT_T.sum_examples(torch.arange(6.0)[:, None], 2)
-    tensor([6., 9.])
+    >>> Layout.FLAT_T.rows(torch.arange(6), 2)
+    tensor([[0, 2, 4],
+            [1, 3, 5]])
+    >>> Layout.FLAT_T.unrows(Layout.FLAT_T.rows(torch.arange(6), 2), (6,))
+    tensor([0, 1, 2, 3, 4, 5])
     """
 
     BATCH_FIRST = "[N, ...]"
@@ -52,20 +55,56 @@ class Layout(enum.Enum):
             return True
         return len(shape) > 0 and shape[0] > n and shape[0] % n == 0
 
-    def sum_examples(self, t: Tensor, n: int) -> Tensor:
-        """Sum everything but the examples: ``t`` (shape as laid out) to ``[N]``; coupled: to ``[1]``."""
-        if self is Layout.BATCH_FIRST:
-            return t.reshape(n, -1).sum(1)
+    def rows(self, t: Tensor, n: int, lead: int = 0) -> Tensor:
+        """A view of ``t`` with the ``n`` examples in front, ``[N, ...]``; coupled: ``[1, ...]``.
+
+        ``FLAT`` and ``FLAT_T`` give ``[N, T, ...]``.
+
+        Args:
+            lead: dimensions of ``t`` before those that the layout describes; they follow the examples.
+        """
+        if self is Layout.COUPLED:
+            return t[None]
+        dim = lead
         if self is Layout.BATCH_SECOND:
-            return t.transpose(0, 1).reshape(n, -1).sum(1)
-        if self is Layout.FLAT:
-            return t.reshape(n, -1).sum(1)
-        if self is Layout.FLAT_T:
+            dim += 1
+        elif self is Layout.FLAT:
+            t = t.unflatten(lead, (n, t.shape[lead] // n))
+        elif self is Layout.FLAT_T:
+            t = t.unflatten(lead, (t.shape[lead] // n, n))
+            dim += 1
+        return t.movedim(dim, 0) if dim else t
+
+    def unrows(self, rows: Tensor, shape: Shape) -> Tensor:
+        """The inverse of ``rows``: ``[N, ...]``, the rows in any shape, back to ``shape``."""
+        if self in (Layout.BATCH_SECOND, Layout.FLAT_T):
+            n = len(rows)
+            rows = rows.reshape(n, *self.row_shape(shape, n)).transpose(0, 1)
+        return rows.reshape(shape)
+
+    def row_shape(self, shape: Shape, n: int) -> Shape:
+        """The shape of one row of a tensor of this shape."""
+        if self is Layout.COUPLED:
+            return shape
+        if self is Layout.BATCH_FIRST:
+            return shape[1:]
+        first = shape[0] if self is Layout.BATCH_SECOND else shape[0] // n
+        return (first, *(shape[2:] if self is Layout.BATCH_SECOND else shape[1:]))
+
+    def sum_examples(self, t: Tensor, n: int) -> Tensor:
+        """Each example's sum, ``[N]``; coupled: ``[1]``.
+
+        >>> Layout.FLAT_T.sum_examples(torch.arange(6.0)[:, None], 2)
+        tensor([6., 9.])
+        """
+        if self is Layout.COUPLED:
+            return t.sum().reshape(1)
+        if self is Layout.FLAT_T:  # without a copy
             return t.reshape(t.shape[0] // n, n, -1).sum((0, 2))
-        return t.sum().reshape(1)
+        return self.rows(t, n).reshape(n, -1).sum(1)
 
     def spread(self, d: Tensor, shape: Shape) -> Tensor:
-        """``d`` ``[N]``, one number an example, shaped to broadcast against ``shape``; coupled: their sum."""
+        """One number an example, ``d`` ``[N]``, shaped to broadcast against ``shape``; coupled: their sum."""
         if self is Layout.COUPLED:
             return d.sum()
         if self is Layout.BATCH_SECOND:
@@ -77,8 +116,8 @@ class Layout(enum.Enum):
         return d.reshape(-1, *(1,) * (len(shape) - 1))
 
     def place(self, v: Tensor, shape: Shape) -> Tensor:
-        """Per-example values ``[N, *p]`` laid out to broadcast against ``shape``, their ``p`` against its last
-        dimensions; coupled: ``[1, *p]``."""
+        """Per-example values ``[N, *p]`` (coupled: ``[1, *p]``), shaped to broadcast against ``shape``; ``p`` against
+        its last dimensions."""
         if self in (Layout.FLAT, Layout.FLAT_T):
             times = shape[0] // v.shape[0]
             v = v.repeat_interleave(times, 0) if self is Layout.FLAT else v.repeat(times, *(1,) * (v.dim() - 1))
@@ -92,5 +131,5 @@ class Layout(enum.Enum):
 
     @staticmethod
     def candidates(shape: Shape, n: int) -> tuple[Layout, ...]:
-        """The layouts that a shape allows, likeliest first; ``COUPLED`` (always right, far noisier) is the last."""
+        """The layouts that a shape allows, likeliest first. The last is ``COUPLED``: always right, far noisier."""
         return tuple(layout for layout in Layout if layout.fits(shape, n))

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
-from guessopt.step.plan import trace
-from guessopt.tracing.interceptor import Interceptor, read_by, results_of, tensors_in
-
-if TYPE_CHECKING:
-    from guessopt.step.estimation import Estimation
+from guessopt.options import HasEstimation
+from guessopt.step.checks import check_plan
+from guessopt.step.estimation import Estimation
+from guessopt.step.learning import learn
+from guessopt.step.modes import estimate, first_run, second_run
+from guessopt.step.trace import trace
+from guessopt.tracing.functions import read_by
+from guessopt.tracing.interceptor import Interceptor
+from guessopt.tree import results_of, tensors_in
 
 Closure = Callable[[], Any]
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
@@ -82,7 +86,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan(opt: Estimation, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
+def plan(opt: HasEstimation, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
     """Try each memory mode on the closure, and recommend the fastest that fits.
 
     Nothing is changed: gradients are estimated and discarded, buffers, random states, ``.grad`` and the optimizer are
@@ -108,33 +112,37 @@ def plan(opt: Estimation, closure: Closure, budget: int | str | None = None) -> 
     >>> [each.mode for each in found.modes], found.recommended is not None
     (['store', 'replay', 'stream'], True)
     """
+    return _plan(opt.estimation, closure, budget)
+
+
+def _plan(est: Estimation, closure: Closure, budget: int | str | None) -> MemoryPlan:
     limit = None if budget is None else bytes_of(budget)
-    if not opt._devices and torch.autograd._profiler_enabled():
+    if not est.devices and torch.autograd._profiler_enabled():
         raise RuntimeError("plan measures memory with torch's profiler, which is running: call it outside")
-    memory, warned = opt.memory, set(opt._warned)
+    memory, warned = est.memory, set(est.warned)
     try:
-        with opt._atomic(closure) as transaction, warnings.catch_warnings():
+        with est.transaction(closure) as transaction, warnings.catch_warnings():
             warnings.simplefilter("ignore", GuessWarning)
-            found = _measured(opt, closure, transaction, limit)
+            found = _measured(est, closure, transaction, limit)
             raise _Discard
     except _Discard:
         return found
     finally:
-        opt.memory, opt._warned = memory, warned
+        est.memory, est.warned = memory, warned
 
 
 class _Discard(Exception):
     """Ends a dry run: everything is put back."""
 
 
-def choose(opt: Estimation, closure: Closure, budget: int | None) -> str:
+def choose(est: Estimation, closure: Closure, budget: int | None) -> str:
     """The mode for ``memory="auto"``: the fastest within the budget or, without one, within the GPU's free memory; on
     a CPU the fastest there is. Raises ``ValueError`` if none fits."""
     if budget is None:
-        if not opt._devices:
+        if not est.devices:
             return "store"
-        budget = min(_free(opt, device) for device in opt._devices)
-    found = plan(opt, closure, max(budget, 1))
+        budget = min(_free(est, device) for device in est.devices)
+    found = _plan(est, closure, max(budget, 1))
     if found.recommended is None:
         least = min((each for each in found.modes if each.peak is not None), key=lambda e: e.peak or 0, default=None)
         needs = "every mode ran out of memory" if least is None else f"memory={least.mode!r} needs {least.peak}"
@@ -142,10 +150,10 @@ def choose(opt: Estimation, closure: Closure, budget: int | None) -> str:
     return found.recommended
 
 
-def _free(opt: Estimation, device: int) -> int:
+def _free(est: Estimation, device: int) -> int:
     """Bytes free on a GPU; less two moments for each parameter (Adam's) where the base has no state yet."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    later = 0 if opt.base.state else sum(2 * p.nbytes for p in opt._by_position.values() if p.device.index == device)
+    later = 0 if est.base.state else sum(2 * p.nbytes for p in est.by_position.values() if p.device.index == device)
     return torch.cuda.mem_get_info(device)[0] + cached - later
 
 
@@ -168,58 +176,55 @@ def bytes_of(budget: int | str) -> int:
     return int(found)
 
 
-def _measured(opt: Estimation, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
-    peak_of = cuda_peak if opt._devices else cpu_peak
-    steps, noise = opt._steps, opt._noise.snapshot()
-    learns = any(e.learns for e in opt._estimators)
+def _measured(est: Estimation, closure: Closure, transaction: Transaction, limit: int | None) -> MemoryPlan:
+    peak_of = cuda_peak if est.devices else cpu_peak
+    steps, noise = est.steps, est.noise.snapshot()
+    learns = any(e.learns for e in est.estimators)
     traced: list[Any] = []
-    opt.memory = "store"  # which refuses nothing
+    est.memory = "store"  # which refuses nothing
 
     def look() -> None:
         traced.append(
-            trace(
-                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction,
-                finite=opt.check_finite, stream=opt._streams, together=False,
-            )
+            trace(est, closure, transaction, finite=est.check_finite, together=False)
         )  # fmt: skip
-        opt._check_plan(traced[0])
+        check_plan(est, traced[0])
 
     _, floor = peak_of(look)
-    opt._plans = traced
-    period = max(e.period(traced[0].graph) for e in opt._estimators)
+    est.plans = traced
+    period = max(e.period(traced[0].graph) for e in est.estimators)
     moving = -(-steps // period) * period  # a step with a forward-mode pass
 
     def restart() -> None:
         transaction.rewind()
-        opt._noise.restore(noise)
-        opt._steps = steps
+        est.noise.restore(noise)
+        est.steps = steps
 
     def step(mode: str, number: int = moving, uses: int = 16) -> None:  # 16 is past the probes of the first steps
         restart()
         traced[0].uses = uses
-        opt.memory, opt._steps = mode, number
+        est.memory, est.steps = mode, number
         if mode == "stream":
-            found, records = opt._derivatives(closure, transaction)
-            opt._replay(found, records, closure, transaction, deliver=lambda gradients: None)
-            opt._learn(found, records[0])
+            found, records = first_run(est, closure, transaction)
+            second_run(est, found, records, closure, transaction, deliver=lambda gradients: None)
+            learn(est, found, records[0])
         else:
-            opt._estimate(closure, transaction)
+            estimate(est, closure, transaction)
 
     def fits(peak: int) -> bool:
         return limit is None or peak <= limit
 
     modes = []
     for mode in ("store", "replay", "stream"):
-        if opt._refused(mode, traced[0].graph):
+        if est.refused(mode, traced[0].graph):
             continue
-        opt._cache.restore({})
+        est.cache.restore({})
         try:
             peak = max(floor, peak_of(lambda: step(mode, uses=0))[1])  # noqa: B023 (called here); a first step's
             if learns:  # by what the first step has taught
                 peak = max(peak, peak_of(lambda: step(mode))[1])  # noqa: B023
-            seconds = _seconds(lambda: step(mode), opt._devices)  # noqa: B023
+            seconds = _seconds(lambda: step(mode), est.devices)  # noqa: B023
             if period > 1:
-                others = _seconds(lambda: step(mode, moving + 1), opt._devices)  # noqa: B023
+                others = _seconds(lambda: step(mode, moving + 1), est.devices)  # noqa: B023
                 seconds = (seconds + (period - 1) * others) / period
             modes.append(ModeCost(mode, peak, seconds, fits(peak)))
         except (RuntimeError, MemoryError) as error:
@@ -227,11 +232,11 @@ def _measured(opt: Estimation, closure: Closure, transaction: Transaction, limit
                 raise
             modes.append(ModeCost(mode, None, None, False))
     restart()
-    forward = _seconds(torch.no_grad()(closure), opt._devices)
+    forward = _seconds(torch.no_grad()(closure), est.devices)
     restart()
-    saved = _Saved(opt._ids)
+    saved = _Saved(est.ids)
     saved.run(closure)
-    sizes = {position: p.nbytes for position, p in opt._by_position.items()}
+    sizes = {position: p.nbytes for position, p in est.by_position.items()}
     whole, cut = saved.backprop(sizes), saved.checkpointed(sizes)
     chosen = min((each for each in modes if each.fits), key=lambda each: each.seconds or 0.0, default=None)
     return MemoryPlan(

@@ -1,4 +1,4 @@
-"""What one run of the closure leaves behind."""
+"""Results of one run of the closure."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from guessopt.sites import Call
 
 @dataclass
 class SavedCall:
-    """A site's call in a run: its arguments without tangents, which of their tensors are trainable,
-    and the random state before it if it draws."""
+    """A site's call in a run, kept for its parameter gradients.
+
+    Attributes:
+        call: as recorded.
+        args, kwargs: its arguments, without tangents.
+        wanted: positions of the trainable ones among their tensors.
+        variables: these tensors.
+        random: the random state before the call, if it draws.
+        autocast: device type and dtype of the autocast in force; None without autocast.
+        directions: guesses for the parameters themselves, ``[N, *shape]`` each; None where the output has the guess.
+    """
 
     call: Call
     args: tuple[Any, ...]
@@ -28,7 +37,7 @@ class SavedCall:
 
 
 class GraphInput(NamedTuple):
-    """Where a reverse graph may be pulled back to, without the tensor that was there."""
+    """An input of a reverse graph, to which it may be pulled back. The tensor itself is not kept."""
 
     edge: GradientEdge
     shape: torch.Size
@@ -41,8 +50,13 @@ class GraphInput(NamedTuple):
 
 @dataclass
 class Graphs:
-    """Reverse graphs of a stream's blocks as a pass has left them, by value: from ``goals``, the states and the cuts,
-    back to ``marks`` inside, and to ``sources``, the states as the next block reads them."""
+    """Reverse graphs of a residual chain's blocks, by value.
+
+    Attributes:
+        goals: their outputs: the states and the cuts.
+        marks: inputs inside blocks.
+        sources: their first inputs: the states as the next block reads them.
+    """
 
     goals: dict[int, Tensor] = field(default_factory=dict)
     marks: dict[int, GraphInput] = field(default_factory=dict)
@@ -51,18 +65,29 @@ class Graphs:
 
 @dataclass
 class ForwardRecord:
-    """What one forward-mode pass leaves behind.
+    """Results of one forward-mode pass.
 
-    ``loss``: scalar. ``d``: ``D_n``, ``[N]``, or their sum ``[1]`` where examples cannot be told apart. ``errors``: the
-    exact ``dL/dv`` of every cut. ``guesses``: ``y`` by site index. ``exact``: gradients of the parameters that the loss
-    reads itself, by position. ``params``: the guesses made for parameters, by position. ``contexts``: by site, the
-    surroundings of sites whose estimator forms the cotangent itself. ``noise``: where the guesses' stream stood before.
-    ``values``: what the graph has kept aside; ``states``: tangents of the residual stream's states, by value.
-    ``learning_steps``: of the estimators that learn. ``graphs``: of the stream's blocks, where they are kept.
-    ``direct``: by call, the visits of those whose ``gradients`` (with the variables that they are of) the blocks'
-    graphs give. ``random``: the random states before calls of blocks that draw, where these are to be run once more.
-    A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the visits'
-    ``directions``.
+    A pass with K guesses puts K in front of the shapes of ``d``, ``tangents``, ``guesses``, ``params`` and the saved
+    calls' ``directions``.
+
+    Attributes:
+        loss: scalar.
+        d: ``D_n``, ``[N]``; their sum ``[1]`` where examples cannot be told apart.
+        errors: the exact ``dL/dv`` of every cut.
+        tangents: ``v'`` of every cut; None where no tangent arrives.
+        guesses: ``y`` by site index.
+        saved_calls: of the sites, in order.
+        exact: gradients of the parameters that the loss reads itself, by position.
+        params: the guesses made for parameters, by position.
+        contexts: the surroundings of sites whose estimator forms the cotangent itself, by site index.
+        values: the tensors that the graph watches, by value.
+        states: tangents of the residual chain's states, by value.
+        noise: where the guesses' stream of random numbers stood before the pass.
+        learning_steps: of the estimators that learn.
+        graphs: of the chain's blocks; None where they are not kept.
+        block_calls: saved calls whose gradients come from the blocks' graphs, by call index.
+        gradients: (variable, gradient) pairs that the blocks' graphs have given.
+        random: the random states before calls of blocks that draw and that run once more, by call index.
     """
 
     loss: Tensor
@@ -79,7 +104,7 @@ class ForwardRecord:
     noise: Any = None
     learning_steps: dict[Any, Any] = field(default_factory=dict)
     graphs: Graphs | None = None
-    direct: dict[int, SavedCall] = field(default_factory=dict)
+    block_calls: dict[int, SavedCall] = field(default_factory=dict)
     gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     random: dict[int, Any] = field(default_factory=dict)
 

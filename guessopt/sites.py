@@ -1,19 +1,19 @@
-"""Plain data: the calls of a closure, and the places where parameters meet activations."""
+"""Plain data: the calls of a closure, and the sites, where parameters meet activations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from guessopt.layout import Layout, Shape
 
-if TYPE_CHECKING:
-    from guessopt.ops.base import MatrixRule, Rule
+#: Matrix sites that ``Segment.onward`` passes at most.
+MAX_DOWNSTREAM_SITES = 4
 
 
 def name_of(fn: Callable[..., Any]) -> str:
@@ -28,26 +28,30 @@ class Value:
     id: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
-    """One torch call of the closure: ``args`` and ``kwargs`` hold ``Value`` in place of tensors.
+    """One torch call of the closure.
 
-    Values are numbers; a write to a tensor's memory gives the tensor a new one.
+    Values are numbers. A write to a tensor's memory gives the tensor a new value.
 
     Attributes:
+        index: the call's number in the closure, from 0.
+        fn, args, kwargs: the call, with a ``Value`` in place of each tensor.
         inputs: the values that the call reads, tensor by tensor.
         reads: ``inputs``, with ``~v`` for a value that no call of the closure has made and none has read before.
-        outputs: the values of its ``direct`` results, then the new values of other tensors in whose memory it wrote.
+        outputs: the values of its results, then the new values of other tensors in whose memory it wrote.
+        result_count: how many tensors it returned.
+        in_place: whether it wrote into one of its tensors.
         target: position of the tensor that it wrote and returned; None if there is none.
         aliases: whether it wrote into memory that other tensors share.
         moves: (old value, new value) of tensors that it changed and did not return.
-        held: the pairs (old, new) of changed values whose derivative stays as it was (a write under ``no_grad``).
+        held: (old value, new value) of changed tensors whose derivative stays as it was (a write under ``no_grad``).
         sources: the values from which derivatives reach its results or the tensors that it changed.
         stopped: whether it was called without gradients.
         writes: positions of the tensors that it writes and that the closure did not make.
         hidden: tensors that it writes, that the closure did not make, and that are not among its arguments.
         autocast: device type and dtype of the autocast in force; None without autocast.
-        outline: see ``tracing.interceptor.split``.
+        outline: of the arguments; see ``tree.split``.
     """
 
     index: int
@@ -61,7 +65,7 @@ class Call:
     autocast: tuple[str, torch.dtype] | None = None
     reads: tuple[int, ...] = ()
     outline: list[Any] = field(default_factory=list)
-    direct: int = 1
+    result_count: int = 1
     target: int | None = None
     moves: tuple[tuple[int, int], ...] = ()
     held: tuple[tuple[int, int], ...] = ()
@@ -72,8 +76,7 @@ class Call:
 
     def renew(self, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
         """Replace the recorded arguments, of which some numbers have changed."""
-        for name, new in (("args", args), ("kwargs", kwargs), ("outline", outline)):
-            object.__setattr__(self, name, new)
+        self.args, self.kwargs, self.outline = args, kwargs, outline
 
     @property
     def op(self) -> str:
@@ -81,11 +84,70 @@ class Call:
         return name_of(self.fn)
 
 
+class Rule(Protocol):
+    """What a site needs of its operation. See ``ops.base.Rule`` for the arguments."""
+
+    #: Whether ``parameter_tangent`` is there.
+    has_parameter_tangent: ClassVar[bool]
+
+    def gradients(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: int,
+        wanted: list[int],
+        g: Tensor,
+    ) -> list[Tensor | None]:
+        """Gradients of ``<output, g>`` with respect to some of the operation's tensors."""
+
+    def parameter_tangent(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        wanted: list[int],
+        vs: list[Tensor],
+        place: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The output's tangent when each example's own copy of the parameters moves along ``vs``."""
+
+
+class MatrixRule(Protocol):
+    """What a ``Matrix`` needs of its operation, a linear layer or a convolution. ``b`` block, ``o`` output row, ``i``
+    input column, ``r`` rows in place of W."""
+
+    def matrix(self, matrix: Matrix, weight: Tensor) -> Tensor:
+        """The weight as ``[b, o, i]``."""
+
+    def cotangent_shape(self, matrix: Matrix, rows: Tensor, x_shape: Shape) -> Shape:
+        """The shape of the output that ``rows`` ``[b, r, i]`` in place of W would give."""
+
+    def transpose(self, matrix: Matrix, rows: Tensor, e: Tensor, x_shape: Shape) -> Tensor:
+        """``rows^T e``, of shape ``x_shape``."""
+
+    def apply(self, matrix: Matrix, rows: Tensor, x: Tensor) -> Tensor:
+        """``rows x``: the operation with ``rows`` in place of W, without bias."""
+
+    def rank(self, matrix: Matrix) -> int:
+        """The smaller side of the (stacked) weight."""
+
+    def geometry(self, call: Any) -> str:
+        """Equal for calls whose weights may be stacked."""
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix site's side of W~: one or more parallel linear layers or convolutions that read the same input.
+    """The next matrix site of a segment: linear layers or convolutions that read one input and whose weights can be
+    stacked.
 
-    ``weights`` are the values that hold the weights; ``call`` gives stride, padding and the like.
+    Attributes:
+        rule: of the operation.
+        call: the first of the calls; stride, padding and the like are the same in all.
+        weights: the values that hold the weights.
+        weight_shapes: their shapes.
+        x, x_shape: the value and the shape of the input.
+        key: names the weights across traces of one model.
     """
 
     rule: MatrixRule
@@ -98,14 +160,19 @@ class Matrix:
 
     @property
     def weight_shape(self) -> Shape:
-        """The first weight's own shape (stacked ones differ from it in the number of outputs only)."""
+        """The first weight's shape. Stacked weights differ from it in the number of outputs only."""
         return self.weight_shapes[0]
 
 
 @dataclass(frozen=True)
 class DownstreamPath:
-    """From a site's output through the next ``l`` matrix sites, to the ``goals``: the input of the matrix site after
-    them or, where none follows, their outputs. ``program`` lists the calls, in order."""
+    """The way from a site's output through the next ``l`` matrix sites.
+
+    Attributes:
+        goals: the input of the matrix site that follows; the outputs of the last matrix site(s) where none follows.
+        shapes: of the goals.
+        program: the calls, in order.
+    """
 
     goals: tuple[int, ...]
     shapes: tuple[Shape, ...]
@@ -114,14 +181,17 @@ class DownstreamPath:
 
 @dataclass(frozen=True)
 class Segment:
-    """From a site's output to the input of the next matrix site(s).
+    """The way from a site's output to the input of the next matrix site(s).
 
-    ``elementwise`` lists the unary calls of the path where it is nothing else; otherwise ``program`` lists, in order,
-    the calls that lead from the site's output to the ``matrices``' inputs. ``weight_program`` computes the weights that
-    are expressions of parameters. ``fused``: ``(u, s, spent) -> M u`` in one kernel, for a well-known
-    activation (``spent``: in ``u``'s memory). ``rectified``: the path is a rectifier and no more, whose derivative can
-    be told from what it made.
-    ``onward`` leads further, through l = 1, 2, ... matrix sites; fewer where the network ends.
+    Attributes:
+        source: the site's value.
+        matrices: the next matrix site(s).
+        elementwise: the calls of the way if all are unary and elementwise; None otherwise.
+        program: the calls of any other way, in order.
+        weight_program: the calls that compute weights which are expressions of parameters.
+        fused: ``(u, s, spent) -> M u`` in one kernel, for a well-known activation; in ``u``'s memory if ``spent``.
+        rectified: whether the way is a ReLU and no more. Its output tells its derivative.
+        onward: the ways through l = 1, 2, ... matrix sites; fewer where the network ends.
     """
 
     source: int
@@ -143,7 +213,7 @@ class Segment:
 
     @property
     def key(self) -> str:
-        """Names the next matrix site(s) across traces of the same model."""
+        """Names the next matrix site(s) across traces of one model."""
         return " | ".join(matrix.key for matrix in self.matrices)
 
 
@@ -168,15 +238,24 @@ class OutputSpan:
 
 @dataclass(frozen=True)
 class Site:
-    """One output of one call that consumes trainable parameters.
+    """One output of one call that reads trainable parameters.
 
-    ``params``: positions, in the optimizer's order, of the parameters that the call reads (through views and casts).
-    ``shares``: the index of the site whose cotangent this one shares (a bias added right after a matrix product).
-    ``cut``: the loss reads this output (or that of the site sharing it) directly, so its error is known exactly.
-    ``overwritten``: a later call writes into the output's memory, and so into its tangent's.
-    ``reach``: the part of the output that the parameters reach, if not all of it. ``by_parameter``: so few
-    parameters stand against so large an output that each example's own parameters are guessed
-    instead (a norm's scale). ``kept``: bytes of inputs and guess that one pass keeps for it.
+    Attributes:
+        index: the site's number, in the order of the calls.
+        call, output, value: the call, the position of the output among its results, and the output's value.
+        rule: of the operation.
+        params: positions, in the optimizer's order, of the parameters that the call reads (through views and casts).
+        shape, dtype, layout: of the output.
+        segment: the way to the next matrix site(s); None where none follows or the way cannot be run by itself.
+        shares: index of the site whose cotangent this one shares (a bias added right after a matrix product).
+        cut: number of the cut that this output is (or the output of the site that it shares with). The loss reads it
+            directly, so its error is known exactly.
+        overwritten: whether a later call writes into the output's memory, and so into its tangent's.
+        kept: bytes of inputs and guess that one run keeps for the site.
+        by_parameter: whether each example's own parameters are guessed instead of the output, which is far larger (a
+            norm's scale).
+        reach: the part of the output that the parameters reach; None: all of it.
+        direction_shapes: shapes ``[N, *shape]`` of such guesses, one for each parameter.
     """
 
     index: int
@@ -203,7 +282,7 @@ class Site:
 
     @property
     def is_last(self) -> bool:
-        """No matrix site follows: nothing is known of the cotangent before the loss."""
+        """Whether no segment leads on: before the loss, nothing is known of the cotangent."""
         return self.segment is None
 
     @property
@@ -214,11 +293,15 @@ class Site:
 
 @dataclass(frozen=True)
 class ParallelSites:
-    """Parallel linear layers that read one input and whose outputs meet before the same next matrix site(s): queries,
-    keys and values, a gate and what it gates.
+    """Parallel linear layers that read one input and whose outputs meet before one next matrix site: queries, keys and
+    values; a gate and the layer that it gates.
 
-    ``sites``: their indices, in the order of the calls; ``values``: their outputs. ``others``: the calls that compute
-    the outputs after the first; ``program``: those that lead from all of them to the next matrix site's input."""
+    Attributes:
+        sites: their indices, in the order of the calls.
+        values: their outputs.
+        others: the calls that compute the outputs after the first.
+        program: the calls from all outputs to the next matrix site's input.
+    """
 
     sites: tuple[int, ...]
     values: tuple[int, ...]

@@ -339,7 +339,7 @@ def test_it_runs_in_the_first_second_fourth_and_eighth_step(monkeypatch: pytest.
     steps = []
     model, closure = network(lambda h, m: h.relu(), SINGLE)
     opt = optimizer(model)
-    monkeypatch.setattr(engine.AuditReport, "check", lambda report: steps.append(opt._steps + 1))
+    monkeypatch.setattr(engine.AuditReport, "check", lambda report: steps.append(opt.estimation.steps + 1))
     for _ in range(9):
         opt.step(closure)
     assert steps == [1, 2, 4, 8]
@@ -349,11 +349,11 @@ def test_the_function_leaves_everything_as_it_was() -> None:
     model, closure = network(lambda h, m: F.dropout(m["bn"](h)), SINGLE, bn=nn.BatchNorm1d(8))
     opt = optimizer(model)
     opt.step(closure)
-    before, uses = copy.deepcopy((model.state_dict(), opt.state_dict())), opt._plans[0].uses
+    before, uses = copy.deepcopy((model.state_dict(), opt.state_dict())), opt.estimation.plans[0].uses
     random_state = torch.get_rng_state()
     text = str(guessopt.audit(opt, closure))
     assert "passed" in text and "linear no. 2" in text
-    assert torch.equal(random_state, torch.get_rng_state()) and opt._plans[0].uses == uses
+    assert torch.equal(random_state, torch.get_rng_state()) and opt.estimation.plans[0].uses == uses
     after = model.state_dict(), opt.state_dict()
     flat = [torch.utils._pytree.tree_leaves(state) for state in (before, after)]
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*flat, strict=True) if a is not b

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, WPerp
-from guessopt.step import estimation
+from guessopt.step import runs as runs_module
 from tests.problems import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")  # BatchNorm couples the examples
@@ -419,7 +419,7 @@ def test_lazy_parameters_are_refused_before_their_first_forward() -> None:
 def test_a_loss_that_another_kernel_finds_elsewhere(repeats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The closure repeats if two of three runs agree; rounding has then moved the loss of the third run."""
     torch.manual_seed(0)
-    model, x, runs, trace = nn.Linear(4, 2), torch.randn(6, 4), itertools.count(), estimation.trace
+    model, x, runs, trace = nn.Linear(4, 2), torch.randn(6, 4), itertools.count(), runs_module.trace
 
     def closure() -> Tensor:
         return model(x).square().mean() + (0.0 if repeats else 0.1 * torch.full((), float(next(runs))))
@@ -429,7 +429,7 @@ def test_a_loss_that_another_kernel_finds_elsewhere(repeats: bool, monkeypatch: 
         plan.loss = plan.loss * 1.5
         return plan
 
-    monkeypatch.setattr(estimation, "trace", elsewhere)
+    monkeypatch.setattr(runs_module, "trace", elsewhere)
     opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, audit=False)
     if repeats:
         opt.step(closure)

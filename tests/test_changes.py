@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError
 from guessopt.estimators import LearnedFeedback, WPerp
-from guessopt.step.estimation import MAX_PLANS
+from guessopt.step.plan import MAX_PLANS
 
 from .problems import labels, of
 from .test_exactness import Summing
@@ -253,9 +253,9 @@ def test_plans_are_bounded_and_hold_no_batch() -> None:
         opt.step(closure)
     del closure, mask
     gc.collect()
-    assert len(opt._plans) == MAX_PLANS
+    assert len(opt.estimation.plans) == MAX_PLANS
     assert sum(mask() is not None for mask in masks) <= 1
-    assert len(opt._cache.state_dict()) == 1  # of the frozen layer, whatever the trace
+    assert len(opt.estimation.cache.state_dict()) == 1  # of the frozen layer, whatever the trace
 
 
 def test_a_cache_filled_by_the_first_forward() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import count, cycle, product
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import guessopt
 from guessopt import GuessGradOptimizer
 from guessopt.estimators import estimator_names, make_estimator
-from guessopt.step.estimation import MODES
+from guessopt.step.modes import MODES
 
 from .awkward import NETWORKS as AWKWARD
 from .problems import PROBLEMS, Problem, labels, learned, of
@@ -159,7 +159,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{base: ("replay", {}) for base in ("NAdam", "ASGD", "Adafactor", "Rprop")},
 }
 #: Options, guesses, memory modes.
-OPTIONS: list[tuple[dict[str, Any], int, tuple[str, ...]]] = [
+OPTIONS: list[tuple[dict[str, Any], int, Iterable[str]]] = [
     ({"seed": 5}, 1, ("store",)),
     ({"seed": 5, "stack_guesses": False}, 3, ("store",)),
     ({"orthogonal": True}, 3, ("store",)),

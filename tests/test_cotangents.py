@@ -14,6 +14,8 @@ from guessopt.diagnostics import cosine
 from guessopt.diagnostics.reverse import Truth, draw, measuring
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.estimators import Estimator
+from guessopt.step import runs
+from guessopt.step.runs import forward
 
 from .problems import labels
 
@@ -202,18 +204,18 @@ def test_the_truth_is_that_of_autograd(name: str, shape: tuple[int, ...]) -> Non
     opt = GuessGradOptimizer(
         [(n, p) for n, (p, _) in wanted.items()], torch.optim.SGD, "activation_perturbation", lr=0.0
     )
-    opt._estimators = [Isotropic()] * len(wanted)
+    opt.estimation.estimators = [Isotropic()] * len(wanted)
     truth = Truth(opt, closure)
 
     with measuring(opt) as transaction:
-        plan, record = opt._forward(closure, transaction)
+        plan, record = forward(opt.estimation, closure, transaction)
     sites = plan.graph.sites
     product = sum(float((truth.g[k] * y).sum()) for k, y in record.guesses.items())
     size = sum(float((truth.g[k] * y).abs().sum()) for k, y in record.guesses.items())
     assert set(record.guesses) == {site.index for site in sites if site.shares is None}
     assert float(record.d.sum()) == pytest.approx(product, abs=1e-12 * size)
 
-    found = parameter_gradients(truth.graph, truth.record, truth.g, opt._by_position, opt._ids)
+    found = parameter_gradients(truth.graph, truth.record, truth.g, opt.estimation.by_position, opt.estimation.ids)
     for k, (n, (_, g)) in enumerate(wanted.items()):
         for mine in (found[k], truth.gradient[k]):
             torch.testing.assert_close(mine, g, rtol=1e-9, atol=1e-12, msg=lambda m, n=n: f"{n}: {m}")
@@ -251,11 +253,11 @@ def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypa
     def closure() -> Tensor:
         return F.cross_entropy(model(x), labels(12, 3))
 
-    monkeypatch.setattr(opt, "_direct", lambda plan, learning_steps: frozenset())  # as in a step whose guesses correct
-    monkeypatch.setattr(opt, "_rests", lambda plan: False)
+    monkeypatch.setattr(runs, "direct_calls", lambda *_: frozenset())  # as in a step whose guesses correct
+    monkeypatch.setattr(runs, "makes_no_guess", lambda *_: False)
     truth, found = Truth(opt, closure), draw(opt, closure).cotangents
-    assert truth.graph.stream is not None
-    last = [site for site in truth.graph.sites if opt._names[site.params[0]].startswith("2.")]
+    assert truth.graph.chain is not None
+    last = [site for site in truth.graph.sites if opt.estimation.names[site.params[0]].startswith("2.")]
     assert {site.op for site in last} == {"lstm_cell", "linear"} and len(last) == 3
     for site in last:
         torch.testing.assert_close(found[site.index], truth.g[site.index], rtol=1e-9, atol=1e-12)

@@ -427,13 +427,13 @@ def test_measuring_changes_nothing_but_the_guess_stream(name: str, estimator: An
         return [[t.clone() for t in (*tensors, *moments)], packed["guessopt"]["steps"], own, opt.guesses]
 
     before = state()
-    learned = {key: entry for key, entry in opt._cache.learned().items()}
+    learned = {key: entry for key, entry in opt.estimation.cache.learned().items()}
     EVERY[name](opt, problem.closure)
     after = state()
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert before[1] == after[1] and before[3] == after[3]
     assert set(before[2]) <= set(after[2])
-    assert all(opt._cache.learned()[key] is entry for key, entry in learned.items())
+    assert all(opt.estimation.cache.learned()[key] is entry for key, entry in learned.items())
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -444,10 +444,10 @@ def test_training_goes_on_as_if_unmeasured(name: str) -> None:
         mlp = Mlp(WPerp(k=2, refresh=3), seed=0)
         for _ in range(6):
             if measured:
-                mlp.opt._noise.follow()
-                noise = mlp.opt._noise.snapshot()
+                mlp.opt.estimation.noise.follow()
+                noise = mlp.opt.estimation.noise.snapshot()
                 EVERY[name](mlp.opt, mlp.closure)
-                mlp.opt._noise.restore(noise)
+                mlp.opt.estimation.noise.restore(noise)
             mlp.opt.step(mlp.closure)
         ends.append(mlp.model[0].weight.detach())
     assert torch.equal(*ends)

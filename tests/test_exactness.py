@@ -11,6 +11,7 @@ from guessopt import GuessGradOptimizer
 from guessopt.diagnostics import true_gradient
 from guessopt.estimators import Estimator
 from guessopt.layout import Layout, numel
+from guessopt.step.modes import estimate_alone
 
 from .problems import PROBLEMS, Problem, build
 
@@ -49,7 +50,7 @@ class OneHot(Estimator):
 
 
 def one_hots(opt: GuessGradOptimizer) -> Iterator[tuple[int, int]]:
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     for site in graph.sites:
         if site.shares is None:
             entries = numel(site.shape) if site.layout is Layout.COUPLED else numel(site.shape) // graph.batch
@@ -64,16 +65,16 @@ class Summing:
         self.opt = GuessGradOptimizer(
             problem.named, torch.optim.SGD, "activation_perturbation", lr=0.1, seed=0, **options
         )
-        self.opt._estimators = [self.estimator] * len(problem.named)
+        self.opt.estimation.estimators = [self.estimator] * len(problem.named)
         self.estimate((-1, 0), batch=1)
 
     def estimate(self, at: tuple[int, int], batch: int) -> dict[int, Tensor]:
         self.estimator.at, self.estimator.batch = at, batch
-        return self.opt._estimate(self.problem.closure)[1]
+        return estimate_alone(self.opt.estimation, self.problem.closure)[1]
 
     def gradient(self) -> dict[str, Tensor]:
         self.estimate((-1, 0), 1)
-        graph = self.opt._plans[0].graph
+        graph = self.opt.estimation.plans[0].graph
         runs, total = list(one_hots(self.opt)), dict[int, Tensor]()
         for at in runs:
             for k, g in self.estimate(at, graph.batch).items():
@@ -82,8 +83,8 @@ class Summing:
             own = self.estimate((-1, 0), graph.batch).get(k)
             if own is not None:
                 total[k] = total[k] - (len(runs) - 1) * own if k in total else own
-        named = self.opt._by_position.items()
-        return {self.opt._names[k]: total.get(k, torch.zeros_like(p)) for k, p in named}
+        named = self.opt.estimation.by_position.items()
+        return {self.opt.estimation.names[k]: total.get(k, torch.zeros_like(p)) for k, p in named}
 
 
 def sum_over_one_hots(problem: Problem, engine: str) -> tuple[dict[str, Tensor], GuessGradOptimizer]:
@@ -101,7 +102,7 @@ def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) ->
     problem = build(name)
     total, opt = sum_over_one_hots(problem, engine)
     reference = torch.autograd.grad(problem.closure(), problem.parameters())
-    assert opt._plans[0].graph.batch == problem.batch
+    assert opt.estimation.plans[0].graph.batch == problem.batch
     for (parameter, _), g in zip(problem.named, reference, strict=True):
         torch.testing.assert_close(total[parameter], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=parameter)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.engine.jvp.stacked import StackedEngine
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 from tests.fuzzing.faults import (
     FAULTS,
     PLACES,
@@ -209,9 +209,9 @@ def test_one_error_does_not_keep_guesses_from_sharing_a_pass() -> None:
     world = World(guesses=3)
     with _patched(StackedEngine, "cut", _short_of_memory):
         world.step(0)
-    assert world.opt._plans[0].stacks is False
+    assert world.opt.estimation.plans[0].stacks is False
     world.step(1)
-    assert world.opt._plans[0].stacks
+    assert world.opt.estimation.plans[0].stacks
     calm = reference(partial(World, guesses=3), 2).states[1]
     assert differences(calm, world.state(), near=1e-6) == []
 
@@ -222,7 +222,7 @@ def test_errors_time_and_again_keep_guesses_from_sharing_a_pass() -> None:
         world.step(0)
         world.step(1)
     world.step(2)
-    assert world.opt._plans[0].stacks is False
+    assert world.opt.estimation.plans[0].stacks is False
     assert differences(reference(partial(World, guesses=3), 3).states[2], world.state(), near=1e-6) == []
 
 

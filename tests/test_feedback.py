@@ -179,7 +179,7 @@ def test_a_failed_step_leaves_the_feedback_alone() -> None:
 
 
 def test_no_tangents_between_forward_mode_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    import guessopt.step.estimation as module
+    import guessopt.step.modes as module
 
     net, closure = network()
     opt = optimizer(net, gamma=0.0, every=4)
@@ -267,7 +267,7 @@ def test_no_reverse_graph_holds_two_matrix_sites(name: str, ahead: int, monkeypa
     opt = optimizer_of(made, gamma=1, every=2, ahead=ahead)
     for _ in range(4):
         opt.step(made.closure)
-    stream = opt._plans[0].graph.stream
+    stream = opt.estimation.plans[0].graph.chain
     assert (stream is not None) == (name in STREAMS)
     assert depths and max(depths) <= (1 if stream is None else max(block.matrices for block in stream.blocks))
     whole = depth(made.closure().grad_fn, {})

@@ -17,7 +17,7 @@ from guessopt.diagnostics import estimated_gradient, true_gradient
 from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.estimator import _ESTIMATORS, Estimator
 from guessopt.estimators import estimator_names
-from guessopt.step import estimation
+from guessopt.step import modes, runs
 from guessopt.tracing.context import SiteContext
 from tests.problems import PROBLEMS, Problem, labels, of
 
@@ -186,7 +186,7 @@ def test_one_pass_with_k_guesses_is_the_mean_of_k_passes(name: str) -> None:
     problem = build(name)
     opt = sgd(problem, guesses=K, stack_guesses=True)
     assert_close(estimate(opt, problem), mean_of_single_passes(problem))
-    assert opt._plans[0].stacks
+    assert opt.estimation.plans[0].stacks
 
 
 @pytest.mark.parametrize("name", ["mlp", "batch norm, training"])
@@ -232,14 +232,15 @@ def test_the_closure_runs_once_for_all_guesses() -> None:
 
 def test_one_guess_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """One guess needs no stack and no second noise stream. It equals the first of several guesses."""
-    monkeypatch.setattr(estimation, "StackedEngine", None)
+    monkeypatch.setattr(runs, "StackedEngine", None)
     problem = build("mlp")
     one = sgd(problem, "activation_perturbation", seed=3)
     first = estimated_gradient(one, problem.closure)
     assert list(one.state_dict()["guessopt"]["noise"]["generators"]) == ["cpu"]
     monkeypatch.undo()
     lane = sgd(problem, "activation_perturbation", seed=3, guesses=2)
-    monkeypatch.setattr(lane, "_guess_once", lambda *a: (*GuessGradOptimizer._guess_once(lane, *a)[:2], 2))
+    once = modes._store_once
+    monkeypatch.setattr(modes, "_store_once", lambda *a: (*once(*a)[:2], 2))
     lane.stack_guesses = False
     assert_close(first, estimated_gradient(lane, problem.closure), 0)
 
@@ -266,7 +267,7 @@ def test_an_operation_that_vmap_refuses_goes_in_turn_by_itself() -> None:
     problem = build("custom function")
     opt = sgd(problem, guesses=K)
     estimate(opt, problem)
-    assert opt._plans[0].stacks and sum(opt._plans[0].ways.values()) == 1
+    assert opt.estimation.plans[0].stacks and sum(opt.estimation.plans[0].ways.values()) == 1
 
 
 def test_writes_into_shared_memory_go_in_turn() -> None:
@@ -274,7 +275,7 @@ def test_writes_into_shared_memory_go_in_turn() -> None:
     opt = sgd(problem, guesses=K)
     with pytest.warns(GuessWarning, match="memory that other tensors share"):
         estimated_gradient(opt, problem.closure)
-    assert opt._plans[0].stacks is False
+    assert opt.estimation.plans[0].stacks is False
     assert_close(estimate(opt, problem), mean_of_single_passes(problem))
     with pytest.raises(ValueError, match=r"stack_guesses: .* memory that other tensors share"):
         estimate(sgd(problem, guesses=K, stack_guesses=True), problem)
@@ -288,7 +289,7 @@ def test_what_carries_one_guess_goes_in_turn_without_a_warning(options: dict[str
         warnings.simplefilter("error")
         opt = sgd(problem, estimator, guesses=2, **options)
         opt.step(problem.closure)
-    assert opt._plans[0].stacks is False
+    assert opt.estimation.plans[0].stacks is False
     with pytest.raises(ValueError, match=f"stack_guesses: .*{why}"):
         sgd(problem, estimator, guesses=2, stack_guesses=True, **options).step(problem.closure)
 
@@ -328,7 +329,7 @@ def test_a_failed_attempt_to_share_leaves_no_trace(monkeypatch: pytest.MonkeyPat
         if stack_guesses is False:
             opt.step(closure)
         else:
-            assert opt._plans[0].stacks is False
+            assert opt.estimation.plans[0].stacks is False
         found.append(state_of(opt, model))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -345,7 +346,7 @@ def test_out_of_memory_goes_in_turn_at_any_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(StackedEngine, "cut", full)
     with pytest.warns(GuessWarning, match="out of memory"):
         opt.step(closure)
-    assert opt._plans[0].stacks is False
+    assert opt.estimation.plans[0].stacks is False
 
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
@@ -368,7 +369,7 @@ def test_a_failed_step_leaves_everything_as_it_was(
             draw = SiteContext.noise
 
             def noise(self: SiteContext, *args: Any, draw: Any = draw, opt: GuessGradOptimizer = opt) -> Tensor:
-                if opt._noise.lane == K - 1 and self.s.shape[-1] == 2:
+                if opt.estimation.noise.lane == K - 1 and self.s.shape[-1] == 2:
                     raise RuntimeError("broken")
                 return draw(self, *args)
 
@@ -378,7 +379,7 @@ def test_a_failed_step_leaves_everything_as_it_was(
                     opt.step(closure)
             after = state_of(opt, model)
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-            assert opt._noise.lane == 0
+            assert opt.estimation.noise.lane == 0
         for _ in range(2):
             opt.step(closure)
         found.append(state_of(opt, model))
@@ -395,9 +396,9 @@ def test_a_seed_fixes_every_guess_and_each_differs() -> None:
     assert_close(a, b, 0)
     ys: list[Tensor] = []
     opt = sgd(problem, "activation_perturbation", **options)
-    combined = estimation.combined
+    combined = modes.combined
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimation, "combined", lambda r, *rest: (ys.extend(r.guesses.values()), combined(r, *rest))[1])
+        patch.setattr(modes, "combined", lambda r, *rest: (ys.extend(r.guesses.values()), combined(r, *rest))[1])
         estimated_gradient(opt, problem.closure)
     assert all(not torch.equal(y[k], y[j]) for y in ys for k in range(4) for j in range(k))
 
@@ -418,14 +419,14 @@ def test_the_last_site_may_be_exact(orthogonal: bool) -> None:
 def joint_guesses(opt: GuessGradOptimizer, problem: Problem) -> tuple[Tensor, Tensor]:
     """``Y`` ``[N, K, d]``, all sites joined, and ``D`` ``[K, N]`` of the pass that ``estimate`` makes."""
     kept: list[Any] = []
-    combined = estimation.combined
+    combined = modes.combined
     with pytest.MonkeyPatch.context() as patch:
 
         def keep(record: Any, *rest: Any) -> Any:
             kept.append(([y.clone() for y in record.guesses.values()], record.d.clone()))
             return combined(record, *rest)
 
-        patch.setattr(estimation, "combined", keep)
+        patch.setattr(modes, "combined", keep)
         estimate(opt, problem)
     ys, d = kept[-1]
     return torch.cat([y.transpose(0, 1).flatten(2) for y in ys], 2), d

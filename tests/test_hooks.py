@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer, plan, preflight
 from guessopt.diagnostics import estimated_gradient, true_gradient
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 
 torch.manual_seed(0)
 X = torch.randn(8, 5, dtype=torch.float64)

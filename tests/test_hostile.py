@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.layout import Layout
+from guessopt.step.guessing import directions
 
 from .problems import Attention, Cube, Problem, Transformer, labels, of
 from .test_exactness import Summing, sum_over_one_hots
@@ -757,7 +758,7 @@ def test_the_gradient_is_right(name: str) -> None:
     problem = PROBLEMS[name]()
     found, opt = sum_over_one_hots(problem, "fast")
     assert_gradient(problem, found)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     assert problem.batch in (None, graph.batch)
     assert any(site.layout is Layout.COUPLED for site in graph.sites) == (name in COUPLED)
 
@@ -776,7 +777,7 @@ def test_a_zero_initialised_head() -> None:
     with torch.no_grad():
         head.weight.normal_()
     assert_gradient(problem, summing.gradient())
-    assert {site.layout for site in summing.opt._plans[0].graph.sites} <= {Layout.BATCH_SECOND, Layout.FLAT_T}
+    assert {site.layout for site in summing.opt.estimation.plans[0].graph.sites} <= {Layout.BATCH_SECOND, Layout.FLAT_T}
 
 
 def test_a_branch_taken_on_some_steps_only() -> None:
@@ -795,21 +796,21 @@ def test_a_branch_taken_on_some_steps_only() -> None:
     for branch in (True, False, True):
         state["branch"] = branch
         assert_gradient(problem, summing.gradient())
-    assert len(summing.opt._plans) == 2
+    assert len(summing.opt.estimation.plans) == 2
 
     def calls_of_a_step() -> int:
         before = next(calls)
         summing.estimate((-1, 0), 4)
         return next(calls) - before - 1
 
-    for plan in summing.opt._plans:
+    for plan in summing.opt.estimation.plans:
         plan.uses = 100  # no probe is due
     state["branch"] = True
     assert [calls_of_a_step() for _ in range(4)] == [1] * 4
     for _ in range(6):
         state["branch"] = not state["branch"]
         assert calls_of_a_step() == 2  # the plan of the step before is tried first, as far as it goes
-    assert len(summing.opt._plans) == 2
+    assert len(summing.opt.estimation.plans) == 2
 
 
 @pytest.mark.parametrize("kind", ["last batch", "sequence length"])
@@ -827,8 +828,8 @@ def test_shapes_that_change(kind: str) -> None:
     for ids in (full, torch.randint(5, (3, 3) if kind == "last batch" else (4, 2)), full):
         state["ids"] = ids
         assert_gradient(problem, summing.gradient())
-        assert summing.opt._plans[0].graph.batch == len(ids)
-    assert len(summing.opt._plans) == 2
+        assert summing.opt.estimation.plans[0].graph.batch == len(ids)
+    assert len(summing.opt.estimation.plans) == 2
 
 
 def test_numbers_that_change_from_step_to_step() -> None:
@@ -842,7 +843,7 @@ def test_numbers_that_change_from_step_to_step() -> None:
     for scale in (0.5, -3.0):
         state["scale"] = scale
         assert_gradient(problem, summing.gradient())
-    assert len(summing.opt._plans) == 1
+    assert len(summing.opt.estimation.plans) == 1
 
 
 def test_rows_whose_order_depends_on_the_data() -> None:
@@ -888,7 +889,7 @@ def test_what_touches_nothing_stands_in_no_segments_way() -> None:
     problem = untouched()
     opt = GuessGradOptimizer(problem.named, torch.optim.SGD, "w_transpose", lr=0.1)
     opt.estimate(problem.closure)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     assert graph.blocked == {} and [site.is_last for site in graph.sites] == [False, False, True]
 
 
@@ -903,7 +904,7 @@ def test_code_that_asks_whether_activations_require_grad() -> None:
     problem = classifier(forward, first=nn.Linear(3, 4), head=nn.Linear(4, 2))
     found, opt = sum_over_one_hots(problem, "fast")
     assert_gradient(problem, found)
-    assert any(fn is torch.tanh for fn in opt._plans[0].graph.functions)
+    assert any(fn is torch.tanh for fn in opt.estimation.plans[0].graph.functions)
 
 
 @pytest.mark.parametrize("engine", ["fast", "dual", "func"])
@@ -912,11 +913,11 @@ def test_directional_descent_through_an_embedding_bag(mode: str, engine: str) ->
     """torch has no forward derivative for it. The estimate must be ``<v, g> v``."""
     model, ids = net(nn.EmbeddingBag(5, 3, mode=mode), nn.Linear(3, 2)).double(), torch.randint(5, (6, 4))
     opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, "directional_descent", lr=0.1, seed=0, engine=engine)
-    opt._noise.follow()
-    before = opt._noise.snapshot()
+    opt.estimation.noise.follow()
+    before = opt.estimation.noise.snapshot()
     opt.estimate(lambda: F.cross_entropy(model(ids), labels(6, 2)))
-    opt._noise.restore(before)
-    vs = list(opt._directions(1, opt._noise).values())
+    opt.estimation.noise.restore(before)
+    vs = list(directions(opt.estimation, 1, opt.estimation.noise).values())
     gs = torch.autograd.grad(F.cross_entropy(model(ids), labels(6, 2)), list(model.parameters()))
     slope = sum(float((v * g).sum()) for v, g in zip(vs, gs, strict=True))
     for p, v in zip(model.parameters(), vs, strict=True):
@@ -1044,10 +1045,10 @@ def test_what_cannot_be_right_is_refused(name: str) -> None:
     closure, message = REFUSED[name]
     model = model_to_refuse()
     opt = GuessGradOptimizer([*model.first.parameters(), *model.last.parameters()], lr=0.1)
-    before = copy.deepcopy(list(opt._params))
+    before = copy.deepcopy(list(opt.estimation.params))
     with pytest.raises(ClosureError, match=f"(?s){message}"):
         opt.step(lambda: closure(model))
-    torch.testing.assert_close(before, list(opt._params))
+    torch.testing.assert_close(before, list(opt.estimation.params))
     opt.step(lambda: loss_of(model.last(model.first(X))))  # and training goes on
 
 

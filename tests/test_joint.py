@@ -91,7 +91,7 @@ def joined(estimator: Any) -> list[tuple[str, ...]]:
     net, closure = problem(False)
     opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.0, seed=0)
     opt.step(closure)
-    plan = opt._plans[0]
+    plan = opt.estimation.plans[0]
     names = [name for name, _ in net.named_parameters()]
     return [
         tuple(names[plan.graph.sites[k].params[0]].partition(".")[0] for k in joint.sites)
@@ -166,15 +166,15 @@ def test_calls_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the three projections and one of the two in the MLP, attention, the first norm, the gate."""
     taken = []
     net, closure = problem(False)
-    resume = FastEngine.resume
+    reuse = FastEngine.reuse
 
     def spy(self: FastEngine, fn: Any, *rest: Any) -> Any:
-        out = resume(self, fn, *rest)
+        out = reuse(self, fn, *rest)
         if out is not NotImplemented:
             taken.append(fn.__name__)
         return out
 
-    monkeypatch.setattr(FastEngine, "resume", spy)
+    monkeypatch.setattr(FastEngine, "reuse", spy)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, WPerp(k=2), lr=0.0, seed=0)
     opt.step(closure)
     assert sorted(taken) == ["add", "add", "layer_norm", *["linear"] * 3, "mul", "scaled_dot_product_attention", "silu"]

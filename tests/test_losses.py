@@ -67,7 +67,7 @@ def test_every_loss_is_exact_and_keeps_the_examples_apart(name: str) -> None:
     total, opt = sum_over_one_hots(problem, "fast")
     loss = problem.closure()
     reference = torch.autograd.grad(loss.mean(), problem.parameters())
-    assert opt._plans[0].graph.batch == N
+    assert opt.estimation.plans[0].graph.batch == N
     for (parameter, _), g in zip(problem.named, reference, strict=True):
         torch.testing.assert_close(total[parameter], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=parameter)
 
@@ -142,7 +142,7 @@ def test_a_language_model_that_computes_its_own_loss(items: int | None) -> None:
     wanted = ids.masked_fill(torch.rand(4, 5) < 0.3, -100)
     problem = of(LanguageModel(), lambda m: m(input_ids=ids, labels=wanted, num_items_in_batch=items).loss, 4)
     total, opt = sum_over_one_hots(problem, "fast")
-    assert opt._plans[0].graph.batch == 4
+    assert opt.estimation.plans[0].graph.batch == 4
     for (name, _), g in zip(problem.named, torch.autograd.grad(problem.closure(), problem.parameters()), strict=True):
         torch.testing.assert_close(total[name], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=name)
 

@@ -26,6 +26,7 @@ from guessopt import (
     WTranspose,
 )
 from guessopt.memory_plan import cpu_peak
+from guessopt.step import modes
 
 from .machine import refused, skip_if_refused
 from .problems import learned, unfollowed
@@ -124,14 +125,14 @@ def test_first_pass_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2, memory="replay")
     opt.step(lambda: net(x).square().mean())
     alive: list[int] = []
-    second = opt._replay
+    second = modes.second_run
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         gc.collect()
         alive.append(sum(ref() is not None for ref in seen))
         return second(*args, **kwargs)
 
-    monkeypatch.setattr(opt, "_replay", spy)
+    monkeypatch.setattr(modes, "second_run", spy)
     seen.clear()
     opt.step(lambda: net(x).square().mean())
     assert alive == [0] and len(seen) >= 2 * len(net)
@@ -286,7 +287,7 @@ def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monke
     for _ in range(4):
         opt.step(lambda: net(x).square().mean())
     between: list[int] = []
-    second = opt._replay
+    second = modes.second_run
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         gc.collect()
@@ -294,7 +295,7 @@ def test_learned_feedback_keeps_two_layers_at_most(every: int, ahead: int, monke
         alive.clear()
         return second(*args, **kwargs)
 
-    monkeypatch.setattr(opt, "_replay", spy)
+    monkeypatch.setattr(modes, "second_run", spy)
     seen.clear()
     opt.step(lambda: net(x).square().mean())
     assert between == [0] and len(alive) == len(net)

@@ -88,7 +88,7 @@ def test_learned_feedback_keeps_a_block_or_runs_it_again(name: str) -> None:
         torch.manual_seed(1)
         for _ in range(3):
             opt.step(subject.closure)
-        assert opt._plans[0].graph.stream is not None and opt._plans[0].keeps_graphs
+        assert opt.estimation.plans[0].graph.chain is not None and opt.estimation.plans[0].keeps_graphs
         ends.append([p.detach() for _, p in subject.named()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b)
@@ -324,7 +324,7 @@ def test_float16_cotangents_stay_within_range(scale: float) -> None:
         model.zero_grad()
         named = [("weight", model[0].weight)]
         opt = GuessGradOptimizer(named, torch.optim.SGD, "activation_perturbation", lr=0.0, seed=0)
-        opt._noise.normal = partial(_rounded, torch.Generator().manual_seed(0))  # type: ignore[method-assign]
+        opt.estimation.noise.normal = partial(_rounded, torch.Generator().manual_seed(0))  # type: ignore[method-assign]
         opt.estimate(lambda m=model, x=x: F.cross_entropy(m(x).float(), labels(512, 4)) * scale)  # type: ignore[misc]
         found.append(model[0].weight.grad.float())
     half, single = found

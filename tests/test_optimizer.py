@@ -1086,7 +1086,7 @@ def test_estimators_by_patterns_of_parameter_names() -> None:
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     again.load_state_dict(torch.load(buffer, weights_only=True))
-    assert again._estimators == optimizer._estimators
+    assert again.estimation.estimators == optimizer.estimation.estimators
 
 
 def test_patterns_need_names_and_must_cover_every_parameter() -> None:

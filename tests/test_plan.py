@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import guessopt
-from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp
+from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp, memory_plan
 from guessopt.memory_plan import bytes_of, cpu_peak
 
 from .machine import skip_if_refused
@@ -126,14 +126,14 @@ def test_recommends_what_fits_and_says_when_backprop_does() -> None:
 def test_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     net, closure = _problem()
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2)
-    estimate = opt._estimate
+    estimate = memory_plan.estimate
 
     def short_of_memory(*args: Any) -> Any:
         if opt.memory == "store":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return estimate(*args)
 
-    monkeypatch.setattr(opt, "_estimate", short_of_memory)
+    monkeypatch.setattr(memory_plan, "estimate", short_of_memory)
     found = guessopt.plan(opt, closure)
     assert found.modes[0].peak is None and found.recommended != "store" and "out of memory" in str(found)
 

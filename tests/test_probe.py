@@ -19,6 +19,7 @@ from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
 from guessopt.estimators import Estimator
 from guessopt.layout import Layout
+from guessopt.step.runs import forward
 
 from .problems import Attention, Problem, Recurrent, Rotary, labels, of
 from .test_exactness import sum_over_one_hots
@@ -47,12 +48,12 @@ def optimizer(problem: Problem, **options: Any) -> GuessGradOptimizer:
 
 def check_layouts_of(opt: GuessGradOptimizer, problem: Problem) -> tuple[Tensor, Tensor]:
     """``D_n`` of guesses at the sites that keep the examples apart: from a pass, and from autograd."""
-    own, opt._estimators = opt._estimators, [Apart()] * len(problem.named)
-    opt._plans[0].guesses = None
+    own, opt.estimation.estimators = opt.estimation.estimators, [Apart()] * len(problem.named)
+    opt.estimation.plans[0].assignments = None
     truth = Truth(opt, problem.closure)
     with measuring(opt) as transaction:
-        plan, record = opt._forward(problem.closure, transaction)
-    opt._estimators, plan.guesses = own, None
+        plan, record = forward(opt.estimation, problem.closure, transaction)
+    opt.estimation.estimators, plan.assignments = own, None
     n = plan.graph.batch
     expected = torch.zeros(n, dtype=torch.float64)
     for index, y in record.guesses.items():
@@ -73,7 +74,7 @@ def checked_layouts(opt: GuessGradOptimizer, problem: Problem) -> tuple[int, int
     """``check_layouts`` of an optimizer that has estimated."""
     found, expected = check_layouts_of(opt, problem)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     own = [site for site in graph.sites if site.shares is None]
     return graph.batch, sum(site.layout is Layout.COUPLED for site in own), len(own)
 
@@ -329,7 +330,7 @@ def test_examples_are_found(name: str) -> None:
         opt.estimate(problem.closure)
     warned = [str(w.message) for w in caught if issubclass(w.category, GuessWarning)]
     assert coupled or not warned
-    assert opt._plans[0].alive
+    assert opt.estimation.plans[0].alive
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GuessWarning)
         assert checked_layouts(opt, problem)[:2] == (n, coupled)
@@ -522,9 +523,9 @@ def test_what_wakes_later_is_told_and_then_found(kind: str) -> None:
     problem, open_up = gated(kind)
     opt = optimizer(problem)
     opt.estimate(problem.closure)
-    plan = opt._plans[0]
+    plan = opt.estimation.plans[0]
     assert plan.found is not None and not plan.alive
-    names = [opt._names[plan.graph.sites[k].params[0]] for k in plan.found.unproven]
+    names = [opt.estimation.names[plan.graph.sites[k].params[0]] for k in plan.found.unproven]
     assert "a.weight" in names and not {"h.weight"} & set(names)
     opt.estimate(problem.closure)
     assert not plan.alive
@@ -533,7 +534,7 @@ def test_what_wakes_later_is_told_and_then_found(kind: str) -> None:
     assert plan.alive and plan.found.unproven == ()
     found, expected = check_layouts_of(opt, problem)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    first = next(site for site in plan.graph.sites if opt._names[site.params[0]] == "a.weight")
+    first = next(site for site in plan.graph.sites if opt.estimation.names[site.params[0]] == "a.weight")
     assert first.layout is (Layout.COUPLED if kind == "mixup" else Layout.BATCH_SECOND)
 
 
@@ -650,7 +651,7 @@ def test_a_fused_loss_is_the_head(kind: str, memory: str) -> None:
     else:
         opt = optimizer(problem, memory=memory)
         opt.estimate(problem.closure)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     assert graph.batch == 6 and all(site.layout is Layout.BATCH_FIRST for site in graph.sites)
     if kind != "tied":
         opt = optimizer(problem, memory=memory)
@@ -677,9 +678,9 @@ def test_a_fused_loss_gives_the_derivatives_of_the_plain_one(kind: str) -> None:
         torch.manual_seed(0)
         problem = head(each)
         opt = optimizer(problem)
-        opt._estimators = [BeforeTheHead()] * len(problem.named)
+        opt.estimation.estimators = [BeforeTheHead()] * len(problem.named)
         with measuring(opt) as transaction:
-            opt._refresh()
-            found.append(opt._forward(problem.closure, transaction)[1].d)
+            opt.estimation.refresh()
+            found.append(forward(opt.estimation, problem.closure, transaction)[1].d)
     assert found[0].shape == (6,)
     torch.testing.assert_close(*found)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from guessopt import GuessGradOptimizer
 from guessopt.engine.jvp.engines import DualEngine, _pack, _unpack
 from guessopt.engine.jvp.stacked import StackedEngine
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.tree import tensors_in
 
 from .problems import Problem, labels
 
@@ -276,7 +276,7 @@ def test_parameters_beside_a_stack(name: str, mix: str) -> None:
                     problem.named, torch.optim.SGD, estimator, lr=0.0, seed=0, guesses=K, stack_guesses=stack
                 )
                 opt.estimate(problem.closure)
-                assert stack is False or opt._plans[0].stacks
+                assert stack is False or opt.estimation.plans[0].stacks
                 found.append([p.grad for p in problem.parameters()])
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, s=shape: f"{s}: {m}")
@@ -311,7 +311,7 @@ def test_a_network_whose_every_size_is_the_number_of_guesses(estimator: str, ort
             orthogonal=orthogonal,
         )  # fmt: skip
         opt.estimate(lambda m=model, x=x: F.cross_entropy(m(x), labels(K, K)))  # type: ignore[misc]
-        assert stack is False or opt._plans[0].stacks
+        assert stack is False or opt.estimation.plans[0].stacks
         found.append([p.grad for p in model.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)

@@ -40,7 +40,7 @@ from guessopt.cache import SiteCache
 from guessopt.estimators import estimator_names, make_estimator
 from guessopt.rng import NoiseSource
 from guessopt.state import VERSION, placement
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 
 from .test_bad_input import assert_same, snapshot
 
@@ -218,11 +218,11 @@ def test_a_refused_state_changes_nothing(change: Callable[[dict[str, Any]], Any]
     state = copy.deepcopy(opt.state_dict())
     opt.step(loss_of(model))
     change(state)
-    before, plans, groups = snapshot(model, opt), opt._plans, opt.param_groups
+    before, plans, groups = snapshot(model, opt), opt.estimation.plans, opt.param_groups
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     assert_same(before, snapshot(model, opt))
-    assert opt._plans is plans and opt.param_groups is groups
+    assert opt.estimation.plans is plans and opt.param_groups is groups
     opt.step(loss_of(model))
 
 
@@ -266,7 +266,7 @@ def test_an_error_in_a_hook_changes_nothing() -> None:
     assert_same(before, snapshot(model, opt))
     handle.remove()
     opt.load_state_dict(state)
-    assert opt._steps == 2
+    assert opt.estimation.steps == 2
 
 
 def test_hooks_on_the_optimizer_and_what_a_base_adds_are_kept() -> None:
@@ -432,9 +432,10 @@ def test_copies_keep_every_option(steps: int, how: str) -> None:
     assert every - opt.__reduce__()[1][2].keys() == {"seed"}, "an option is not kept as an attribute of its name"
     names = [name for name in options if name not in ("budget", "seed")]
     assert [getattr(again, name) for name in names] == [getattr(opt, name) for name in names]
-    assert (again._noise.seed, again._estimators, again._level.args) == (4, opt._estimators, opt._level.args)
+    one, two = again.estimation, opt.estimation
+    assert (one.noise.seed, one.estimators, one.engine) == (4, two.estimators, two.engine)
     assert opt.memory == ("store" if steps else "auto")  # the only mode that keeps all guesses, which orthogonal takes
-    assert (again._default, again._steps) == (opt._default, opt._steps)
+    assert (again._default, again.estimation.steps) == (opt._default, opt.estimation.steps)
     assert again._budget == (opt._budget if opt.memory == "auto" else None)
     assert (
         again.param_groups[0]["lr"] == 0.2 and again.param_groups[0]["params"][0] is not opt.param_groups[0]["params"]
@@ -478,7 +479,7 @@ def test_estimators_and_levels_pickle() -> None:
         estimator = make_estimator(spec)
         assert _through_pickle(estimator) == estimator == copy.deepcopy(estimator)
     _, opt = used(engine="dual", batch_norm="frozen_statistics")
-    assert type(_through_pickle(opt._level)()) is type(opt._level())
+    assert type(_through_pickle(opt.estimation.make_engine)()) is type(opt.estimation.make_engine())
 
 
 def _train_elsewhere(pair: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from guessopt import GuessGradOptimizer, GuessWarning, LearnedFeedback
-from guessopt.chains import Stream
+from guessopt.chains import ResidualChain
 from guessopt.diagnostics import cosine, estimated_gradient, true_gradient
 from guessopt.memory_plan import cpu_peak
 
@@ -46,9 +46,9 @@ def optimizer(named: Any, lr: float = 0.05, **options: Any) -> GuessGradOptimize
     return GuessGradOptimizer(named, torch.optim.SGD, LearnedFeedback(**options), lr=lr, seed=1)
 
 
-def stream_of(opt: GuessGradOptimizer, closure: Closure) -> Stream | None:
+def stream_of(opt: GuessGradOptimizer, closure: Closure) -> ResidualChain | None:
     estimated_gradient(opt, closure)
-    return opt._plans[0].graph.stream
+    return opt.estimation.plans[0].graph.chain
 
 
 def shortcut_net(projected: bool) -> tuple[nn.Module, Closure]:
@@ -408,7 +408,7 @@ def test_engines_agree(engine: str, ahead: int) -> None:
 def test_no_tangents_where_nothing_is_corrected_or_learned_from_them(
     options: dict[str, Any], tangents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import guessopt.step.estimation as module
+    import guessopt.step.modes as module
 
     net, closure = stack(2)
     opt = optimizer(net.named_parameters(), gamma=0, **options)
@@ -541,7 +541,7 @@ def test_kept_graphs_of_awkward_blocks(way: str, options: dict[str, Any]) -> Non
         with pytest.warns(GuessWarning, match="writes into memory") if spoiled else nullcontext():
             for _ in range(5):
                 opt.step(lambda net=net, x=x: F.cross_entropy(net(x), labels(12, 3)))
-        assert opt._plans[0].graph.stream is not None
+        assert opt.estimation.plans[0].graph.chain is not None
         ends.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -570,7 +570,7 @@ def test_autocast() -> None:
 
     opt = optimizer(net.named_parameters(), gamma=0, every=2)
     found = cosine(opt, closure)
-    assert opt._plans[0].graph.stream is not None
+    assert opt.estimation.plans[0].graph.chain is not None
     assert found.per_parameter["2.one.weight"] > 0.99
     opt.step(closure)
 

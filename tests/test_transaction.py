@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError, preflight
 from guessopt.diagnostics import variance
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 from tests.problems import PassedThrough, seeded
 
 pytestmark = [
@@ -620,8 +620,8 @@ WRITE_PARAMETERS = {"weight_decay_by_hand", "clipping_by_hand"}
 
 def modes_of(name: str) -> list[str]:
     """Writes into a buffer share a path: each kind runs in ``"store"`` and in one other mode."""
-    modes = MODES[:2] if name in WRITE_PARAMETERS else MODES  # see test_stream_and_parameters_written_by_hand
-    return ["store", MODES[1 + len(name) % 2]] if name in WRITES else list(modes)
+    modes = [*MODES][:2] if name in WRITE_PARAMETERS else [*MODES]  # see test_stream_and_parameters_written_by_hand
+    return ["store", modes[1 + len(name) % 2]] if name in WRITES else modes
 
 
 @pytest.mark.parametrize(("name", "memory"), [(name, memory) for name in CASES for memory in modes_of(name)])
@@ -735,5 +735,5 @@ def test_calls_that_write_nothing_are_not_looked_at() -> None:
     case = build("row of a queue")
     opt = optimizer(case, "store")
     opt.step(case.closure)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     assert {graph.functions[index].__name__ for index in graph.mutations} == {"add_"}

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guessopt import GuessGradOptimizer, PartialUpdateError, plan
-from guessopt.step.estimation import MODES
+from guessopt.step.mode import MODES
 from guessopt.update import together
 
 #: Its optimizers number their steps by group.
@@ -255,7 +255,7 @@ def test_the_dry_run_leaves_a_used_base_alone() -> None:
     before = copy.deepcopy(base.state_dict())
     versions = [p._version for p in model.parameters()]
     optimizer = GuessGradOptimizer(model.parameters(), base, memory="stream")
-    assert optimizer._refused("stream", None) is None
+    assert optimizer.estimation.refused("stream", None) is None
     assert together(base) is None
     assert versions == [p._version for p in model.parameters()]
     after = base.state_dict()

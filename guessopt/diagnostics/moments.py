@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guessopt.diagnostics.gradients import expected_cotangents, expected_from, joined
 from guessopt.diagnostics.plots import bars
-from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, unrows, wide
+from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, wide
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Site
 from guessopt.tracing.context import NOISES, SiteContext
@@ -196,7 +196,7 @@ def covariance_norm(
             else:
                 r = torch.randint(2, (n, d), generator=generator) * 2.0 - 1
             r = torch.view_as_complex(r.double().unflatten(1, (-1, 2))) if ctx.s.is_complex() else r
-            v = unrows(r.to(ctx.s.dtype).to(ctx.s.device), site.layout, tuple(ctx.s.shape))
+            v = site.layout.unrows(r.to(ctx.s.dtype).to(ctx.s.device), tuple(ctx.s.shape))
             with torch.no_grad(), unfused():
                 moment = apply(v)
             if moment is None:
@@ -211,10 +211,10 @@ def covariance_norm(
 def _covariance(truth: Truth, site: Site, ctx: SiteContext) -> Callable[[Tensor], Tensor | None] | None:
     """``v -> C v``, C the covariance of the site's guess; None where it has no guess of its own."""
     opt = truth.opt
-    estimator = opt._estimator_of(site)
-    if estimator.learns or opt._is_exact(site, estimator):
+    estimator = opt.estimation.estimator_of(site)
+    if estimator.learns or opt.estimation.is_exact(site, estimator):
         return None
-    state = opt._prepared(site, estimator, opt._key(site, estimator), ctx)
+    state = opt.estimation.prepared(site, estimator, ctx)
 
     def apply(v: Tensor) -> Tensor | None:
         v = v if site.reach is None else site.reach.restrict(v)
@@ -242,7 +242,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
     draws of the same stream, replayed."""
     sites = [(name, site) for name, site, _ in truth.estimated()]
     expected = expected_cotangents(truth)
-    noise = opt._noise.snapshot()
+    noise = opt.estimation.noise.snapshot()
 
     def cotangent(one: Draw, site: Site) -> Tensor:
         found = one.cotangents.get(site.index)
@@ -257,7 +257,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
             for name, site in sites:
                 means[name] += cotangent(one, site) / draws
             parameters += joined(named(opt, one.gradients)) / draws
-        opt._noise.restore(noise)
+        opt.estimation.noise.restore(noise)
         correction = {name: lost if expected[site.index] is None else 1.0 for name, site in sites}
     middle: dict[str, Tensor] = {}
     for name, site in sites:

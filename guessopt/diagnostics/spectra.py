@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
-from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, unrows, wide
+from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, wide
 from guessopt.layout import Layout
 from guessopt.ops.base import MatrixRule
 from guessopt.optimizer import GuessGradOptimizer
@@ -134,7 +134,7 @@ def _columns(apply: Callable[[Tensor], Tensor], site: Site, ctx: SiteContext, ex
         for j in range(d):
             r = ctx.s.new_zeros(n, d)
             r[:, j] = 1
-            columns.append(apply(unrows(r, site.layout, shape))[:examples].double())
+            columns.append(apply(site.layout.unrows(r, shape))[:examples].double())
     return torch.stack(columns, dim=2)
 
 
@@ -160,7 +160,7 @@ def effective_rank(opt: GuessGradOptimizer, closure: Closure | None = None) -> E
     >>> 1 <= effective_rank(opt).per_parameter["weight"] <= 3
     True
     """
-    names = zip(opt._names, opt._params, strict=True)
+    names = zip(opt.estimation.names, opt.estimation.params, strict=True)
     return EffectiveRank({name: effective_rank_of(p.flatten(1)) for name, p in names if p.dim() > 1})
 
 

@@ -51,8 +51,10 @@ from guessopt.ops.base import is_in_place
 from guessopt.record import ForwardRecord
 from guessopt.rng import RandomState, cuda_devices
 from guessopt.sites import Site
-from guessopt.tracing.interceptor import AS_IT_IS, CustomFunction, results_of, tensors_in
+from guessopt.tracing.answers import CustomFunction
+from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.tape import memory_of, version_of
+from guessopt.tree import map_tensors, results_of, tensors_in
 
 #: Operations whose derivative is one-sided, or one of several, or of a smooth stand-in: by name, without underscores.
 _KINKED = frozenset((
@@ -760,11 +762,7 @@ def _kept(value: Any) -> Any:
 
 
 def _copied(node: Any) -> Any:
-    leaves, spec = tree_flatten(node)
-    copies = [
-        t.detach().clone() if isinstance(t, Tensor) and not is_traceable_wrapper_subclass(t) else t for t in leaves
-    ]
-    return tree_unflatten(copies, spec)
+    return map_tensors(node, lambda t: t if is_traceable_wrapper_subclass(t) else t.detach().clone())
 
 
 def _flat(out: Any) -> Any:

@@ -20,18 +20,11 @@ from guessopt.ops.base import CachedCall, is_in_place, moves_statistics
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Call, Site, Value, name_of
-from guessopt.tracing.interceptor import (
-    AS_IT_IS,
-    CustomFunction,
-    Interceptor,
-    autocast_of,
-    compared,
-    map_tensors,
-    results_of,
-    stops_gradient,
-    tensors_in,
-)
+from guessopt.tracing.answers import CustomFunction
+from guessopt.tracing.functions import AS_IT_IS, autocast_of, stops_gradient
+from guessopt.tracing.interceptor import Interceptor
 from guessopt.tracing.writes import BINDING, Memory, copied, generators_in
+from guessopt.tree import compared, map_tensors, results_of, tensors_in
 
 Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
 
@@ -115,11 +108,11 @@ class ForwardRun(Interceptor):
         #: By value, the leaf that the loss reads in place of the network's value.
         self.standins: dict[int, Tensor] = {}
         self.random: dict[int, RandomState | None] = {}
-        if graph.stream is not None:
-            self.random = dict.fromkeys(graph.stream.redrawn if engine.reverses else graph.stream.drawing)
+        if graph.chain is not None:
+            self.random = dict.fromkeys(graph.chain.redrawn if engine.reverses else graph.chain.drawing)
         self._answers = iter(graph.answers)
         self.handling = graph.handling
-        self._seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.known)
+        self._seen: dict[int, tuple[ref[Tensor], int]] = dict(graph.parameters_seen)
         self._moved: dict[int, int] = {}
 
     def moves(self, t: Tensor) -> bool:
@@ -161,15 +154,15 @@ class ForwardRun(Interceptor):
         out = self._run(index, kind, fn, args, kwargs, tensors)
 
         results = results_of(out, tensors)
-        if len(results) != call.direct:
-            raise GraphMismatch(index, f"{name_of(fn)} returned {len(results)} tensors in place of {call.direct}")
+        if len(results) != call.result_count:
+            raise GraphMismatch(index, f"{name_of(fn)} returned {len(results)} tensors in place of {call.result_count}")
         if call.target is None and tensors and any(t is tensors[0] for t in results):
             out, results = self._copied(call, kind, out, results, tensors[0])
         for k, value in leaving:
             self._keep(value, results[k])
             out = self._replace(out, results, k, tensors, self.engine.mark(value, results[k], False))
         for k, value in noted:
-            after = self.engine.note(value, results[k], clone=self._is_fragile(value))
+            after = self.engine.note(value, results[k], clone=self._is_overwritten_later(value))
             out = self._replace(out, results, k, tensors, after)
         self._register(call, results, tensors)
         if not self.keeps:
@@ -219,12 +212,16 @@ class ForwardRun(Interceptor):
             raise GraphMismatch(call.index, f"{call.op} reads another parameter")
         self._seen[id(t)] = entry = ref(t), value
         if position is not None:
-            graph.known[id(t)] = entry
+            graph.parameters_seen[id(t)] = entry
             return
-        if self.repeats and graph.met.get(value, t) is not t and not _equal(graph.met[value], t):
+        if (
+            self.repeats
+            and graph.first_pass_tensors.get(value, t) is not t
+            and not _equal(graph.first_pass_tensors[value], t)
+        ):
             raise GraphMismatch(call.index, f"{call.op} reads a tensor that holds other numbers than a moment ago")
         self.met[value] = t
-        if value in graph.early and (constant := graph.constants.get(value)) is not t:
+        if value in graph.constant_values and (constant := graph.constants.get(value)) is not t:
             if constant is None or not _equal(constant, t):
                 if known.fixed and constant is not None:
                     raise GraphMismatch(call.index, f"{call.op} reads another weight")
@@ -302,11 +299,11 @@ class ForwardRun(Interceptor):
         if self.engine.needs is not None and value not in self.engine.needs:
             return
         primal = self.engine.primal(t)
-        self.values[value] = primal.clone() if self._is_fragile(value) else primal
+        self.values[value] = primal.clone() if self._is_overwritten_later(value) else primal
 
-    def _is_fragile(self, value: int) -> bool:
-        stream = self.graph.stream
-        return stream is not None and value in stream.fragile
+    def _is_overwritten_later(self, value: int) -> bool:
+        chain = self.graph.chain
+        return chain is not None and value in chain.overwritten_later
 
     # --- one call -----------------------------------------------------------------------------------------------------
 
@@ -403,7 +400,7 @@ class ForwardRun(Interceptor):
         if t.shape != cut.shape:
             raise GraphMismatch(self.count - 1, f"the loss reads shape {list(t.shape)} in place of {list(cut.shape)}")
         with AS_IT_IS if self.engine.reverses else self.no_grad:
-            if cut.fragile:
+            if cut.overwritten_later:
                 t = self.engine.call(Tensor.clone, (t,), {}, writes=False)
             used, self.leaves[number] = self.engine.cut(number, t)
         return used.clone() if self.graph.loss_writes else used
@@ -510,12 +507,12 @@ class ForwardRun(Interceptor):
             self.visited[site.call.index] = SavedCall(site.call, (), {}, wanted, variables)
             return None
         own, bare = {id(t) for t in mine}, self.engine.primal
-        fragile = {id(tensors[k]) for k in self.graph.fragile.get(site.call.index, ())}
+        later = {id(tensors[k]) for k in self.graph.overwritten_later.get(site.call.index, ())}
 
         def primal(t: Tensor) -> Tensor:
             if id(t) in own:
                 return t
-            return bare(t).clone() if id(t) in fragile else bare(t)
+            return bare(t).clone() if id(t) in later else bare(t)
 
         args, kwargs = map_tensors(args, primal), map_tensors(kwargs, primal) if kwargs else kwargs
         if site.call.writes and not moves_statistics(fn):  # the call may be made once more for the gradients
@@ -630,7 +627,7 @@ class ForwardRun(Interceptor):
             loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses,
             saved_calls=self.saved_calls, exact=exact, params=dict(self.directions), values=self.values,
             states=self.engine.notes,
-            graphs=self.engine.graphs, direct=self.visited, random=self.random,
+            graphs=self.engine.graphs, block_calls=self.visited, random=self.random,
         )  # fmt: skip
 
     def check_end(self, loss: Any) -> None:

@@ -12,7 +12,7 @@ from guessopt.graph import SiteGraph
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import replayed
 from guessopt.sites import Site
-from guessopt.tracing.interceptor import AS_IT_IS
+from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.writes import kept
 
 

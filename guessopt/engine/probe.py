@@ -297,9 +297,11 @@ class _Search:
         return codes[torch.randperm(n, generator=self.generator) % len(codes)].T
 
     def half(self, n: int) -> Tensor:
-        """``[1, N]``: one half of the examples."""
+        """``[1, N]``: one half of the examples. The first is among them and the last is not: where positions are taken
+        for examples, causal attention passes on what the first does, and not what the last does."""
         half = torch.zeros(1, n)
-        half[0, torch.randperm(n, generator=self.generator)[: max(n // 2, 1)]] = 1
+        half[0, torch.randperm(n - 2, generator=self.generator)[: n // 2 - 1] + 1] = 1
+        half[0, 0] = 1
         return half
 
     def keep_apart(self, trials: Sequence[_Trial], examples: Callable[[int], Tensor]) -> list[bool]:

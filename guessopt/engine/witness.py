@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.jvp.engines import JvpEngine
 from guessopt.sites import name_of
-from guessopt.tracing.graph import Analysis
-from guessopt.tracing.interceptor import results_of, tensors_in
+from guessopt.tracing.analysis import Analysis
+from guessopt.tree import results_of, tensors_in
 
 #: Called before a call with the level and the call's index, function and tensors. May return a function, which is then
 #: called with the tensors that the call has returned.

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from guessopt.estimator import Estimator, check_debias, check_noise, register_estimator
 from guessopt.graph import SiteGraph
-from guessopt.sites import Site
+from guessopt.sites import MAX_DOWNSTREAM_SITES, Site
 from guessopt.tracing.context import SiteContext
-from guessopt.tracing.graph import FURTHEST
 
 
 @register_estimator("downstream")
@@ -45,8 +44,8 @@ class Downstream(Estimator):
     debias: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.l, int) or not 1 <= self.l <= FURTHEST:
-            raise ValueError(f"l: the number of matrix sites to pass must be 1 to {FURTHEST}, got {self.l}")
+        if not isinstance(self.l, int) or not 1 <= self.l <= MAX_DOWNSTREAM_SITES:
+            raise ValueError(f"l: the number of matrix sites to pass must be 1 to {MAX_DOWNSTREAM_SITES}, got {self.l}")
         check_noise(self.noise)
         check_debias(self.debias, self.noise)
 

@@ -25,12 +25,7 @@ class Axes:
 
     def __init__(self, layout: Layout, shape: Shape, n: int, maps: bool) -> None:
         self.layout, self.shape, self.n = layout, shape, n
-        if layout is Layout.BATCH_SECOND:
-            inner = (shape[0], *shape[2:])
-        elif layout is Layout.BATCH_FIRST:
-            inner = shape[1:]
-        else:
-            inner = (shape[0] // n, *shape[1:])
+        inner = layout.row_shape(shape, n)
         self.inner, self.maps = inner, maps and len(inner) > 1
         self.features = 1 if not inner else inner[0] if self.maps else inner[-1]
         self.positions = numel(inner) // max(self.features, 1)
@@ -40,10 +35,7 @@ class Axes:
         return Axes(self.layout, (n, *self.shape[1:]), n, self.maps)
 
     def unfold(self, t: Tensor) -> Tensor:
-        if self.layout is Layout.BATCH_SECOND:
-            t = t.transpose(0, 1)
-        elif self.layout is Layout.FLAT_T:
-            t = t.reshape(self.shape[0] // self.n, self.n, *self.shape[1:]).transpose(0, 1)
+        t = self.layout.rows(t, self.n)
         if self.maps:
             return t.reshape(self.n, self.features, self.positions).mT
         return t.reshape(self.n, self.positions, self.features)
@@ -51,9 +43,7 @@ class Axes:
     def fold(self, u: Tensor) -> Tensor:
         if self.maps:
             u = u.mT
-        if self.layout in (Layout.BATCH_SECOND, Layout.FLAT_T):
-            u = u.reshape(self.n, *self.inner).transpose(0, 1)
-        return u.reshape(self.shape)
+        return self.layout.unrows(u, self.shape)
 
 
 class Output:
@@ -245,9 +235,8 @@ def apart(layout: Layout, shape: Shape, n: int) -> Layout:
 
 def by_example(t: Tensor, layout: Layout, n: int) -> Tensor:
     """``[n, -1]``; coupled: ``[1, -1]``."""
-    if layout is Layout.COUPLED:
-        return wide(t).reshape(1, -1)
-    return Axes(layout, tuple(t.shape), n, False).unfold(wide(t)).flatten(1)
+    rows = layout.rows(wide(t), n)
+    return rows.reshape(len(rows), -1)
 
 
 def _maps(matrix: Matrix) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.chains import Stream
+from guessopt.chains import ResidualChain
 from guessopt.estimator import Estimator, LearningStep, Noise, describe, make_estimator, register_estimator
 from guessopt.feedback.correction import amplitude
 from guessopt.feedback.fitting import readers
@@ -229,7 +229,7 @@ class LearnedFeedback(Estimator):
     # --- the estimate -------------------------------------------------------------------------------------------------
 
     def injects(self, step: int, graph: SiteGraph) -> bool:
-        follows = self.along_weights if self._stream(graph) else graph.derived.get(("by weights", self))
+        follows = self.along_weights if self._stream(graph) else graph.cached_results.get(("by weights", self))
         return bool(self.gamma != 0 or (self.beta and not follows)) and super().injects(step, graph)
 
     def period(self, graph: SiteGraph) -> int:
@@ -245,15 +245,15 @@ class LearnedFeedback(Estimator):
             every = self._places(graph)
             return sum(place.b_shape[0] / place.samples * (SUMMED if place.sums else 1) for place in every)
 
-        return graph.derive(("rows", self), rows)
+        return graph.cached(("rows", self), rows)
 
     @property
     def along_weights(self) -> bool:
         """Whether along a stream every ``B`` is to follow the next block."""
         return bool(self.ahead and self.beta) and self.source != "guesses"
 
-    def _stream(self, graph: SiteGraph | None) -> Stream | None:
-        return graph.stream if graph is not None and self.residual else None
+    def _stream(self, graph: SiteGraph | None) -> ResidualChain | None:
+        return graph.chain if graph is not None and self.residual else None
 
     def takes_weights(self, graph: SiteGraph, whole: bool) -> bool:
         """Whether every ``B`` is to follow the next one; ``whole``: weights lead on from every site. The first batch

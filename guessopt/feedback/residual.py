@@ -35,7 +35,8 @@ from guessopt.layout import Layout
 from guessopt.ops.base import push
 from guessopt.record import ForwardRecord
 from guessopt.sites import Call, Site
-from guessopt.tracing.context import SiteContext, Subgraph, evaluate
+from guessopt.tracing.context import SiteContext
+from guessopt.tracing.subgraph import Subgraph, evaluate
 
 if TYPE_CHECKING:
     from guessopt.feedback.options import LearnedFeedback
@@ -101,15 +102,15 @@ class BackwardSweep:
         graph: SiteGraph,
         states: dict[int, Any],
     ) -> None:
-        assert graph.stream is not None
+        assert graph.chain is not None
         self.options, self.record, self.graph, self.by_weights = options, record, graph, options.along_weights
-        *self.blocks, self.head = graph.stream.blocks
+        *self.blocks, self.head = graph.chain.blocks
         self.served = served
         assert self.head.source is not None
         self.last = self.head.source
         self.autocast = next((saved.autocast for saved in record.saved_calls if saved.autocast), None)
         self.output = _output(graph)
-        self.places = graph.derive((options, frozenset(served)), lambda: stream_places(served, graph, options))
+        self.places = graph.cached((options, frozenset(served)), lambda: stream_places(served, graph, options))
         self.exact = self.served.intersection(self.head.sites)
         self.before: dict[int, State | None] = {}
         self.steps: dict[int, State] = {}
@@ -173,12 +174,14 @@ class BackwardSweep:
 
     def _inside(self, block: Block) -> dict[int, int]:
         """Values of the block's sites whose cotangents are wanted, by index."""
-        sites, direct = self.graph.sites, self.record.direct
+        sites, direct = self.graph.sites, self.record.block_calls
         return {i: sites[i].value for i in block.sites if i in self.served and sites[i].call.index not in direct}
 
     def _variables(self, block: Block) -> dict[int, Tensor]:
         """The tensors whose gradients the block's graph gives, by value."""
-        saved_calls = (self.record.direct[call.index] for call in block.program if call.index in self.record.direct)
+        saved_calls = (
+            self.record.block_calls[call.index] for call in block.program if call.index in self.record.block_calls
+        )
         return {
             saved.call.inputs[k]: variable
             for saved in saved_calls
@@ -206,7 +209,7 @@ class BackwardSweep:
             return lambda c: c
         assert block.origin is not None
         goals, origin = block.goals, block.origin
-        if run is None or not block.ends_in_skip or origin not in run.ends:
+        if run is None or not block.ends_in_skip or origin not in run.inputs:
             run = self._again(block.skip, [origin])
         pull_back = run.pull_back
         return lambda c: pull_back(goals, [c], [origin])[0]
@@ -269,23 +272,23 @@ class BackwardSweep:
 
 def _output(graph: SiteGraph) -> Output:
     """``h_L`` in the output's place."""
-    assert graph.stream is not None
-    last = graph.stream.blocks[-1].source
+    assert graph.chain is not None
+    last = graph.chain.blocks[-1].source
     assert last is not None
-    shape, n = graph.stream.shapes[last], graph.batch
+    shape, n = graph.chain.shapes[last], graph.batch
     return Output([(last, apart(Layout.COUPLED, shape, n), shape)], n)
 
 
 def stream_places(served: set[int], graph: SiteGraph, options: LearnedFeedback) -> dict[int, tuple[int, FeedbackMap]]:
     """By state, where a ``B`` is learned, and the site that keeps it: the last one served of the block before."""
-    assert graph.stream is not None
+    assert graph.chain is not None
     output, found, form = _output(graph), {}, options.form
     if form.structure == "auto" and not options.along_weights:
         form = Form("shared", form.entries)
-    for block in graph.stream.blocks[:-2]:
+    for block in graph.chain.blocks[:-2]:
         v, keeper = block.goals[0], max(served.intersection(block.sites), default=None)
         if keeper is not None:
-            shape = graph.stream.shapes[v]
+            shape = graph.chain.shapes[v]
             layout = apart(Layout.COUPLED, shape, graph.batch)
             found[v] = (keeper, FeedbackMap(layout, shape, len(shape) > 3, output, form))
     return found

@@ -67,7 +67,7 @@ class SitewisePlan:
     ) -> SitewisePlan:
         """``by_weights``: where ``B`` has come from so far; None: nowhere yet."""
         key = options, tuple(site.index for site in sites), by_weights
-        return graph.derive(key, lambda: SitewisePlan._made(options, sites, graph, by_weights))
+        return graph.cached(key, lambda: SitewisePlan._made(options, sites, graph, by_weights))
 
     @staticmethod
     def _made(
@@ -117,7 +117,7 @@ class Sitewise(LearningStep):
         self.options, self.graph, self.noise = options, graph, noise
         own = next((state for state in states.values() if state is not None and "B" in state), None)
         self.chart = SitewisePlan.of(options, sites, graph, None if own is None else "power" not in own)
-        graph.derived["by weights", options] = self.chart.by_weights
+        graph.cached_results["by weights", options] = self.chart.by_weights
         self.before = {
             index: state if fits(state := states[index], way.b_shape, self.chart.by_weights) else None
             for index, way in self.chart.ways.items()

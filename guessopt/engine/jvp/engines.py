@@ -20,13 +20,13 @@ from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from guessopt.chains import Stream
+from guessopt.chains import ResidualChain
 from guessopt.layout import is_differentiable
 from guessopt.ops.attention import drops_out
 from guessopt.ops.base import CachedCall, tangent_for, without_side_effects
 from guessopt.ops.drawing import RECURRENT
 from guessopt.record import GraphInput, Graphs
-from guessopt.tracing.interceptor import AS_IT_IS
+from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.writes import plain
 
 T = TypeVar("T")
@@ -363,9 +363,9 @@ class BlockVjpRun(LossGradRun):
 
     graphs: Graphs
 
-    def __init__(self, stream: Stream, marked: frozenset[int], *, frozen_statistics: bool = False) -> None:
+    def __init__(self, chain: ResidualChain, marked: frozenset[int], *, frozen_statistics: bool = False) -> None:
         super().__init__(frozen_statistics=frozen_statistics)
-        self.reverses, self.needs, self.goals = stream.reverses, stream.needs, stream.blocks[-1].goals
+        self.reverses, self.needs, self.goals = chain.reverses, chain.needs, chain.blocks[-1].goals
         self.marked, self.graphs = marked, Graphs()
 
     def note(self, value: int, t: Tensor, clone: bool) -> Tensor:

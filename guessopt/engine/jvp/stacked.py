@@ -28,7 +28,7 @@ from guessopt.ops.elementwise import ADDITION, RELU, UNARY, relu_pull_back
 from guessopt.ops.linear import linear
 from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import RandomState, draws
-from guessopt.tracing.interceptor import map_tensors, tensors_in
+from guessopt.tree import map_tensors, tensors_in
 
 T = TypeVar("T")
 
@@ -490,14 +490,8 @@ def _projected(gram: Tensor, d: Tensor) -> Tensor:
 
 def _by_example(layout: Layout, y: Tensor, n: int) -> Tensor:
     """``[K, *shape]`` to ``[N, K, *]``; ``[1, K, *]`` where coupled."""
-    count = y.shape[0]
-    if layout is Layout.COUPLED or n == 1:
-        return y.reshape(1, count, -1)
-    if layout is Layout.BATCH_SECOND:
-        return y.movedim(2, 0).reshape(n, count, -1)
-    if layout is Layout.FLAT_T:
-        return y.reshape(count, y.shape[1] // n, n, -1).movedim(2, 0).reshape(n, count, -1)
-    return y.reshape(count, n, -1).transpose(0, 1)
+    rows = (layout if n > 1 else Layout.COUPLED).rows(y, n, lead=1)
+    return rows.reshape(len(rows), len(y), -1)
 
 
 def combined(record: ForwardRecord, graph: SiteGraph, weights: Weights) -> tuple[ForwardRecord, dict[int, Tensor]]:
