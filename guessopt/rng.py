@@ -236,8 +236,6 @@ class NoiseSource:
             self.guess_index = index
             yield index
         self.guess_index = before  # after an error ``restore`` does it: an iterator that was left may be closed late
-            before  # after an error ``restore`` does it: who knows when an iterator that it left is closed
-        )
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=self.generator(device))

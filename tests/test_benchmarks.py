@@ -1,5 +1,5 @@
-"""The experiments, end to end in their quick versions on data made here: files with the declared keys, finite
-figures."""
+"""The quick versions of the experiments, end to end on made-up data: files have the declared keys and finite
+numbers."""
 
 import io
 import json

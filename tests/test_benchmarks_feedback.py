@@ -48,7 +48,7 @@ def test_quick(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_resumes_cell_by_cell(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in its fourth run, it has three on disk; then the rate that ended best on seed 0 serves seed 1."""
+    """The benchmark stops in its fourth run and has saved three. Seed 1 then uses the rate that was best on seed 0."""
     small = small_problem(steps=4)
     monkeypatch.setitem(feedback_runs.PROBLEMS, "mnist1d_64", small)
     monkeypatch.setattr(feedback, "LRS", (1e-3, 1e-2))

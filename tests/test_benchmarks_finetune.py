@@ -1,4 +1,4 @@
-"""Fine-tuning: the four tasks in their quick versions on models and data made here, and the parts they share."""
+"""Fine-tuning: the quick versions of the four tasks on made-up models and data, and their shared parts."""
 
 import io
 import json
@@ -42,7 +42,7 @@ SCORES = [0.0] * 259 + [0.0, 0.0, 0.0, -1.0, -2.0, -3.0]
 
 @pytest.fixture
 def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for every file; pretrained weights are random ones."""
+    """Stand-ins for every file. Pretrained weights are random."""
     rng, arrays = np.random.default_rng(0), {}
     for part, strips in (("train", 4), ("test", 1)):
         encoded = [io.BytesIO() for _ in range(strips)]
@@ -70,7 +70,7 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def llama_weights(folder: Path) -> None:
-    """Saved with the tied output left out, as in the original file."""
+    """As in the original file, the tied output is left out."""
     llama = stories.architecture(folder)
     save_file(
         {k: v for k, v in llama.state_dict().items() if k != "lm_head.weight"}, folder / "stories260k.safetensors"

@@ -62,7 +62,7 @@ def test_wang(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_wang_resumes_cell_by_cell(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped in its third run, it has two on disk, and goes on with the third."""
+    """The benchmark stops in its third run and has saved two. It goes on with the third."""
     settings = wang.Settings(epochs=2)
     monkeypatch.setattr(wang, "Settings", lambda **_: settings)
     options = ["--data-root", str(data_root), "--out", str(tmp_path), "--tables", "2", "--widths", "128"]

@@ -128,7 +128,7 @@ def state_space() -> Problem:
 
 
 class Turned(torch.autograd.Function):
-    """``z exp(i |z|^2)``, with a backward alone."""
+    """``z exp(i |z|^2)``, with a backward and no ``jvp``."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: floa
 
 
 class OneHot(Estimator):
-    """One entry of one site, the real or the imaginary part, the same in every example."""
+    """A guess that is 1 or 1j at one entry of one site, in every example."""
 
     name: ClassVar[str] = "one_hot"
     per_example_parameters: ClassVar[bool] = False
@@ -254,7 +254,11 @@ class OneHot(Estimator):
         return {}
 
 
-@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
+#: ``test_engines_and_modes_agree`` compares these with "fast".
+SLOW_ENGINES = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("dual", "func")]
+
+
+@pytest.mark.parametrize("engine", ["fast", *SLOW_ENGINES])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) -> None:
     problem = build(name)
@@ -343,7 +347,7 @@ UNGUIDED = ("activation_perturbation", "directional_descent", "auto")
 )
 @pytest.mark.parametrize("name", ["complex layers, conjugated", "fourier filter"])
 def test_every_estimator_serves_complex_sites(name: str, estimator: str) -> None:
-    """Where the way on is complex, the guess is isotropic, and a note says so."""
+    """Where the next layer's input is complex, the guess is isotropic, and a note says so."""
     problem = build(name)
     opt = sgd(problem, estimator)
     with warnings.catch_warnings(record=True) as caught:

@@ -1,5 +1,5 @@
-"""The true cotangents of the diagnostics: the engine's ``D_n`` is their product with the guesses, and the sites' rules
-make autograd's gradient of them, whatever is written in place and however many outputs a call has."""
+"""The true cotangents of the diagnostics. Their product with the guesses is the engine's ``D_n``. The sites' rules
+turn them into autograd's gradients, also for writes in place and calls with several outputs."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ REAL = torch.float64
 
 
 class Isotropic(Estimator):
-    """Normal noise at every site, however few its parameters."""
+    """Normal noise at every site, even at sites with few parameters."""
 
     name: ClassVar[str] = "isotropic"
     per_example_parameters: ClassVar[bool] = False
@@ -243,7 +243,7 @@ class Block(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the last block, where feedback has nothing to predict, they are those of autograd."""
+    """The last block needs no feedback: its cotangents equal autograd's."""
     model, x = (
         nn.Sequential(nn.Linear(4, 4), Block(), Block(), nn.Linear(4, 3)).double(),
         torch.randn(12, 4, dtype=REAL),

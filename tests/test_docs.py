@@ -69,7 +69,7 @@ def test_all_python_blocks_are_found() -> None:
 
 
 def table_of_runs() -> dict[str, list[int]]:
-    """By its first column (``"store"`` or ``"store"`, `audit=False``), how often the closure runs in steps 1 to 17."""
+    """How often the closure runs in steps 1 to 17, by the table's first column."""
     steps = (1, 2, 3, 4, 5, 6, 7, 8, 9, *range(10, 16), 16, 17)
     columns = [0, 1, 2, 3, 4, 5, 5, 6, 7, *[8] * 6, 9, 10]
     rows = re.findall(

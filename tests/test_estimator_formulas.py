@@ -1,4 +1,4 @@
-"""Guesses against slow, obvious references: the same noise through explicit matrices."""
+"""Guesses against slow reference formulas: equal noise, multiplied by explicit matrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ from .problems import build
 
 
 class Chain:
-    """The MLP problem 4-6-5-3 at a point: an estimator's guesses, and the matrices of which they are made."""
+    """The MLP problem 4-6-5-3: an estimator's guesses, and the matrices that they are made of."""
 
     def __init__(self, estimator: Estimator, problem: str = "mlp") -> None:
         made = build(problem)
@@ -112,7 +112,8 @@ def test_two_layers_downstream() -> None:
 
 
 def test_downstream_of_the_attention_layer_is_before_the_feed_forward_layer() -> None:
-    """Through softmax, the projection, the residual branch and the norm; by reverse mode through the model itself."""
+    """The guess passes softmax, projection, residual branch and norm. The reference is reverse mode through the
+    model."""
     chain = Chain(Downstream(), "transformer")
     ctx = next(a for a in chain.contexts if a.s.shape == (5, 3, 12))
     way = ctx.onward(1)

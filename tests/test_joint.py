@@ -1,4 +1,4 @@
-"""Parallel projections guessed as one: what a module with packed weights gets; and results that guesses hand on."""
+"""Parallel projections share a guess, as in a module with packed weights; guesses hand computed results on."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_declared_mean_is_that_of_packed_ones(estimator: Any) -> None:
 
 
 def joined(estimator: Any) -> list[tuple[str, ...]]:
-    """Names of the weights that one guess serves."""
+    """Names of the weights that share one guess."""
     net, closure = problem(False)
     opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.0, seed=0)
     opt.step(closure)
@@ -120,7 +120,7 @@ def test_frozen_projections_are_part_of_the_way() -> None:
 
 @pytest.mark.parametrize("memory", ["store", "replay"])
 def test_what_guesses_hand_on_is_what_the_closure_would_compute(memory: str) -> None:
-    """A number, a mask and a write that change from step to step, dropout: the loss is the network's own."""
+    """A number, a mask and a write change from step to step, and dropout is drawn: the loss is that of the network."""
     torch.manual_seed(0)
     a, b = nn.Linear(4, 6), nn.Linear(6, 3)
     x, scale, mask, shift = torch.randn(16, 4), [1.0], [torch.ones(16, 6)], torch.zeros(16, 6)

@@ -1,4 +1,4 @@
-"""Any loss: per-example derivatives come from the network's output, so no loss needs to be known by name."""
+"""Any loss: per-example derivatives come from the network's output, so the optimizer needs no list of losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +96,7 @@ def test_a_loss_may_write_into_a_view_of_its_input(name: str, engine: str) -> No
 
 
 def test_ctc_over_sequences() -> None:
-    """Time comes first, and the loss has no derivative in forward mode: it needs none."""
+    """Time is the first dimension. The loss has no forward derivative and needs none."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, C))
     x, lengths = torch.randn(7, N, 3, dtype=torch.float64), torch.full((N,), 7)
@@ -148,7 +148,8 @@ def test_a_language_model_that_computes_its_own_loss(items: int | None) -> None:
 
 
 def test_examples_that_cannot_be_told_apart_are_announced() -> None:
-    """The batch hides in the third dimension: the scalar derivative serves, right but noisy, and says so once."""
+    """The batch is the third dimension. The scalar derivative is used: it is right but noisy, and one warning says
+    so."""
     torch.manual_seed(0)
     w1, w2 = (nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((3, 5), (5, 3)))
     x = torch.randn(3, 2, 4, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Models that people have, unchanged: nothing missed, the gradient exact, no fallback that is not listed."""
+"""Well-known models, unchanged: no parameter is missed, the gradient is exact, every fallback is listed."""
 
 import importlib.util
 import warnings
@@ -79,7 +79,7 @@ RESIDUAL = [
 
 @pytest.mark.parametrize("name", rows(RESIDUAL))
 def test_learned_feedback_keeps_a_block_or_runs_it_again(name: str) -> None:
-    """The same updates, dropout and stochastic depth included: graphs that the pass has left, and recorded calls."""
+    """Kept graphs and replayed calls give equal updates, with dropout and stochastic depth."""
     ends = []
     for memory in ("store", "replay"):
         torch.manual_seed(0)
@@ -113,8 +113,8 @@ SEGMENTS = [
 
 @pytest.mark.parametrize("name", rows(SEGMENTS))
 def test_segments_lead_where_they_say(name: str) -> None:
-    """What a site's segment computes from its output is what the next matrix site reads: attention, residuals,
-    feature maps. The guess is pulled back through this computation."""
+    """A site's segment computes the next matrix site's input from the site's output, through attention, residuals
+    and feature maps."""
     subject = ENTRIES[name].build(torch.float64)
     subject.model.eval()
     opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, "w_transpose", lr=0.0)
@@ -152,7 +152,7 @@ def test_every_estimator_on_attention_and_recurrence(estimator: str, precision: 
 @pytest.mark.parametrize("precision", ["float32", "autocast bfloat16"])
 @pytest.mark.parametrize("estimator", ["w_perp", "w_transpose", "learned_feedback", "downstream"])
 def test_convolutions_with_every_kind_of_guess(estimator: str, precision: str) -> None:
-    """Hard activations too, whose own backward cannot be differentiated again."""
+    """With hard activations, whose backward cannot be differentiated."""
 
     def build(dtype: torch.dtype) -> Subject:
         model = nn.Sequential(
@@ -188,7 +188,7 @@ def test_an_unlisted_fallback_is_complained_of() -> None:
 
 
 def test_a_wrong_gradient_is_complained_of() -> None:
-    """The check itself: a backward that is not that of the forward."""
+    """The check can fail: here a backward is not the derivative of its forward."""
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -308,13 +308,13 @@ def test_differences_of_losses_collapse_where_forward_mode_does_not(dtype: torch
 
 
 def _rounded(generator: torch.Generator, shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
-    """The same noise in both precisions."""
+    """Equal noise in both precisions."""
     return torch.randn(shape, generator=generator).half().to(dtype)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e7])
 def test_float16_cotangents_stay_within_range(scale: float) -> None:
-    """Small inputs under a large loss: the cotangents are beyond float16, the weight's gradient is not."""
+    """Small inputs and a large loss: the cotangents exceed float16's range, the weight's gradient does not."""
     found = []
     for dtype in (torch.float16, torch.float32):
         torch.manual_seed(0)

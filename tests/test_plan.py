@@ -1,4 +1,4 @@
-"""``guessopt.plan`` and ``memory="auto"``: modes tried on the user's own closure, which is left as it was."""
+"""``guessopt.plan`` and ``memory="auto"`` try the modes on the user's closure and change nothing."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_budget_goes_with_auto_alone() -> None:
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 @pytest.mark.parametrize("trained", [0, 3])
 def test_plan_changes_nothing(trained: int) -> None:
-    """Training goes on bit for bit as if nobody had asked."""
+    """Training goes on bit for bit as if ``plan`` had not been called."""
     runs = []
     for asks in (False, True):
         net, closure = _problem()
@@ -80,7 +80,7 @@ def test_plan_leaves_warnings_to_the_first_step(recwarn: pytest.WarningsRecorder
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 def test_peaks_are_those_of_steps() -> None:
-    """What the table says of a mode is what a first step in that mode takes, update aside."""
+    """The table's peak of a mode is the peak of a first step in this mode without the update."""
     net, closure = _problem()
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2)
     told = {each.mode: each.peak for each in guessopt.plan(opt, closure).modes}
@@ -96,7 +96,7 @@ def test_peaks_are_those_of_steps() -> None:
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 @pytest.mark.parametrize(("depth", "width", "batch"), [(10, 32, 1024), (8, 256, 64)])
 def test_backprop_is_estimated(depth: int, width: int, batch: int) -> None:
-    """From what autograd would save, which is mostly activations, then mostly gradients."""
+    """From the tensors that autograd would save: mostly activations, then mostly gradients."""
     net, closure = _problem(depth, width, batch)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2)
     found = guessopt.plan(opt, closure)

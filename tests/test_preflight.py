@@ -1,4 +1,4 @@
-"""The report before training: what it says is what a step does."""
+"""The report before training describes the step."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The reliability experiment: its tasks, what it says of them, and that it goes on where it stopped."""
+"""The reliability experiment: its tasks, its report, and that it resumes."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""Steps of several threads take turns; no step begins within another's closure; Ctrl-C leaves nothing behind."""
+"""Steps of several threads take turns; no step begins inside another's closure; Ctrl-C changes nothing."""
 
 import _thread
 import os
@@ -47,7 +47,7 @@ def trained(steps: int, **options: Any) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """Modes, patches, levels, the handler and the lock are as before."""
+    """Modes, patches, levels, the signal handler and the lock are as before."""
     handler = signal.getsignal(signal.SIGINT)
     yield
     assert signal.getsignal(signal.SIGINT) == handler
@@ -132,7 +132,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 @pytest.mark.parametrize("memory", ["store", "replay", "stream"])
 @pytest.mark.parametrize("engine", ["fast", "dual", "func"])
 def test_ctrl_c_at_any_time_is_before_a_step_or_after_it(engine: str, memory: str) -> None:
-    """Interrupted at random times, the run is that of undisturbed steps, as many as were made."""
+    """After an interrupt at a random time the state is that of the completed steps."""
     model, optimizer, closure = built(engine=engine, memory=memory)
     twin, reference, again = built(engine=engine, memory=memory)
     begin = 0.0
