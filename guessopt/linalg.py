@@ -242,6 +242,9 @@ def conjugate_gradients(
 ) -> Tensor:
     """``A^+ y`` for a positive semi-definite ``A`` with ``y`` in its range; many systems at once.
 
+    A direction ``p`` in which ``A`` is zero up to rounding, ``p^T A p <= 100 eps lambda p^T p`` with ``lambda`` the
+    largest such quotient so far, ends the iteration: what is left of ``y`` there is rounding.
+
     Args:
         apply: ``v -> A v``.
         y: ``[*]``, all systems together.
@@ -252,16 +255,19 @@ def conjugate_gradients(
     >>> conjugate_gradients(lambda v: v @ a, torch.tensor([[4.0, 4.0, 0.0]]), lambda t: t.sum(-1, keepdim=True))
     tensor([[1., 2., 0.]])
     """
+    eps = torch.finfo(y.dtype).eps
     u, r = torch.zeros_like(y), y
     p, rr = r, total(y * y)
-    enough = rr * (10 * torch.finfo(y.dtype).eps) ** 2
+    enough = rr * (10 * eps) ** 2
+    largest = torch.zeros_like(rr)
     for _ in range(iterations):
         active = rr > enough
         if not bool(active.any()):
             break
-        ap = apply(p)
+        ap, pp = apply(p), total(p * p)
         curvature = total(p * ap)
-        active = active & (curvature > 0)
+        largest = torch.where(active, torch.maximum(largest, curvature / pp), largest)
+        active = active & (curvature > 100 * eps * largest * pp)
         alpha = torch.where(active, rr / curvature, 0.0)
         u, r = u + alpha * p, r - alpha * ap
         new = total(r * r)
