@@ -12,6 +12,23 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from guessopt.sites import Call
 
 
+@dataclass(slots=True)
+class Guess:
+    """What a run is told at a site. One of ``y``, ``directions`` and ``cotangents`` is given.
+
+    Attributes:
+        y: the guess for the site's output, of its shape; K guesses ``[K, *shape]``.
+        corrected: with ``debias``, what takes the place of ``y`` in ``g^ = D y``.
+        directions: guesses for the site's parameters, ``[N, *shape]`` each; K guesses ``[K, N, *shape]``.
+        cotangents: in the second run of an estimator that learns: the cotangents known now, by site index.
+    """
+
+    y: Tensor | None = None
+    corrected: Tensor | None = None
+    directions: list[Tensor] | None = None
+    cotangents: dict[int, Tensor | None] | None = None
+
+
 @dataclass
 class SavedCall:
     """A site's call in a run, kept for its parameter gradients.

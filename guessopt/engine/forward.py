@@ -31,14 +31,14 @@ from guessopt.engine.transaction import Transaction
 from guessopt.graph import Kind, SiteGraph
 from guessopt.ops.base import moves_statistics
 from guessopt.ops.cached import CachedCall
-from guessopt.record import ForwardRecord, SavedCall
+from guessopt.record import ForwardRecord, Guess, SavedCall
 from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Site
 from guessopt.tracing.functions import AS_IT_IS, autocast_of
 from guessopt.tracing.writes import BINDING, copied, generators_in
 from guessopt.tree import results_of, tensors_in
 
-Guess = Callable[[Site, Tensor, dict[int, Tensor]], "Tensor | tuple[Tensor, Tensor] | list[Tensor] | None"]
+GuessAt = Callable[[Site, Tensor, dict[int, Tensor]], "Guess | None"]
 
 
 class ForwardRun(FollowingRun):
@@ -72,7 +72,7 @@ class ForwardRun(FollowingRun):
         params: Mapping[int, int],
         graph: SiteGraph,
         engine: JvpEngine,
-        guess: Guess,
+        guess: GuessAt,
         directions: Mapping[int, Tensor],
         transaction: Transaction,
         *,
@@ -283,13 +283,13 @@ class ForwardRun(FollowingRun):
         primal = self.engine.primal(s)
         with self.engine.outside():
             self.guessing = True
-            y = self.guess(site, primal, self.values)
+            guess = self.guess(site, primal, self.values)
             self.guessing = False
-            if isinstance(y, list):
-                y = self._by_parameter(site, y)
-        if y is None:
-            return self.engine.mark(site.value, s, site.overwritten)
-        y, kept = y if isinstance(y, tuple) else (y, y)
+            if guess is None:
+                return self.engine.mark(site.value, s, site.overwritten)
+            y = guess.y if guess.directions is None else self._by_parameter(site, guess.directions)
+        assert y is not None
+        kept = y if guess.corrected is None else guess.corrected
         if self.keeps_guesses and (self.saved is None or self.saved.directions is None):
             self.guesses[site.index] = kept
         return self.engine.inject(s, y.clone() if site.overwritten else y, in_place)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.engine.forward import Guess
+from guessopt.engine.forward import GuessAt
 from guessopt.ops.cached import CachedCall
-from guessopt.record import ForwardRecord
+from guessopt.record import ForwardRecord, Guess
 from guessopt.rng import NoiseSource
 from guessopt.sites import ParallelSites, Site
 from guessopt.step.estimation import Estimation
@@ -41,25 +41,20 @@ class DrawContext:
     random: Random = field(default_factory=dict)
 
 
-def guesses_of(est: Estimation, plan: Plan, drawing: DrawContext) -> Guess:
+def guesses_of(est: Estimation, plan: Plan, drawing: DrawContext) -> GuessAt:
     """The function that a run calls at each site; see ``guess_at``."""
     return lambda site, s, values: guess_at(est, plan, drawing, site, s, values)
 
 
 def guess_at(
     est: Estimation, plan: Plan, drawing: DrawContext, site: Site, s: Tensor, values: dict[int, Tensor]
-) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | None:
-    """The guess ``y`` for a site whose output is ``s``: of its shape, K guesses ``[K, *shape]``.
-
-    Returns:
-        None if the site needs no guess; a list of directions for its parameters if these are guessed; a pair
-        (guess, corrected guess) with ``debias=True``.
-    """
+) -> Guess | None:
+    """The guess for a site whose output is ``s``; None if the site needs none."""
     found = est.assignments(plan).get(site.index)
     if found is None:
         return None
     if site.index in drawing.joined:
-        return drawing.joined.pop(site.index)
+        return Guess(drawing.joined.pop(site.index))
     estimator, several, joint = found.estimator, drawing.count > 1, plan.joints.get(site.index)
     ctx = _context(drawing, found, joint, site, s, values)
     if estimator.learns:
@@ -68,9 +63,9 @@ def guess_at(
         if not estimator.injects(est.steps, plan.graph):
             return None
     if 0 in site.shape:  # an expert to which no token goes
-        return s.new_zeros((drawing.count, *site.shape) if several else site.shape)
+        return Guess(s.new_zeros((drawing.count, *site.shape) if several else site.shape))
     if site.by_parameter and estimator.per_example_parameters:
-        return _directions_at(drawing, estimator.noise, site, ctx)
+        return Guess(directions=_directions_at(drawing, estimator.noise, site, ctx))
     with NoGrad():
         return _sampled(est, drawing, found, joint, site, ctx)
 
@@ -103,7 +98,7 @@ def _sampled(
     joint: ParallelSites | None,
     site: Site,
     ctx: SiteContext,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Guess:
     """What the estimator samples, K times."""
     estimator, count = found.estimator, drawing.count
     state = est.prepared(site, estimator, ctx, found.prepared)
@@ -113,12 +108,12 @@ def _sampled(
     if joint is not None:
         each_site = zip(joint.sites, *made, strict=True)
         drawing.joined |= {index: stacked(ys, count) for index, *ys in each_site}
-        return drawing.joined.pop(site.index)
+        return Guess(drawing.joined.pop(site.index))
     ys = stacked(made if site.reach is None else map(site.reach.restrict, made), count)
     if not estimator.debias:
-        return ys
+        return Guess(ys)
     each = ys if count > 1 else [ys]
-    return ys, stacked((_typed(estimator.correct(state, ctx, y), ctx.s) for y in each), count)
+    return Guess(ys, stacked((_typed(estimator.correct(state, ctx, y), ctx.s) for y in each), count))
 
 
 def directions(est: Estimation, count: int, source: NoiseSource) -> dict[int, Tensor]:
@@ -152,7 +147,7 @@ def again(est: Estimation, noise: Any, count: int = 1, index: int = 0) -> tuple[
 
 def guessed_again(
     est: Estimation, plan: Plan, record: ForwardRecord, before: Any, index: int
-) -> tuple[Guess, Mapping[int, Tensor]]:
+) -> tuple[GuessAt, Mapping[int, Tensor]]:
     """The guesses of a run from its start, and the guesses for parameters. Guesses that were kept are used; others are
     made once more. Of K guesses, the first."""
     directed = {saved.call.index: saved.directions for saved in record.saved_calls if saved.directions is not None}
@@ -160,12 +155,12 @@ def guessed_again(
     if covered >= est.assignments(plan).keys() and not any(e.debias for e in est.estimators):
         several = record.count > 1
 
-        def kept(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | list[Tensor] | None:
+        def kept(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
             y = record.guesses.get(site.index)
             if y is not None:
-                return y[0] if several else y
+                return Guess(y[0] if several else y)
             vs = directed.get(site.call.index)
-            return None if vs is None else [v[0] if several else v for v in vs]
+            return None if vs is None else Guess(directions=[v[0] if several else v for v in vs])
 
         return kept, {p: v[0] if several else v for p, v in record.params.items()}
     source, found = again(est, before, 1, index)
@@ -175,27 +170,27 @@ def guessed_again(
 
 def white_noise(
     est: Estimation, plan: Plan, record: ForwardRecord, before: Any, index: int
-) -> tuple[Guess, Mapping[int, Tensor]]:
+) -> tuple[GuessAt, Mapping[int, Tensor]]:
     """White noise in place of a run's guesses: equal in every run, whatever the network computes."""
     source, found = again(est, before, 1, index)
     guessed = est.assignments(plan).keys()
 
-    def noise(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+    def noise(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
         if site.index not in guessed or 0 in s.shape:
             return None
         y = draw(source, "normal", tuple(s.shape), s.dtype, s.device)
-        return y if site.reach is None else site.reach.restrict(y)
+        return Guess(y if site.reach is None else site.reach.restrict(y))
 
     return noise, found
 
 
-def forgetting(guess: Guess, drawing: DrawContext) -> Guess:
+def forgetting(guess: GuessAt, drawing: DrawContext) -> GuessAt:
     """The guess, without the surroundings that it leaves in ``drawing.contexts``."""
 
-    def forgetting(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
-        y = guess(site, s, values)
+    def forgetting(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
+        made = guess(site, s, values)
         drawing.contexts.clear()
-        return y
+        return made
 
     return forgetting
 

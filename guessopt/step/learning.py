@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.engine.forward import ForwardRun, Guess
+from guessopt.engine.forward import ForwardRun, GuessAt
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.primal import BlockVjpRun, LossGradRun, PrimalRun
 from guessopt.engine.transaction import Transaction
@@ -19,7 +19,7 @@ from guessopt.graph import SiteGraph
 from guessopt.layout import Shape
 from guessopt.learning import LearningStep
 from guessopt.ops.drawing import draws_now
-from guessopt.record import ForwardRecord, SavedCall
+from guessopt.record import ForwardRecord, Guess, SavedCall
 from guessopt.rng import RandomState
 from guessopt.sites import Site
 from guessopt.step.estimation import Estimation
@@ -93,17 +93,13 @@ def learned_cotangents(
 
 def observed(
     est: Estimation, plan: Plan, learning_steps: Mapping[Estimator, LearningStep], drawing: DrawContext
-) -> Guess:
+) -> GuessAt:
     """The guesses of a run in which each ``LearningStep`` observes its sites. An estimator that makes no guess in this
     step observes nothing."""
-    active = {e: step.observe for e, step in learning_steps.items() if e.injects(est.steps, plan.graph)}
-    show = _showing(est, plan, learning_steps, active, drawing)
-    assigned = est.assignments(plan)
+    methods = {e: step.observe for e, step in learning_steps.items() if e.injects(est.steps, plan.graph)}
+    show = _showing(est, plan, learning_steps, methods, drawing)
 
-    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
-        estimator = assigned[site.index].estimator if site.index in assigned else None
-        if estimator in learning_steps and estimator not in active:
-            return None
+    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
         return show(site, s, values)[0]
 
     return guess
@@ -115,18 +111,18 @@ def served(
     learning_steps: Mapping[Estimator, LearningStep],
     methods: Mapping[Estimator, Shown],
     drawing: DrawContext,
-) -> Guess:
-    """The guesses of a run in which each learning estimator's method takes a site's guess, and answers in its place."""
+) -> GuessAt:
+    """The guesses of a run in which each learning estimator's method takes a site's guess. The cotangents that it
+    answers stand in the place of the guess."""
     show = _showing(est, plan, learning_steps, methods, drawing)
 
-    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
-        y, answer = show(site, s, values)
-        return y if answer is _NOT_SHOWN else answer
+    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
+        made, shown, cotangents = show(site, s, values)
+        if not shown:
+            return made
+        return None if cotangents is None else Guess(cotangents=cotangents)
 
     return guess
-
-
-_NOT_SHOWN = object()
 
 
 def _showing(
@@ -135,19 +131,23 @@ def _showing(
     learning_steps: Mapping[Estimator, LearningStep],
     methods: Mapping[Estimator, Shown],
     drawing: DrawContext,
-) -> Callable[[Site, Tensor, dict[int, Tensor]], tuple[Any, Any]]:
-    """A site's guess, and the answer of the method to which the site is shown. Its surroundings are then dropped."""
+) -> Callable[[Site, Tensor, dict[int, Tensor]], tuple[Guess | None, bool, Any]]:
+    """A site's guess; whether the site was shown to a method; and the method's answer. What surrounds the site is then
+    dropped. A learning estimator without a method is not asked for a guess."""
     assigned, guess = est.assignments(plan), guesses_of(est, plan, drawing)
     for learning_step in learning_steps.values():
         learning_step.open()
 
-    def show(site: Site, s: Tensor, values: dict[int, Tensor]) -> tuple[Any, Any]:
-        y = guess(site, s, values)
-        method = methods.get(assigned[site.index].estimator) if site.index in assigned else None
-        if method is None:
-            return y, _NOT_SHOWN
+    def show(site: Site, s: Tensor, values: dict[int, Tensor]) -> tuple[Guess | None, bool, Any]:
+        estimator = assigned[site.index].estimator if site.index in assigned else None
+        if estimator is None or estimator not in learning_steps:
+            return guess(site, s, values), False, None
+        if estimator not in methods:
+            return None, False, None
+        made = guess(site, s, values)
         with torch.no_grad(), without_autocast(s):
-            return y, method(drawing.contexts.pop(site.index), y)
+            y = None if made is None else made.y
+            return made, True, methods[estimator](drawing.contexts.pop(site.index), y)
 
     return show
 
@@ -186,7 +186,7 @@ def plain_run(
     est: Estimation,
     plan: Plan,
     transaction: Transaction,
-    guess: Guess = lambda *_: None,
+    guess: GuessAt = lambda *_: None,
     directions: Mapping[int, Tensor] | None = None,
 ) -> ForwardRun:
     """A run without tangents, which keeps nothing."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.engine.forward import ForwardRun, Guess
+from guessopt.engine.forward import ForwardRun, GuessAt
 from guessopt.engine.gradients import Gradients, scaled
 from guessopt.engine.jvp.primal import PrimalRun
 from guessopt.engine.transaction import Transaction
@@ -54,7 +54,7 @@ class Replay(ForwardRun):
         ids: Mapping[int, int],
         params: Mapping[int, Tensor],
         graph: SiteGraph,
-        guesses: Sequence[Guess],
+        guesses: Sequence[GuessAt],
         records: Sequence[ForwardRecord],
         transaction: Transaction,
         *,
@@ -112,16 +112,17 @@ class Replay(ForwardRun):
         primal = self.engine.primal(s)
         found: Tensor | None = None
         for guess, rates in self.sources:
-            y = guess(site, primal, self.values)
-            if y is None:
+            made = guess(site, primal, self.values)
+            if made is None:
                 continue
-            if isinstance(y, dict):  # of an estimator that learns: cotangents of this site or of earlier ones
-                self.cotangents |= y
+            if made.cotangents is not None:  # of this site or of earlier ones
+                self.cotangents |= made.cotangents
                 return s
-            if isinstance(y, list):
-                self._add_directed(y, rates)
+            if made.directions is not None:
+                self._add_directed(made.directions, rates)
                 continue
-            y = y[1] if isinstance(y, tuple) else y
+            y = made.y if made.corrected is None else made.corrected
+            assert y is not None
             for each, rate in zip(y if len(rates) > 1 else (y,), rates, strict=True):
                 part = scaled(each, site, rate)
                 found = part if found is None else found.add_(part)

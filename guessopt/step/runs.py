@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guessopt.engine.combine import stack
 from guessopt.engine.following import GraphMismatch
-from guessopt.engine.forward import ForwardRun, Guess
+from guessopt.engine.forward import ForwardRun, GuessAt
 from guessopt.engine.jvp import ENGINES
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.stacked import StackedEngine
@@ -268,7 +268,7 @@ def _engine_for(est: Estimation, plan: Plan, count: int) -> JvpEngine:
 
 def _guesses_for(
     est: Estimation, plan: Plan, learning_steps: dict[Estimator, LearningStep], drawing: DrawContext, keeps: bool
-) -> Guess:
+) -> GuessAt:
     if learning_steps and not keeps:
         return observed(est, plan, learning_steps, drawing)
     guess = guesses_of(est, plan, drawing)

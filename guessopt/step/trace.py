@@ -20,6 +20,7 @@ from guessopt.engine.witness import Mixing, WatchedRun, Witness
 from guessopt.errors import ClosureError
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout, is_differentiable
+from guessopt.record import Guess
 from guessopt.sites import Site
 from guessopt.step.checks import check_examples, check_finite, check_loss, independent, precision, unstable
 from guessopt.step.estimation import Estimation
@@ -157,11 +158,11 @@ def layouts_of(
     together = together and not graph.shared_writes
 
     def prepared(tangents: Mapping[int, Tangents], engine: JvpEngine, lanes: Sequence[int]) -> WatchedRun:
-        def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+        def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
             if site.index not in tangents:
                 return None
             made = tangents[site.index](s, lanes)
-            return made if isinstance(engine, StackedEngine) else made[0]
+            return Guess(made if isinstance(engine, StackedEngine) else made[0])
 
         watched = WatchedRun(est.ids, graph, engine, guess, {}, transaction, keeps=False)
         watched.watch = witness.watch
@@ -255,11 +256,11 @@ def mixing_of(
     moving = torch.randperm(found.batch, generator=generator) < found.batch // 2
     mixing = Mixing(moving)
 
-    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Tensor | None:
+    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
         if site.index != last.index:
             return None
         noise = torch.randn(s.shape, generator=generator).to(s)
-        return noise.mul_(layout.spread(moving.to(s), tuple(s.shape)))
+        return Guess(noise.mul_(layout.spread(moving.to(s), tuple(s.shape))))
 
     engine = FastEngine(frozen_statistics=est.frozen_statistics)
     watched = WatchedRun(est.ids, graph, engine, guess, {}, transaction, keeps=False)

@@ -24,7 +24,7 @@ from guessopt.engine.audit.memo import (
     label,
     snapshot,
 )
-from guessopt.engine.forward import ForwardRun, Guess
+from guessopt.engine.forward import ForwardRun, GuessAt
 from guessopt.engine.jvp.primal import PrimalRun
 from guessopt.engine.op_call import OpCall
 from guessopt.engine.transaction import Transaction
@@ -84,7 +84,7 @@ class ValueRun(ForwardRun):
         self,
         ids: Mapping[int, int],
         graph: SiteGraph,
-        guess: Guess,
+        guess: GuessAt,
         directions: Mapping[int, Tensor],
         transaction: Transaction,
         memo: Memo,

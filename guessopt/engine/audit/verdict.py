@@ -16,7 +16,7 @@ from guessopt.engine.audit.memo import Memo, NotAuditable
 from guessopt.engine.audit.report import AuditReport, CallCheck
 from guessopt.engine.audit.tangents import NudgedEngine, TangentRun
 from guessopt.engine.audit.values import ValueRun
-from guessopt.engine.forward import ForwardRun, Guess
+from guessopt.engine.forward import ForwardRun, GuessAt
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.graph import SiteGraph
@@ -32,7 +32,7 @@ _MAX_STEPS = 4
 _EPS = {64: torch.finfo(torch.float64).eps, 32: torch.finfo(torch.float32).eps, 16: torch.finfo(torch.bfloat16).eps}
 
 #: Starts the run's guesses again: returns its guess function for the sites, and its guesses for parameters.
-Guesses = Callable[[], "tuple[Guess, Mapping[int, Tensor]]"]
+Guesses = Callable[[], "tuple[GuessAt, Mapping[int, Tensor]]"]
 
 
 class _Quotient(NamedTuple):
