@@ -107,7 +107,8 @@ def run_figure4(method: str, seed: int, setup: Setup, data: Dataset) -> dict[str
 
     def closure(copies: int) -> Tensor:
         losses = F.cross_entropy(model(x.repeat(copies, 1)), y.repeat(copies), reduction="none")
-        return losses.unflatten(0, (copies, -1))[:, 0].mean()
+        result: Tensor = losses.unflatten(0, (copies, -1))[:, 0].mean()
+        return result
 
     counts = [2**e for e in range(1, largest.bit_length())]
     few = [cosine(opt, lambda: closure(count)).total for count in counts if count < most]  # noqa: B023 (called here)

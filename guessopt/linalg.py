@@ -34,16 +34,19 @@ def right_singular_basis(w: Tensor, k: int, *, smallest: bool = False) -> Tensor
     work = w if w.dtype in (torch.float32, torch.float64) else w.float()
     if smallest:
         _, _, vh = torch.linalg.svd(work, full_matrices=True)
-        return vh[..., -min(k, i) :, :].to(w.dtype)
+        result: Tensor = vh[..., -min(k, i) :, :].to(w.dtype)
+        return result
     k = min(k, o, i)
     if i <= o:
         _, vectors = torch.linalg.eigh(work.mT @ work)
-        return vectors[..., -k:].flip(-1).mT.contiguous().to(w.dtype)
+        result = vectors[..., -k:].flip(-1).mT.contiguous().to(w.dtype)
+        return result
     _, vectors = torch.linalg.eigh(work @ work.mT)
     v = work.mT @ vectors[..., -k:].flip(-1)
     # V S = W^T U: orthonormalise rather than divide by S, so that a rank-deficient W still gives an orthonormal basis.
     q, _ = torch.linalg.qr(v)
-    return q.mT.contiguous().to(w.dtype)
+    result = q.mT.contiguous().to(w.dtype)
+    return result
 
 
 def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
@@ -73,7 +76,8 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
         q, _ = torch.linalg.qr(work.mT @ (work @ q))
     image = work @ q
     _, rotation = torch.linalg.eigh(image.mT @ image)
-    return (q @ rotation.flip(-1)).mT.contiguous().to(w.dtype)
+    result: Tensor = (q @ rotation.flip(-1)).mT.contiguous().to(w.dtype)
+    return result
 
 
 def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -84,7 +88,8 @@ def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     """
     work = w if w.dtype is torch.float64 else w.float()
     u, s, vh = torch.linalg.svd(work, full_matrices=False)
-    return ((u * f(s)[..., None, :]) @ vh).to(w.dtype)
+    result: Tensor = ((u * f(s)[..., None, :]) @ vh).to(w.dtype)
+    return result
 
 
 #: Largest smaller side of ``W`` for which each example's Gram matrix is decomposed exactly.
@@ -152,10 +157,12 @@ def _exact_masked(w: Tensor, m: Tensor, k: int) -> Tensor:
     if o > i:
         values, vectors = torch.linalg.eigh(wm.mT @ wm)
         rows = vectors[..., -k:].flip(-1).mT
-        return rows * _is_positive(values)[..., -k:].flip(-1)[..., None]
+        result: Tensor = rows * _is_positive(values)[..., -k:].flip(-1)[..., None]
+        return result
     values, vectors = torch.linalg.eigh(wm @ wm.mT)
     scale = torch.where(_is_positive(values), values.clamp_min(torch.finfo(w.dtype).tiny).rsqrt(), 0.0)
-    return (vectors * scale[:, None])[..., -k:].flip(-1).mT @ wm
+    result = (vectors * scale[:, None])[..., -k:].flip(-1).mT @ wm
+    return result
 
 
 def _is_positive(values: Tensor) -> Tensor:
@@ -224,7 +231,8 @@ def _rayleigh_ritz(y: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[Tensor
 
 def _unit(y: Tensor) -> Tensor:
     """Rows scaled to length 1, or left zero."""
-    return y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+    result: Tensor = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+    return result
 
 
 def _whitening(gram: Tensor) -> Tensor:
@@ -234,7 +242,8 @@ def _whitening(gram: Tensor) -> Tensor:
     rounding."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(gram + 50 * torch.finfo(gram.dtype).eps * eye)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return result
 
 
 def conjugate_gradients(

@@ -117,7 +117,7 @@ def plan(opt: HasEstimation, closure: Closure, budget: int | str | None = None) 
 
 def _plan(est: Estimation, closure: Closure, budget: int | str | None) -> MemoryPlan:
     limit = None if budget is None else bytes_of(budget)
-    if not est.devices and torch.autograd._profiler_enabled():
+    if not est.devices and torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         raise RuntimeError("plan measures memory with torch's profiler, which is running: call it outside")
     memory, warned = est.memory, set(est.warned)
     try:

@@ -146,7 +146,8 @@ def variance(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Var
     sample = _sample(opt, closure, truth, draws, joined(expected_from(truth)) if complete else None)
 
     def error(t: Tensor) -> float:
-        return float(t.std()) / draws**0.5
+        result: float = float(t.std()) / draws**0.5
+        return result
 
     squared = float(joined(named(opt, truth.gradient)).square().sum())
     return Variance(

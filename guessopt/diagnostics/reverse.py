@@ -294,7 +294,8 @@ class ReversePass(ForwardRun):
         self.outputs[site.index] = zero
         if not in_place:
             return s + zero
-        with torch.autograd._unsafe_preserve_version_counter(s):  # s keeps its numbers, which its backward may need
+        # s keeps its numbers, which its backward may need
+        with torch.autograd._unsafe_preserve_version_counter(s):  # type: ignore[attr-defined]
             return s.add_(zero)
 
     def gradients(self, variables: Sequence[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:

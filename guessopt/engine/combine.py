@@ -152,4 +152,5 @@ def combined(record: ForwardRecord, graph: SiteGraph, weights: Weights) -> tuple
 def _contracted(v: Tensor, weights: Weights) -> Tensor:
     """``sum_k sum_n w_k[n] v_k[n]``, as one direction ``[1, *shape]``; ``v`` ``[K, N, *shape]``, N maybe 1."""
     w = weights.examples if v.shape[1] == weights.examples.shape[1] else weights.batch[:, None].expand(v.shape[:2])
-    return torch.tensordot(w.to(v.dtype), v, 2)[None]
+    result: Tensor = torch.tensordot(w.to(v.dtype), v, 2)[None]
+    return result

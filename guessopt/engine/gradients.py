@@ -224,4 +224,5 @@ def sum_over_examples(d: Tensor, v: Tensor) -> Tensor:
         v: ``[N, *]``, or ``[1, *]`` for a direction that all examples share.
     """
     weights = d if v.shape[0] == d.shape[0] else d.sum().expand(v.shape[0])
-    return torch.tensordot(weights.to(v.dtype), v, dims=1)
+    result: Tensor = torch.tensordot(weights.to(v.dtype), v, dims=1)
+    return result

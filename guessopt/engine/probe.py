@@ -384,4 +384,5 @@ def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
     size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)
     outside = layout.sum_examples(size, len(moving)).cpu()[moving == 0].sum()
     rounding = min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)
-    return float(outside) <= rounding * float(size.max()) * (size.numel() / len(moving)) ** 0.5
+    result: bool = float(outside) <= rounding * float(size.max()) * (size.numel() / len(moving)) ** 0.5
+    return result

@@ -45,7 +45,8 @@ def _factor(V: Tensor, M: Tensor) -> Tensor:
     # An example with fewer than k active units has a singular Gram matrix: a ridge far below any real eigenvalue.
     wide = gram if gram.dtype is torch.float64 else gram.float()
     ridge = 10 * torch.finfo(V.dtype).eps * torch.eye(k, dtype=wide.dtype, device=V.device)
-    return torch.linalg.cholesky_ex(wide + ridge)[0]
+    result: Tensor = torch.linalg.cholesky_ex(wide + ridge)[0]
+    return result
 
 
 def top_of_examples(W: Tensor, M: Tensor, start: Tensor, k: int) -> Tensor:

@@ -32,7 +32,8 @@ def normalised(y: Tensor, floor: Tensor) -> Tensor:
     """Each row of ``y`` ``[n, j]`` scaled to the norm ``sqrt(d)``, d its entries; zero where its norm is at most
     ``floor``. Singhal A.2 normalises "the overall guess"; the norm, that of isotropic noise, is our choice."""
     norm = y.norm(dim=1, keepdim=True)
-    return y * (y.shape[1] ** 0.5 / norm).masked_fill(norm <= floor, 0.0)
+    result: Tensor = y * (y.shape[1] ** 0.5 / norm).masked_fill(norm <= floor, 0.0)
+    return result
 
 
 @register_estimator("activation_mixing")
@@ -97,7 +98,8 @@ def _rounding(u: Tensor, s: Tensor) -> Tensor:
     Such a rest has no direction, and another value in every pass. In half precision a layer's scale may be as small, so
     the bound is zero there; in float32 it is close to the smallest scale."""
     share = {torch.float64: 1e-10, torch.float32: 5e-7}.get(u.dtype, 0.0)
-    return torch.maximum(u.norm(), s.norm().to(u.dtype)) * (share / max(len(u), 1) ** 0.5)
+    result: Tensor = torch.maximum(u.norm(), s.norm().to(u.dtype)) * (share / max(len(u), 1) ** 0.5)
+    return result
 
 
 def _layout_of(x: Tensor, ctx: SiteContext) -> Layout:

@@ -118,4 +118,5 @@ class WPreconditioned(Estimator):
 def _unit_rows(W: Tensor) -> Tensor:
     """``W`` with rows of mean length 1, as those of an orthonormal basis, so that the ridge in the factor fits."""
     size = W.norm(dim=1).mean().clamp_min(torch.finfo(W.dtype).tiny)  # a weight of zeros has no size
-    return W / size
+    result: Tensor = W / size
+    return result

@@ -184,7 +184,8 @@ class FeedbackMap:
         r = self.unfold(c)
         if self.matched or self.cells == self.axes.positions:
             return r
-        return (r.unflatten(-1, (self.cells, -1)) / self._cells(r).sum(0)[:, None]).flatten(2)
+        result: Tensor = (r.unflatten(-1, (self.cells, -1)) / self._cells(r).sum(0)[:, None]).flatten(2)
+        return result
 
     def predict_tangent(self, r: Tensor, b: Tensor) -> Tensor:
         """``B^T r``: the predicted tangent of the output, which broadcasts against ``[n, g, c]``."""
@@ -221,7 +222,8 @@ def _cells(grid: Shape, coarse: Shape, dtype: torch.dtype, device: torch.device)
 def _mixtures(features: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random signs over ``sqrt(features)``, ``[c, rank]``. The seed is fixed."""
     signs = torch.randint(0, 2, (features, rank), generator=torch.Generator().manual_seed(features))
-    return (2 * signs - 1).to(device, dtype) / features**0.5
+    result: Tensor = (2 * signs - 1).to(device, dtype) / features**0.5
+    return result
 
 
 class SiteFeedback(FeedbackMap):

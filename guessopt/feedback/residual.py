@@ -213,7 +213,8 @@ class BackwardSweep:
         total: Any = 0
         for block in self.blocks[number + 1 :]:
             if block.skip is None:
-                return self._zeros(t) + total
+                result: Tensor = self._zeros(t) + total
+                return result
             t = self.graphs.push_skip(block, t)
             v = block.goals[0]
             if v in self.maps:
@@ -223,7 +224,8 @@ class BackwardSweep:
                     total = total + state["share"] * map_.predict_tangent(map_.unfold(t), state["B"])
         last = self.output.join({self.last: t})
         assert last is not None
-        return last + total
+        result = last + total
+        return result
 
     def _zeros(self, t: Tensor) -> Tensor:
         axes = self.output.axes[self.last]

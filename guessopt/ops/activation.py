@@ -34,8 +34,10 @@ def silu_pull_back(u: Tensor, s: Tensor, spent: bool = False, **other: Any) -> T
 def _backward(kernel: Any, u: Tensor, s: Tensor, spent: bool, **options: Any) -> Tensor:
     """``phi'(s) u``; in the memory of ``u`` if it is spent."""
     if spent and u.dtype is s.dtype and not u.requires_grad:
-        return kernel.grad_input(u, s, grad_input=u, **options)
-    return kernel(u, s, **options)
+        result: Tensor = kernel.grad_input(u, s, grad_input=u, **options)
+        return result
+    result = kernel(u, s, **options)
+    return result
 
 
 def gelu(x: Tensor, dx: Tensor, *, known: CachedCall | None = None, **kind: Any) -> tuple[Tensor, Tensor]:

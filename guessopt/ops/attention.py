@@ -194,7 +194,7 @@ def differentiable_attention(
     if other.get("enable_gqa") or not same or not _is_plain(q, k, v, attn_mask) or k.shape[-2] > 512:
         return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale, **other)
     c = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out: Tensor = _Attention.apply(q, k, v, is_causal, c)
+    out: Tensor = _Attention.apply(q, k, v, is_causal, c)  # type: ignore[no-untyped-call]
     return out
 
 

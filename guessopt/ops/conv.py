@@ -22,8 +22,13 @@ from guessopt.ops.matrix import MatrixRule
 from guessopt.ops.reverse import pull_back_by_vjp
 from guessopt.sites import Matrix
 
-_INPUT = {1: nn_grad.conv1d_input, 2: nn_grad.conv2d_input, 3: nn_grad.conv3d_input}
-_WEIGHT = {1: nn_grad.conv1d_weight, 2: nn_grad.conv2d_weight, 3: nn_grad.conv3d_weight}
+_ByDims = dict[int, Callable[..., Tensor]]
+_INPUT: _ByDims = {1: nn_grad.conv1d_input, 2: nn_grad.conv2d_input, 3: nn_grad.conv3d_input}
+_WEIGHT: _ByDims = {
+    1: nn_grad.conv1d_weight,
+    2: nn_grad.conv2d_weight,
+    3: nn_grad.conv3d_weight,
+}
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
@@ -32,7 +37,8 @@ def _tuple(value: Any, dims: int) -> tuple[int, ...]:
     if isinstance(value, int):
         return (value,) * dims
     value = tuple(value)
-    return value * dims if len(value) == 1 else value
+    result: tuple[int, ...] = value * dims if len(value) == 1 else value
+    return result
 
 
 class ConvRule(MatrixRule):

@@ -28,4 +28,5 @@ def push(run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], vs: S
 
 def pull_back_by_vjp(fn: Callable[[Tensor], Tensor], x: Tensor, e: Tensor) -> Tensor:
     """``J^T e`` of one operation at ``x``."""
-    return vjp(fn, x)[1](e)[0]
+    result: Tensor = vjp(fn, x)[1](e)[0]
+    return result

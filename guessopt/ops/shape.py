@@ -54,7 +54,7 @@ class _Unbind(torch.autograd.Function):
 
 def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     """``torch.unbind``, for a pull-back through a projection that makes queries, keys and values in one."""
-    out: tuple[Tensor, ...] = _Unbind.apply(x, dim)
+    out: tuple[Tensor, ...] = _Unbind.apply(x, dim)  # type: ignore[no-untyped-call]
     return out
 
 

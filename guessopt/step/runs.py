@@ -122,7 +122,8 @@ def look(est: Estimation, plan: Plan, closure: Closure, transaction: Transaction
     run.check_end(loss)
     plan.observe(run)
     transaction.rewind()
-    return loss.detach().mean()
+    result: Tensor = loss.detach().mean()
+    return result
 
 
 # --- K guesses --------------------------------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ def uncompiled() -> AbstractContextManager[Any]:
     """Within, modules of ``torch.compile`` run uncompiled: a function mode does not see the calls of compiled code."""
     if "torch._dynamo" not in sys.modules:
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    result: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return result
 
 
 #: ``F.multi_head_attention_forward`` that does not hand itself over to a function mode. The mode sees its calls.

@@ -37,7 +37,7 @@ class Writes(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, save: Callable[[Any], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.save = save
         self.found: dict[int, tuple[int, ...]] = {}
         self.hidden: dict[int, tuple[Tensor, ...]] = {}

@@ -107,9 +107,11 @@ class FuncEngine(JvpEngine):
             strides = torch.empty_like(self.plain(input)).stride()
         order = sorted(range(input.dim()), key=lambda d: -strides[d])
         if order == list(range(input.dim())):
-            return fn(input, *args, **kwargs)
+            result: Tensor = fn(input, *args, **kwargs)
+            return result
         back = sorted(range(input.dim()), key=lambda d: order[d])
-        return fn(input.permute(order), *args, **kwargs).permute(back)
+        result = fn(input.permute(order), *args, **kwargs).permute(back)
+        return result
 
     def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A transform refuses writes into tensors that it captured: write outside of it, from values without tangents.
