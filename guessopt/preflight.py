@@ -5,6 +5,7 @@ Units: ``cost`` in forward passes (matrix products only; a backpropagation step 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -203,7 +204,10 @@ def _report(
 def _next(est: Estimation, matrix: Matrix) -> str:
     def weight(key: str) -> str:
         kind, _, position = key.partition(" ")
-        return est.names[int(position)] if kind == "param" else "a weight " + key.partition("[")[2].rstrip("]")
+        if kind == "param":
+            return est.names[int(position)]
+        shape = re.findall(r"\[.*?\]", key)[-1]
+        return f"a frozen weight {shape}" if kind == "constant" else f"an expression of parameters {shape}"
 
     return f"{matrix.call.op} {', '.join(weight(key) for key in matrix.key.split(';'))}"
 
