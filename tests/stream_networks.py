@@ -44,7 +44,7 @@ def optimizer(named: Any, lr: float = 0.05, **options: Any) -> GuessGradOptimize
 
 def stream_of(opt: GuessGradOptimizer, closure: Closure) -> ResidualChain | None:
     estimated_gradient(opt, closure)
-    return opt._plans[0].graph.chain
+    return opt.estimation.plans[0].graph.chain
 
 
 def shortcut_net(projected: bool) -> tuple[nn.Module, Closure]:

@@ -159,7 +159,7 @@ def test_kept_graphs_of_awkward_blocks(way: str, options: dict[str, Any]) -> Non
         with pytest.warns(GuessWarning, match="writes into memory") if spoiled else nullcontext():
             for _ in range(5):
                 opt.step(lambda net=net, x=x: F.cross_entropy(net(x), labels(12, 3)))
-        assert opt._plans[0].graph.chain is not None
+        assert opt.estimation.plans[0].graph.chain is not None
         ends.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -188,7 +188,7 @@ def test_autocast() -> None:
 
     opt = optimizer(net.named_parameters(), gamma=0, every=2)
     found = cosine(opt, closure)
-    assert opt._plans[0].graph.chain is not None
+    assert opt.estimation.plans[0].graph.chain is not None
     assert found.per_parameter["2.one.weight"] > 0.99
     opt.step(closure)
 
