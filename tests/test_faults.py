@@ -545,7 +545,7 @@ def test_two_optimizers_in_two_threads() -> None:
 
 def test_a_lost_state_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the transaction's rollback, faults change buffers and random states."""
-    from guessopt.step.plan import Transaction
+    from guessopt.engine.transaction import Transaction
 
     make = partial(World, "store")
     calm = reference(make, 2, "function", "closure")

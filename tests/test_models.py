@@ -131,7 +131,7 @@ def test_segments_lead_where_they_say(name: str) -> None:
         rule = matrix.rule
         assert isinstance(rule, MatrixRule)
         x = rule.input(saved.args, saved.kwargs)
-        torch.testing.assert_close(truth.locals[site.index].next_input(), x, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(truth.contexts[site.index].next_input(), x, rtol=1e-5, atol=1e-6)
         checked += 1
     assert checked >= 2
 

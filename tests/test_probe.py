@@ -454,7 +454,7 @@ def test_runs_of_the_closure(make: Callable[[], Problem], first: int) -> None:
 
 
 def test_lanes_that_do_not_go_together_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from guessopt.step import plan as planning
+    from guessopt.step import trace as planning
 
     class Refuses(planning.StackedEngine):
         def call(self, fn: Any, args: Any, kwargs: Any, *, writes: bool) -> Any:

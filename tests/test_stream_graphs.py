@@ -21,7 +21,7 @@ from .stream_networks import Residual, optimizer, shortcut_net, stack, stream_of
 def test_no_tangents_where_nothing_is_corrected_or_learned_from_them(
     options: dict[str, Any], tangents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import guessopt.step.estimation as module
+    import guessopt.step.modes as module
 
     net, closure = stack(2)
     opt = optimizer(net.named_parameters(), gamma=0, **options)
