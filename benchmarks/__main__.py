@@ -27,7 +27,7 @@ def experiments() -> dict[str, ModuleType]:
 def common_options() -> argparse.ArgumentParser:
     """Options that every experiment takes."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--quick", action="store_true", help="a short version, under a minute on two CPU cores")
+    parser.add_argument("--quick", action="store_true", help="a short version, to try the command")
     parser.add_argument("--seeds", type=int, metavar="K", help="number of seeds: 0 .. K-1 (default: the experiment's)")
     parser.add_argument(
         "--data-root",

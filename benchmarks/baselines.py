@@ -1,53 +1,52 @@
-"""What guessing is compared with in memory: checkpointing, the optimizer in the backward pass, two forward passes."""
+"""Backpropagation with checkpointing, with the optimizer in the backward pass, and MeZO's two forward passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.speed import layers
-from benchmarks.training import ESTIMATORS, Backprop, Guess, Learner
-from guessopt import GuessGradOptimizer, LearnedFeedback
+from benchmarks.problems import layers
+from benchmarks.training import Backprop, Forward
 from guessopt.rng import RandomState
 
 
-class Fused(Backprop):
-    """Backpropagation with AdamW's fused update, which makes no temporary copies of a parameter."""
-
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        super().__init__(model, lr)
-        self.optimizer = AdamW(model.parameters(), lr=lr, fused=True)
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
-class Checkpointed(Fused):
-    """The same; what is inside each layer or block is forgotten and computed again in the backward pass."""
+def checkpointed(model: nn.Module, blocks: Iterable[nn.Module] | None = None) -> nn.Module:
+    """The model, whose blocks forget their activations and compute them again in the backward pass.
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        assert isinstance(self.model, nn.Sequential)
-        for layer in layers(self.model):
-            x = checkpoint(layer, x, use_reentrant=False)
-        return F.cross_entropy(x, y)
+    Args:
+        blocks: modules inside the model, which are changed; None: the layers of an ``nn.Sequential``.
+    """
+    if blocks is None:
+        assert isinstance(model, nn.Sequential)
+        model = nn.Sequential(*layers(model))
+        blocks = model
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
 
 
-class InBackward(Checkpointed):
-    """Checkpointed, and each parameter updated as soon as its gradient is whole, which is then freed."""
+class InBackward(Backprop):
+    """Updates each parameter as soon as its gradient is complete, and then frees the gradient."""
 
-    def __init__(self, model: nn.Module, lr: float) -> None:
-        super().__init__(model, lr)
-        self.optimizers = {p: AdamW([p], lr=lr, fused=True) for p in model.parameters()}
+    def __init__(self, model: nn.Module, lr: float, **options: Any) -> None:
+        self.optimizers = {p: AdamW([p], lr=lr, **options) for p in trainable(model)}
+        super().__init__(model, None)
         for p in self.optimizers:
             p.register_post_accumulate_grad_hook(self._update)
 
-    def _update(self, p: Tensor) -> None:
-        self.optimizers[p].step()  # type: ignore[index]
+    def _update(self, p: nn.Parameter) -> None:
+        self.optimizers[p].step()
         p.grad = None
 
     def step(self, x: Tensor, y: Tensor) -> None:
@@ -55,9 +54,10 @@ class InBackward(Checkpointed):
 
 
 class MeZO(Optimizer):
-    """Two forward passes, at the parameters moved by ``+eps z`` and by ``-eps z`` (Malladi et al. 2023, Algorithm 1).
+    """Two forward passes, at the parameters plus ``eps z`` and minus ``eps z`` (Malladi et al. 2023, Algorithm 1).
 
-    ``z`` is drawn anew from its seed each time, and parameters are moved in place: nothing their size is kept.
+    ``z`` is drawn again from its seed for each move of the parameters, and the moves are in place. So no memory of the
+    parameters' size is needed.
     """
 
     def __init__(self, params: Any, lr: float = 1e-6, eps: float = 1e-3) -> None:
@@ -67,21 +67,22 @@ class MeZO(Optimizer):
     def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
         """Returns the mean of the two losses. Both passes draw the same random numbers (dropout)."""
         seed = int(torch.randint(2**62, ()))
-        loss, slope = self._slope(closure, seed)
-        self._move(seed, lambda group: group["eps"] - group["lr"] * slope)
+        loss, slope = self.slope(closure, seed)
+        self.move(seed, lambda group: group["eps"] - group["lr"] * slope)
         return loss
 
-    def _slope(self, closure: Callable[[], Tensor], seed: int) -> tuple[Tensor, float]:
-        """The loss and its slope along ``z``; leaves the parameters at ``-eps z``."""
+    def slope(self, closure: Callable[[], Tensor], seed: int) -> tuple[Tensor, float]:
+        """The loss and its slope along ``z``. Afterwards the parameters are at minus ``eps z``."""
         state = RandomState.capture()
-        self._move(seed, lambda group: group["eps"])
+        self.move(seed, lambda group: group["eps"])
         above = closure()
         state.restore()
-        self._move(seed, lambda group: -2 * group["eps"])
+        self.move(seed, lambda group: -2 * group["eps"])
         below = closure()
         return (above + below) / 2, float(above - below) / (2 * self.defaults["eps"])
 
-    def _move(self, seed: int, scale: Callable[[dict[str, Any]], float]) -> None:
+    def move(self, seed: int, scale: Callable[[dict[str, Any]], float]) -> None:
+        """Add ``scale(group) z`` to every parameter."""
         for group, p, z in self.directions(seed):
             p.add_(z, alpha=scale(group))
 
@@ -95,72 +96,14 @@ class MeZO(Optimizer):
                     yield group, p, torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=generator)
 
 
-class ZerothOrder(Learner):
+class ZerothOrder(Forward):
     """Trains with MeZO."""
-
-    optimizer: MeZO
-
-    def __init__(self, model: nn.Module, lr: float, eps: float = 1e-3) -> None:
-        super().__init__(model)
-        self.optimizer = MeZO(model.parameters(), lr, eps)
-
-    def step(self, x: Tensor, y: Tensor) -> None:
-        self.optimizer.step(lambda: self.loss(x, y))
 
     def cosine(self, x: Tensor, y: Tensor) -> float:
         own, seed = self.optimizer, int(torch.randint(2**62, ()))
         with torch.no_grad():
-            _, slope = own._slope(lambda: self.loss(x, y), seed)
-            own._move(seed, lambda group: group["eps"])
+            _, slope = own.slope(lambda: self.loss(x, y), seed)
+            own.move(seed, lambda group: group["eps"])
         true = torch.autograd.grad(self.loss(x, y), [p for _, p, _ in own.directions(seed)])
         guess = torch.cat([z.flatten() for *_, z in own.directions(seed)])
         return cosine_similarity(slope * guess, torch.cat([g.flatten() for g in true]), dim=0).item()
-
-
-class Guessed(Guess):
-    """A guess optimizer in one of its memory modes, on the same fused AdamW. Learned feedback predicts at the site
-    itself, its least arithmetic; with ``"stream"``, which does not go along residual streams, it leaves these alone."""
-
-    def __init__(self, model: nn.Module, lr: float, method: str, memory: str = "store") -> None:
-        super().__init__(model, lr, method)
-        estimator = ESTIMATORS[method]()
-        if isinstance(estimator, LearnedFeedback):
-            estimator = replace(estimator, ahead=0, residual=memory != "stream")
-        self.every = getattr(estimator, "every", 1)  # steps between forward-mode passes
-        self.optimizer = GuessGradOptimizer(model.parameters(), AdamW, estimator, memory=memory, lr=lr, fused=True)
-
-
-LEARNERS: dict[str, tuple[str, Callable[[nn.Module, float], Learner]]] = {
-    "backprop": ("backprop", Fused),
-    "checkpointed": ("checkpointed backprop", Checkpointed),
-    "in_backward": ("+ optimizer in the backward", InBackward),
-    "mezo": ("MeZO", ZerothOrder),
-    "directional_descent": ("forward gradient", lambda model, lr: Guessed(model, lr, "directional_descent")),
-    "w_perp_store": ("W-perp, store", lambda model, lr: Guessed(model, lr, "w_perp")),
-    "w_perp_replay": ("W-perp, replay", lambda model, lr: Guessed(model, lr, "w_perp", "replay")),
-    "w_perp_stream": ("W-perp, stream", lambda model, lr: Guessed(model, lr, "w_perp", "stream")),
-    "learned_feedback": ("learned feedback, store", lambda model, lr: Guessed(model, lr, "learned_feedback")),
-    "learned_feedback_replay": (
-        "learned feedback, replay",
-        lambda model, lr: Guessed(model, lr, "learned_feedback", "replay"),
-    ),
-    "learned_feedback_stream": (
-        "learned feedback, stream",
-        lambda model, lr: Guessed(model, lr, "learned_feedback", "stream"),
-    ),
-}
-"""By name, a label and what makes the learner from a model and a learning rate."""
-
-
-def optimizers_of(learner: Learner) -> list[Optimizer]:
-    """Every optimizer that holds state for the learner."""
-    if isinstance(learner, InBackward):
-        return list(learner.optimizers.values())
-    own = learner.optimizer
-    return [own.base if isinstance(own, GuessGradOptimizer) else own]
-
-
-def state_bytes(learner: Learner) -> int:
-    """Bytes of the optimizer's state."""
-    states = [state for optimizer in optimizers_of(learner) for state in optimizer.state.values()]
-    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))

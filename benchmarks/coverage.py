@@ -1,4 +1,4 @@
-"""Models that people have, unchanged: what is missed, how exact, where it falls back, how fast; fails on a surprise."""
+"""Well-known models, unchanged: missed parameters, errors, fallbacks and step times. Fails on a surprise."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from benchmarks.mezo import problem as language_model
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
 from benchmarks.zoo import Entry, Subject, entries, sized
 from guessopt import GuessGradOptimizer, GuessWarning
-from guessopt.sites import Layout
+from guessopt.layout import Layout
 
-#: Relative errors allowed: where the library computes in float64 or float32; in 16 bits.
+#: The largest relative errors allowed: in float64 or float32; in 16 bits.
 EXACT, LOW = 1e-6, 2e-2
 
-#: Parameters from which on a few steps must do for the timing.
+#: Models with more parameters than this are timed over a few steps only.
 LARGE = 10**7
 
 #: Learning rates of the runs in 16 bits.
@@ -44,17 +44,18 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Coverage:
-    """A model's row.
+    """The row of a model.
 
     Attributes:
-        parameters: trainable tensors.
-        sites: calls that read them, of which ``guided`` get the guess that the estimator is named for (the others are
-            the last, share another's, or guess their own few parameters).
-        missed: parameters left without a gradient.
-        fallbacks: sites that take the scalar derivative of the whole batch; ``reason``: why, where that is known.
-        unlisted: parameters whose sites do so without being listed.
-        other_guess: sites that get another guess, and why.
-        error: relative, as ``exactness`` defines it.
+        parameters: number of trainable tensors.
+        sites: number of calls that read them.
+        guided: sites with the guess that the estimator is named for. The others are last, share the guess of another
+            site, or guess their own few parameters.
+        missed: parameters without a gradient.
+        fallbacks: sites that take the scalar derivative of the whole batch; ``reason``: the known reasons.
+        unlisted: parameters of such sites that the row's ``Entry`` does not list.
+        other_guess: sites with another guess, and why.
+        error: relative error, as in ``exactness``.
     """
 
     parameters: int
@@ -79,18 +80,18 @@ class Coverage:
 
 
 def survey(entry: Entry, subject: Subject, **options: Any) -> Coverage:
-    """One model with the default settings: one step, and the check of its exactness."""
+    """One step of a model with the default settings, and the check of its exactness."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", GuessWarning)
         opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, lr=0.0, seed=0, **options)
         opt.step(subject.closure)
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     coupled = [site for site in graph.sites if site.layout is Layout.COUPLED and site.shares is None]
-    names = [opt._names[site.params[0]] for site in coupled]
+    names = [opt.estimation.names[site.params[0]] for site in coupled]
     reasons = [why for pattern, why in entry.fallbacks.items() if any(fnmatchcase(name, pattern) for name in names)]
-    guesses = opt._guesses_of(opt._plans[0])
+    guesses = opt.estimation.assignments(opt.estimation.plans[0])
     return Coverage(
-        parameters=len(opt._params),
+        parameters=len(subject.named()),
         sites=len(graph.sites),
         guided=sum(not graph.sites[k].is_last and not graph.sites[k].by_parameter for k in guesses),
         missed=[name for name, p in subject.named() if p.grad is None or not bool(p.grad.any())],
@@ -103,7 +104,7 @@ def survey(entry: Entry, subject: Subject, **options: Any) -> Coverage:
 
 
 def step_time(build: Callable[[], Subject], *, rounds: int, block: int, device: str = "cpu") -> Ratio:
-    """A step with the default settings over a step of backpropagation: of each the fastest round, side by side."""
+    """Time of a step with the default settings over that of a backprop step. ``ratio`` is of the fastest rounds."""
     ours, theirs = build(), build()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GuessWarning)
@@ -117,7 +118,7 @@ def step_time(build: Callable[[], Subject], *, rounds: int, block: int, device: 
 
         steps = {"ours": lambda: opt.step(ours.closure), "backprop": backpropagation}
         for step in steps.values():
-            seconds(step, 4, device)  # past the first probes
+            seconds(step, 4, device)  # the first probes
         times = interleaved(steps, rounds=rounds, block=block, device=device)
     return replace(ratio(times["ours"], times["backprop"]), ratio=min(times["ours"]) / min(times["backprop"]))
 
@@ -134,7 +135,7 @@ MODES = ("bfloat16", "float16", "autocast bfloat16")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["*"], metavar="PATTERN", help="rows to run (default: all)")
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -164,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
 def plan(
     patterns: Iterable[str], settings: Mapping[str, Any], *, quick: bool
 ) -> Iterable[tuple[str, str, Callable[[], Figures]]]:
-    """Section, row and work of everything to be run, in order."""
+    """Section, row and work of every job, in order."""
     chosen = {n: e for n, e in entries().items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
     for name, entry in chosen.items():
         yield "matrix", name, partial(matrix_row, entry, settings["rounds"])
@@ -207,7 +208,7 @@ def _sized(build: Callable[[], Subject]) -> Figures:
 
 
 def finished(path: Path, settings: Mapping[str, Any]) -> Figures:
-    """The rows of an earlier run with the same settings."""
+    """The rows in the file, if it was written with the same settings."""
     if not path.is_file():
         return {}
     content = json.loads(path.read_text())
@@ -233,7 +234,7 @@ def matrix_row(entry: Entry, rounds: int) -> Figures:
 
 
 def precision_row(entry: Entry) -> Figures:
-    """Relative errors in 16 bits, by mode; or why torch does not run the model in that mode on this machine."""
+    """Relative error in 16 bits by mode; or the reason why torch refuses the mode on this machine."""
     if missing(entry.library):
         return {"absent": entry.library}
 
@@ -245,12 +246,12 @@ def precision_row(entry: Entry) -> Figures:
 
 
 def backward(subject: Subject) -> None:
-    """A forward and a backward pass by torch alone; gradients are left as they were."""
+    """A forward and a backward pass by torch alone, which leaves ``.grad`` as it is."""
     torch.autograd.grad(subject.closure(), [p for _, p in subject.named()], allow_unused=True)
 
 
 def in_precision(entry: Entry, mode: str) -> Subject:
-    """Parameters in a dtype; or in float32, under autocast to it."""
+    """The model with parameters of a dtype, or in float32 under autocast to the dtype."""
     dtype = getattr(torch, mode.split()[-1])
     if not mode.startswith("autocast"):
         return entry.build(dtype)
@@ -264,7 +265,7 @@ def in_precision(entry: Entry, mode: str) -> Subject:
 
 
 def complain(figures: Figures) -> Iterable[str]:
-    """What should not be."""
+    """Everything in the figures that should not be there, in words."""
     fields = set(Coverage.__dataclass_fields__)
     for name, row in figures["matrix"].items():
         if was_run(row):
@@ -280,7 +281,7 @@ def was_run(row: Figures) -> bool:
 
 
 def tables_of(content: Mapping[str, Any]) -> list[Table]:
-    """The tables of a JSON that this experiment wrote."""
+    """The tables for the content of this experiment's JSON."""
     figures = content["figures"]
     present = {name: row for name, row in figures["matrix"].items() if was_run(row)}
     notes = ["coupled: sites that take the scalar derivative of the whole batch; time: over a step of backpropagation."]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification data set held in memory; `source` says where it came from, for the report."""
+    """A classification data set in memory; ``source``: where it came from."""
 
     x: Tensor
     y: Tensor
@@ -140,10 +140,10 @@ def _windows(codes: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def declare_torchvision_schemas() -> torch.library.Library | None:
     """Make `import torchvision` work where its compiled part does not match the installed torch.
 
-    A torchvision built for CUDA cannot load its operators beside a CPU-only torch, and then stops at the first operator
-    it registers a rule for. Declaring the two schemas it looks for is enough for data sets, transforms and models.
-    Call this before anything that imports torchvision. Returns the library that holds the declarations (None where
-    none were needed); the cache keeps it alive.
+    A torchvision built for CUDA cannot load its operators beside a CPU-only torch. Its import then fails at the first
+    operator for which it registers a rule. Declaring two schemas is enough for data sets, transforms and models. Call
+    this before any import of torchvision. Returns the library that holds the declarations, which the cache keeps alive;
+    None: no declaration was needed.
     """
     try:
         importlib.import_module("torchvision")

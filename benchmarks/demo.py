@@ -13,17 +13,19 @@ import torch
 
 from benchmarks.data import Dataset, mnist1d
 from benchmarks.measure import Ratio, peak_memory, time_ratios
+from benchmarks.methods import METHODS, labels
 from benchmarks.problems import relu_mlp
 from benchmarks.report import SCRATCH, plot_curves, print_table, spread, write_json
-from benchmarks.training import LABELS, History, Settings, fit, make_learner
+from benchmarks.training import History, Settings, fit_epochs
 
-METHODS = ("backprop", "w_perp", "w_transpose", "activation_perturbation")
+NAMES = ("backprop", "w_perp", "w_transpose", "activation_perturbation")
+LABELS = labels(NAMES)
 WIDTH = 128
 
 
 @dataclass(frozen=True)
 class Column:
-    """One method's figures: a history per seed, and what its step costs."""
+    """The figures of one method: a history for each seed, the time of a step, and its peak memory in bytes."""
 
     histories: list[History]
     time: Ratio
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     times, peaks = costs(data, settings, rounds=3 if args.quick else 7)
     columns = {
         method: Column([train(method, seed, data, settings) for seed in seeds], times[method], peaks[method])
-        for method in METHODS
+        for method in NAMES
     }
     show(columns, settings)
 
@@ -53,16 +55,16 @@ def run(args: argparse.Namespace) -> None:
 def train(method: str, seed: int, data: Dataset, settings: Settings) -> History:
     torch.manual_seed(seed)
     model = relu_mlp(WIDTH).to(data.x.device)
-    learner = make_learner(method, model, settings.lr)
-    return fit(learner, data, settings, seed=seed, label=LABELS[method], cosines=20)
+    learner = METHODS[method].learner(model, settings.lr)
+    return fit_epochs(learner, data, settings, seed=seed, label=LABELS[method], cosines=20)[0]
 
 
 def costs(data: Dataset, settings: Settings, rounds: int) -> tuple[dict[str, Ratio], dict[str, int]]:
-    """Step time over backprop's and peak memory of a step, measured apart from training on one fixed batch."""
+    """Step time over backprop's, and peak memory of a step. Both are measured on one fixed batch, before training."""
     torch.manual_seed(0)
     model, device = relu_mlp(WIDTH).to(data.x.device), data.x.device.type
     x, y = data.x[: settings.batch], data.y[: settings.batch]
-    makers = {method: partial(make_learner, method, copy.deepcopy(model), settings.lr) for method in METHODS}
+    makers = {method: partial(METHODS[method].learner, copy.deepcopy(model), settings.lr) for method in NAMES}
     peaks = {method: peak_memory(maker, x, y) for method, maker in makers.items()}
     steps = {method: partial(maker().step, x, y) for method, maker in makers.items()}
     return time_ratios(steps, baseline="backprop", rounds=rounds, device=device), peaks
@@ -85,8 +87,8 @@ def show(columns: dict[str, Column], settings: Settings) -> None:
         ],
     )
     print("cosine: to the true gradient, after training, mean over the training batches.")
-    print("time ratio: a step over a backprop step, interleaved medians, refreshes of cached factors included.")
-    print("peak MB: memory of one step above parameters, batch and AdamW's state.")
+    print("time ratio: median time of a step over that of a backprop step, steps taken in turn; with all refreshes.")
+    print("peak MB: memory of one step, without parameters, batch and AdamW's state.")
 
 
 def plot(columns: dict[str, Column], path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Every registered estimator in one table: cosine, bias, variance, step time over backprop's, peak
-memory (MNIST-1D)."""
+"""Every registered estimator on MNIST-1D: cosine, bias, variance, step time over backprop's, peak memory."""
 
 from __future__ import annotations
 
@@ -16,10 +15,10 @@ from tqdm import tqdm
 
 from benchmarks.data import Dataset, mnist1d
 from benchmarks.measure import Ratio, peak_memory, time_ratios
+from benchmarks.methods import METHODS, guessing
 from benchmarks.problems import relu_mlp
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table, write_json
-from benchmarks.training import Backprop, Guess, Learner, Settings, fit
-from guessopt import GuessGradOptimizer
+from benchmarks.training import Learner, Settings, fit_epochs
 from guessopt.diagnostics import bias, cosine, variance
 from guessopt.estimators import estimator_names, make_estimator
 
@@ -30,11 +29,13 @@ SITE = "0.weight"
 
 @dataclass(frozen=True)
 class Row:
-    """One estimator on one batch, at parameters that backprop has trained for a while.
+    """One estimator on one batch, on a network that backprop has trained for some epochs.
 
-    ``cosine`` is the mean over draws, ``error`` its standard error; ``bias`` and ``variance`` are relative to the norm
-    of the gradient of all parameters and to its square; ``site_bias`` and ``site_variance`` are layer 1's (Wang eqs. 17
-    and 18), absent where an estimator guesses parameters.
+    Attributes:
+        cosine: mean over draws; ``error``: its standard error.
+        bias: over the norm of the gradient of all parameters.
+        variance: over the square of that norm.
+        site_bias, site_variance: of layer 1 (Wang eqs. 17 and 18). None for an estimator that guesses parameters.
     """
 
     cosine: float
@@ -47,16 +48,6 @@ class Row:
     peak_bytes: int
 
 
-class Estimated(Guess):
-    """A learner for any estimator; parameters keep their names. The guesses follow ``torch.manual_seed``."""
-
-    def __init__(
-        self, estimator: Any, model: nn.Module, lr: float, base: Any = torch.optim.AdamW, **options: Any
-    ) -> None:
-        Learner.__init__(self, model)
-        self.optimizer = GuessGradOptimizer(model.named_parameters(), base=base, estimator=estimator, lr=lr, **options)
-
-
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     quick = args.quick
@@ -67,16 +58,15 @@ def run(args: argparse.Namespace) -> None:
     x, y = data.x[: settings.batch], data.y[: settings.batch]
 
     names = ready_names()
-    makers: dict[str, Any] = {"backprop": partial(Backprop, copy.deepcopy(model), settings.lr)}
-    for name in names:
-        makers[name] = partial(Estimated, make_estimator(name), copy.deepcopy(model), settings.lr)
+    methods = {"backprop": METHODS["backprop"], **{name: guessing(name, name) for name in names}}
+    makers = {name: partial(own.learner, copy.deepcopy(model), settings.lr) for name, own in methods.items()}
     peaks = {name: peak_memory(make, x, y) for name, make in makers.items()}
     steps = {name: partial(make().step, x, y) for name, make in makers.items()}
     times = time_ratios(steps, baseline="backprop", rounds=rounds, block=block, device=args.device)
 
     rows = {}
     for name in tqdm(names, desc="bias and variance", disable=None):
-        learner = Estimated(make_estimator(name), copy.deepcopy(model), settings.lr)
+        learner = methods[name].learner(copy.deepcopy(model), settings.lr)
         rows[name] = judge(learner, x, y, draws, times[name], peaks[name])
     print_table(*table(rows, settings, peaks["backprop"]))
 
@@ -101,23 +91,23 @@ def ready_names() -> list[str]:
 
 
 def trained(data: Dataset, settings: Settings) -> nn.Module:
-    """The network that all are judged on: some epochs of backprop, so that the gradient has its structure."""
+    """The network on which all estimators are judged. Backprop trains it for some epochs, so that the gradient is a
+    typical one."""
     torch.manual_seed(0)
-    learner = Backprop(relu_mlp(WIDTH).to(data.x.device), settings.lr)
-    fit(learner, data, settings, seed=0, label="backprop")
+    learner = METHODS["backprop"].learner(relu_mlp(WIDTH).to(data.x.device), settings.lr)
+    fit_epochs(learner, data, settings, seed=0, label="backprop")
     return learner.model
 
 
-def judge(learner: Estimated, x: torch.Tensor, y: torch.Tensor, draws: int, time: Ratio, peak: int) -> Row:
+def judge(learner: Learner, x: torch.Tensor, y: torch.Tensor, draws: int, time: Ratio, peak: int) -> Row:
     opt = learner.optimizer
 
     def closure() -> torch.Tensor:
         return learner.loss(x, y)
 
     cosines = torch.tensor([cosine(opt, closure).total for _ in range(draws)])
-    off = bias(
-        opt, closure, 5 * draws
-    )  # draws only where no second moment is declared: then many, to see past variance
+    # Where an estimator declares no moments, the bias is estimated from draws: from many, to see past the variance.
+    off = bias(opt, closure, 5 * draws)
     spread = variance(opt, closure, draws)
     return Row(
         cosine=float(cosines.mean()),
@@ -132,7 +122,7 @@ def judge(learner: Estimated, x: torch.Tensor, y: torch.Tensor, draws: int, time
 
 
 def tables_of(content: dict[str, Any]) -> list[Table]:
-    """The tables of a JSON that this experiment wrote."""
+    """The tables for the content of this experiment's JSON."""
     recorded, figures = content["settings"], content["figures"]
     rows = {name: Row(**{**row, "time": Ratio(**row["time"])}) for name, row in figures["rows"].items()}
     settings = Settings(recorded["epochs"], recorded["batch"], recorded["lr"])
@@ -156,13 +146,13 @@ def table(rows: dict[str, Row], settings: Settings, backprop_bytes: int) -> Tabl
         ],
         "cosine: one guess, mean over draws. bias: ||E g^ - g|| / ||g||. variance: E ||g^ - E g^||^2 / ||g||^2.\n"
         f"time: a step over a backprop step. peak MB: of one step; backprop {backprop_bytes / 1e6:.2f}.\n"
-        "Layer 1's figures (Wang eqs. 17 and 18) are in the JSON. Untrained, an estimator that learns "
-        "(learned_feedback) is its guess alone, save before the head.",
+        "Layer 1's figures (Wang eqs. 17 and 18) are in the JSON. Learned feedback has not learned yet: except before "
+        "the head it is its guess alone.",
     )
 
 
 def plot(rows: dict[str, Row], path: Path) -> None:
-    """Each estimator as a point: bias against variance, marked with its name."""
+    """Variance against bias, a point for each estimator."""
     import matplotlib
 
     matplotlib.use("Agg")

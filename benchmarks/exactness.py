@@ -1,4 +1,4 @@
-"""How far the engine is from the true gradient, without summing over every one-hot guess.
+"""How far the engine is from the true gradient, measured without a sum over all one-hot guesses.
 
 The sum of the estimates over all one-hot guesses is the gradient if and only if two things hold:
 
@@ -23,14 +23,17 @@ from benchmarks.zoo import Subject
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.diagnostics.reverse import Truth, measuring
 from guessopt.engine.gradients import parameter_gradients
-from guessopt.engine.levels import inner
+from guessopt.engine.jvp.duals import inner
 from guessopt.estimators import Estimator
-from guessopt.rules import Rule
-from guessopt.sites import ForwardRecord, Layout, SiteGraph
+from guessopt.graph import SiteGraph
+from guessopt.layout import Layout
+from guessopt.ops import Rule
+from guessopt.record import ForwardRecord
+from guessopt.step.runs import forward
 
 
 class _Apart(Estimator):
-    """Normal noise, but none at coupled sites: with it no ``D_n`` is one example's alone."""
+    """Normal noise, but none at coupled sites. (A guess there would add to the ``D_n`` of all examples.)"""
 
     name: ClassVar[str] = "apart"
     per_example_parameters: ClassVar[bool] = False
@@ -74,15 +77,15 @@ def exactness(subject: Subject, *, draws: int = 2, **options: Any) -> Exactness:
         opt = GuessGradOptimizer(named, torch.optim.SGD, "activation_perturbation", seed=0, lr=0.0, **options)
         truth = Truth(opt, closure)
         errors, norms = 0.0, 0.0
-        for estimator in (opt._estimators[0], _Apart()):
-            opt._estimators = [estimator] * len(named)
-            opt._plans[0].guesses = None
+        for estimator in (opt.estimation.estimators[0], _Apart()):
+            opt.estimation.estimators = [estimator] * len(named)
+            opt.estimation.plans[0].assignments = None
             for _ in range(draws):
                 with measuring(opt) as transaction:
-                    plan, record = opt._forward(closure, transaction)
+                    plan, record = forward(opt.estimation, closure, transaction)
                 error, norm = _derivative_error(plan.graph, record, truth)
                 errors, norms = errors + error, norms + norm
-    found = parameter_gradients(truth.graph, truth.record, truth.g, opt._by_position, opt._ids)
+    found = parameter_gradients(truth.graph, truth.record, truth.g, opt.estimation.by_position, opt.estimation.ids)
     with measuring(opt):
         reference = torch.autograd.grad(closure(), [p for _, p in named], materialize_grads=True)
     least = 1e-3 * _norm(*reference)
@@ -105,19 +108,19 @@ def _derivative_error(graph: SiteGraph, record: ForwardRecord, truth: Truth) -> 
             whole = True
         expected += layout.sum_examples(inner(g, y).double(), n).cpu() / (n if layout is coupled else 1)
         norm += float(inner(g, g).double().sum())
-    for visit in record.visits:
-        if visit.directions is None:
+    for saved in record.saved_calls:
+        if saved.directions is None:
             continue
-        (site,) = graph.sites_at[visit.call.index]
+        (site,) = graph.sites_at[saved.call.index]
         whole = whole or site.layout is coupled
-        for k, v in enumerate(visit.directions):
+        for k, v in enumerate(saved.directions):
             for example in range(v.shape[0]):
                 one = torch.zeros(n, dtype=torch.float64)
                 one[example if v.shape[0] == n else slice(None)] = 1
                 mask = 1 if v.shape[0] < n else site.layout.spread(one, site.shape)
                 g = truth.g[site.index] * mask
                 own = Rule().gradients(
-                    visit.call.fn, visit.args, visit.kwargs, site.output, [visit.wanted[k]], g.to(site.dtype)
+                    saved.call.fn, saved.args, saved.kwargs, site.output, [saved.wanted[k]], g.to(site.dtype)
                 )[0]
                 assert own is not None
                 product = float(inner(own, v[example]).double().sum())

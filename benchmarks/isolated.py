@@ -1,4 +1,4 @@
-"""Calls in a process of their own, which starts with nothing allocated; and results that are kept as they come."""
+"""Calls in a new process, which starts with nothing allocated; and a file to which every result is written at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def fresh(function: Callable[..., Any], *args: Any) -> Any:
-    """The function's result, from a process started for it alone. Raises ``BrokenProcessPool`` if that dies."""
+    """The function's result, from a new process. Raises ``BrokenProcessPool`` if that process dies."""
     context = get_context("forkserver")
     context.set_forkserver_preload([function.__module__, "torch._dynamo"])  # imported once, nothing run
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -31,16 +31,19 @@ def fresh(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _alone(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    gc.freeze()  # what was imported: a collection need not look through it again
+    gc.freeze()  # collections skip all that was imported
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    warnings.simplefilter("ignore", GuessWarning)  # which guess a site gets is no matter of memory
+    warnings.simplefilter("ignore", GuessWarning)  # the guess of a site does not matter for memory
     return function(*args)
 
 
 def collect(path: Path, args: argparse.Namespace, settings: Mapping[str, Any], tasks: Mapping[str, Task]) -> Any:
-    """Each task's result (a dataclass, as a dict) by name, each from a fresh process, written to ``path`` as it comes.
-    Results that the file has already, from the same settings, stay."""
+    """Result by task. Each is a dataclass, returned as a dict.
+
+    Every task runs in a new process, and ``path`` is written after every result. Results that the file has from the
+    same settings are taken from it.
+    """
     found: dict[str, Any] = {}
     if path.is_file() and not args.fresh:
         content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What torch itself does not run on the machine at hand: asked by running it, without guessopt."""
+"""Operations that torch itself refuses on this machine. They are tried without guessopt."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _ASKED: dict[Hashable, str | None] = {}
 
 
 def refused(run: Callable[[], Any], key: Hashable = None) -> str | None:
-    """Why torch refuses to run this (a plain operation, or a forward and backward pass of a model); None if it runs.
+    """Why torch refuses to run this; None if it runs.
 
     Args:
-        key: ask once for this key, and remember the answer.
+        run: an operation, or a forward and backward pass of a model, in plain torch.
+        key: under which the answer is remembered; None: it is not.
 
     >>> refused(lambda: None) is None
     True

@@ -1,4 +1,4 @@
-"""What a step costs: time as a ratio to a baseline, and memory at its peak."""
+"""The cost of a step: its time over that of a baseline, and its peak memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.training import Learner
-from guessopt.memory import cpu_peak, cuda_peak
+from guessopt.memory_plan import cpu_peak, cuda_peak
 
 Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of median times, and the quartiles of the ratios seen round by round."""
+    """A ratio of median times; ``low`` and ``high``: quartiles of the ratios of single rounds."""
 
     ratio: float
     low: float
@@ -40,10 +40,11 @@ def time_ratios(
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Ratio]:
-    """Time of each step over the baseline's: ratio of medians over interleaved rounds.
+    """Time of each step over that of the baseline: the ratio of medians over the rounds.
 
-    A round times `block` steps of every method in turn, so that a slow moment of the machine meets all of them; the
-    block is as long as the period at which estimators refresh what they cache, so that its cost is in."""
+    A round times ``block`` steps of every method in turn, so that a slow moment of the machine meets all methods. A
+    block is as long as the period after which estimators make their cached bases again, so that it contains that cost.
+    """
     for step in steps.values():
         seconds(step, 3, device)  # warm-up
     times = interleaved(steps, rounds=rounds, block=block, device=device, clock=clock)
@@ -58,7 +59,7 @@ def interleaved(
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds that a block of each step took, round by round; every other round goes through them backwards."""
+    """Seconds of a block of each step, by round. Every second round takes the steps in the opposite order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
         for name in list(steps) if index % 2 == 0 else reversed(list(steps)):
@@ -67,7 +68,7 @@ def interleaved(
 
 
 def seconds(step: Step, repeats: int, device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """How long so many calls take."""
+    """Seconds that so many calls take."""
     _synchronize(device)
     start = clock()
     for _ in range(repeats):
@@ -77,7 +78,7 @@ def seconds(step: Step, repeats: int, device: str, clock: Callable[[], float] = 
 
 
 def ratio(times: list[float], base: list[float]) -> Ratio:
-    """Of two lists that were measured side by side."""
+    """Ratio of two lists of times, which were measured in turns."""
     each = [t / b for t, b in zip(times, base, strict=True)]
     low, _, high = statistics.quantiles(each, n=4, method="inclusive")
     return Ratio(statistics.median(times) / statistics.median(base), low, high)
@@ -89,9 +90,9 @@ def _synchronize(device: str) -> None:
 
 
 class Stopwatch:
-    """Adds up time by phase. Phases nest: what an inner one takes is not the outer one's.
+    """Adds up time by phase. Phases nest: the time of an inner phase does not count for the outer one.
 
-    Within a phase named in ``whole`` nothing is told apart.
+    A phase named in ``whole`` has no inner phases: all its time is its own.
     """
 
     def __init__(self, device: str, whole: tuple[str, ...] = ()) -> None:
@@ -129,9 +130,9 @@ class Stopwatch:
 def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> int:
     """Peak bytes of one training step above the parameters, the batch and the base optimizer's state.
 
-    Counted from before the learner exists, so that gradients, activations, guesses, temporaries and whatever a method
-    keeps between steps are all in. The step measured is the second one: nothing is being set up or refreshed. The
-    model must exist before: `make_learner` only wraps it.
+    The count starts before the learner exists. So gradients, activations, guesses, temporaries, and all that a method
+    keeps between steps are in it. The second step is measured, in which nothing is set up. ``make_learner`` only wraps
+    a model that exists already.
     """
     learners: list[Learner] = []
 
@@ -148,8 +149,11 @@ def peak_memory(make_learner: Callable[[], Learner], x: Tensor, y: Tensor) -> in
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes above the parameters: the most at once over all steps, what lasts between them, and of this the
-    optimizer's state (``state``) and ``.grad`` (``gradients``, which a training loop may drop).
+    """Bytes above the parameters.
+
+    Attributes:
+        peak: the most at any moment of all steps.
+        kept: between two steps; of these, ``state`` of the optimizer and ``gradients`` (``.grad``).
     """
 
     peak: int
@@ -161,10 +165,10 @@ class Peaks:
 def peaks(
     make_learner: Callable[[], Learner], x: Tensor, y: Tensor, steps: int, state: Callable[[Learner], int]
 ) -> Peaks:
-    """Of so many steps from the first on: tracing, decompositions, updates and whatever a method keeps are all in.
+    """Peaks over so many steps from the first one on, with tracing, decompositions and updates.
 
-    Counted from before the learner exists; the model and the batch must exist before. `state` tells the bytes of the
-    optimizer's state, which the first update allocates.
+    The count starts before the learner exists, and after the model and the batch exist. ``state`` returns the bytes of
+    the optimizer's state, which the first update allocates.
     """
     learners: list[Learner] = []
     recorder = cuda_peak if x.is_cuda else cpu_peak
@@ -187,6 +191,6 @@ def peaks(
 
 
 def _state_bytes(learner: Learner) -> int:
-    """Of the base optimizer's state as it is: AdamW's two moments and step counts, MeZO's nothing."""
+    """Bytes of the base optimizer's state: AdamW's moments and step counts; MeZO has none."""
     optimizer = getattr(learner.optimizer, "base", learner.optimizer)
     return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))

@@ -10,23 +10,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.methods import METHODS
 from benchmarks.problems import causal_lm
-from guessopt import GuessGradOptimizer
+from benchmarks.training import Learner, fit
 
 VOCABULARY, TOKENS, BATCH = 33, 12, 16
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run. ``first``, ``last``: losses before and after, in float32; ``reported``: the last one as a trainer shows it
-    that leaves out what is not finite (0 if nothing is left). ``zeros``: share of steps whose derivative was exactly
-    zero. ``drift``: relative change of the weights in as many steps with a learning rate of zero."""
+    """A run.
+
+    Attributes:
+        first, last: loss before and after, in float32; a last loss that is not finite is -1.
+        reported: the last loss as a trainer shows it that leaves out losses that are not finite (0 if it is not).
+        zeros: share of steps whose derivative was exactly zero.
+        drift: relative change of the weights in as many steps with a learning rate of zero.
+    """
 
     first: float
     last: float
@@ -36,63 +44,89 @@ class Outcome:
 
 
 def problem(dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A language model of two blocks that is to repeat what it has read; the loss in the model's own precision."""
+    """A language model of two blocks that learns to repeat its input, and its loss in the model's own precision."""
+    model, x, y = _made(dtype)
+    return model, partial(_loss, model, x, y)
+
+
+def _made(dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = causal_lm(VOCABULARY, 32, 2, 2, tokens=TOKENS - 1).to(dtype)
     ids = torch.randint(VOCABULARY, (BATCH, TOKENS))
     ids[:, TOKENS // 2 :] = ids[:, : TOKENS // 2]
-    return model, lambda: F.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+    return model, ids[:, :-1], ids[:, 1:]
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+class InPlace(Learner):
+    """Algorithm 1 to the letter: each step moves the parameters in place four times, along a direction drawn from the
+    step's number."""
+
+    def __init__(self, model: nn.Module, lr: float, eps: float) -> None:
+        super().__init__(model, None)
+        self.lr, self.eps, self.seed, self.is_flat = lr, eps, 0, False
+
+    def _move(self, scale: float) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for p in self.model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self._move(self.eps)
+        above = float(self.loss(x, y))
+        self._move(-2 * self.eps)
+        below = float(self.loss(x, y))
+        self._move(self.eps)
+        slope = (above - below) / (2 * self.eps)
+        self.is_flat = slope == 0
+        self._move(-self.lr * slope)
+        self.seed += 1
+
+    def cosine(self, x: Tensor, y: Tensor) -> float:
+        raise NotImplementedError
 
 
 def mezo(dtype: torch.dtype, *, eps: float, lr: float, steps: int) -> Outcome:
-    """Algorithm 1, the parameters perturbed in place and restored from the seed."""
+    """MeZO with SGD; the parameters are perturbed in place and restored from the seed."""
 
-    def train(lr: float) -> tuple[Any, ...]:
-        model, loss = problem(dtype)
-        params, zeros = list(model.parameters()), 0
+    def make(model: nn.Module, lr: float) -> InPlace:
+        return InPlace(model, lr, eps)
 
-        def move(seed: int, scale: float) -> None:
-            generator = torch.Generator().manual_seed(seed)
-            for p in params:
-                p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale)
-
-        start, first = [p.detach().clone() for p in params], _wide(model, loss)
-        with torch.no_grad():
-            for seed in range(steps):
-                move(seed, eps)
-                above = float(loss())
-                move(seed, -2 * eps)
-                below = float(loss())
-                move(seed, eps)
-                slope = (above - below) / (2 * eps)
-                zeros += slope == 0
-                move(seed, -lr * slope)
-        return first, _wide(model, loss), zeros / steps, _distance(params, start)
-
-    first, last, zeros, _ = train(lr)
-    return _outcome(first, last, zeros, train(0.0)[3])
+    return _outcome(make, lambda own: own.is_flat, dtype, lr, steps)
 
 
 def forward_mode(dtype: torch.dtype, estimator: str, *, lr: float, steps: int) -> Outcome:
-    """The same by this package, with SGD."""
+    """This package's optimizer with SGD."""
 
-    def train(lr: float) -> tuple[Any, ...]:
-        model, loss = problem(dtype)
-        params, zeros = list(model.parameters()), 0
-        start, first = [p.detach().clone() for p in params], _wide(model, loss)
-        opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, estimator, lr=lr, seed=0, check_finite=False)
-        for _ in range(steps):
-            opt.step(loss)
-            zeros += not any(bool(p.grad.any()) for p in params if p.grad is not None)
-        return first, _wide(model, loss), zeros / steps, _distance(params, start)
+    def make(model: nn.Module, lr: float) -> Learner:
+        return METHODS[estimator].learner(model, lr, base=torch.optim.SGD, seed=0, check_finite=False)
+
+    def is_flat(own: Learner) -> bool:
+        return not any(bool(p.grad.any()) for p in own.model.parameters() if p.grad is not None)
+
+    return _outcome(make, is_flat, dtype, lr, steps)
+
+
+def _outcome(
+    make: Callable[[nn.Module, float], Any], is_flat: Callable[[Any], bool], dtype: torch.dtype, lr: float, steps: int
+) -> Outcome:
+    """``is_flat`` says of a learner whether its last step found a derivative of zero."""
+
+    def train(lr: float) -> tuple[float, float, float, float]:
+        model, x, y = _made(dtype)
+        loss, flat = partial(_loss, model, x, y), list[bool]()
+        start, first = [p.detach().clone() for p in model.parameters()], _wide(model, loss)
+        own = make(model, lr)
+        fit(own, repeat((x, y)), steps, looks=range(1, steps + 1), look=lambda step: flat.append(is_flat(own)))
+        return first, _wide(model, loss), sum(flat) / steps, _distance(list(model.parameters()), start)
 
     first, last, zeros, _ = train(lr)
-    return _outcome(first, last, zeros, train(0.0)[3])
-
-
-def _outcome(first: float, last: float, zeros: float, drift: float) -> Outcome:
     finite = math.isfinite(last)
-    return Outcome(first, last if finite else -1.0, last if finite else 0.0, zeros, drift)
+    return Outcome(first, last if finite else -1.0, last if finite else 0.0, zeros, train(0.0)[3])
 
 
 def _wide(model: nn.Module, loss: Callable[[], Tensor]) -> float:

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from benchmarks.data import Dataset, mnist1d
+from benchmarks.methods import METHODS, labels
 from benchmarks.problems import relu_mlp
 from benchmarks.report import COMMITTED, SCRATCH, Table, plot_curves, print_table, spread, write_json
-from benchmarks.training import LABELS, METHODS, History, Settings, fit, make_learner
+from benchmarks.training import History, Settings, fit_epochs
 
-# Wang, Table 3: train accuracy after 300 epochs. Weight perturbation there is directional descent here.
+NAMES = ("backprop", "w_perp", "w_transpose", "activation_perturbation", "directional_descent", "learned_feedback")
+LABELS = labels(NAMES)
+
+# Wang, Table 3: train accuracy after 300 epochs. The paper calls directional descent "weight perturbation".
 PAPER_TRAIN = {
     64: {
         "directional_descent": 0.121,
@@ -55,12 +59,12 @@ PAPER_TEST = {
     512: {"w_transpose": 0.438, "w_perp": 0.498},
 }
 THIN = 5
-"""Every so many epochs are kept in the JSON, and the last one."""
+"""Of so many epochs one is kept in the JSON; the last epoch is always kept."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run and what came of it."""
+    """One training run."""
 
     width: int
     method: str
@@ -74,8 +78,8 @@ class Cell:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--widths", type=int, nargs="+", help="hidden widths (default: 128 512)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES), metavar="METHOD")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         if (width, method, seed) in [cell.key for cell in cells]:
             continue
         cells.append(Cell(width, method, seed, train(width, method, seed, data, settings)))
-        cells.sort(key=lambda cell: (cell.width, METHODS.index(cell.method), cell.seed))
+        cells.sort(key=lambda cell: (cell.width, NAMES.index(cell.method), cell.seed))
         kept_seeds = sorted({cell.seed for cell in cells})
         write_json(path, args, seeds=kept_seeds, settings=recorded, figures=[asdict(cell) for cell in cells])
     print_table(*table(cells, settings))
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def finished(path: Path, settings: dict[str, Any]) -> list[Cell]:
-    """The cells of an earlier run, where there was one with the same settings."""
+    """The runs in the file, if it was written with the same settings."""
     if not path.is_file():
         return []
     content = json.loads(path.read_text())
@@ -115,7 +119,7 @@ def cells_of(content: dict[str, Any]) -> list[Cell]:
 
 
 def tables_of(content: dict[str, Any]) -> list[Table]:
-    """The tables of a JSON that this experiment wrote."""
+    """The tables for the content of this experiment's JSON."""
     recorded = content["settings"]
     return [table(cells_of(content), Settings(recorded["epochs"], recorded["batch"], recorded["lr"]))]
 
@@ -124,7 +128,7 @@ def train(width: int, method: str, seed: int, data: Dataset, settings: Settings)
     torch.manual_seed(seed)
     model = relu_mlp(width).to(data.x.device)
     label = f"{LABELS[method]} {width} #{seed}"
-    history = fit(make_learner(method, model, settings.lr), data, settings, seed=seed, label=label)
+    history, _ = fit_epochs(METHODS[method].learner(model, settings.lr), data, settings, seed=seed, label=label)
     return thinned(history)
 
 

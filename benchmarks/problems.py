@@ -1,11 +1,13 @@
-"""The networks that the experiments train.
+"""The networks that the experiments train, and batches of random data for them.
 
-Every one is an ``nn.Sequential``, so that checkpointing can cut it into layers without knowing it.
+Every network is an ``nn.Sequential``, so that checkpointing can cut any of them into layers.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -183,3 +185,50 @@ def causal_lm(
 class VocabularySecond(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         return logits.transpose(1, 2)
+
+
+# --- a network with one batch -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network and one batch for it."""
+
+    model: nn.Sequential
+    x: Tensor
+    y: Tensor
+
+    def loss(self) -> Tensor:
+        return F.cross_entropy(self.model(self.x), self.y)
+
+    def copy(self) -> Problem:
+        """A copy of the network with the same batch."""
+        return Problem(copy.deepcopy(self.model), self.x, self.y)
+
+    def to(self, device: str) -> Problem:
+        return Problem(self.model.to(device), self.x.to(device), self.y.to(device))
+
+
+def layers(model: nn.Sequential) -> list[nn.Sequential]:
+    """The model in pieces. Each piece starts with a module that has parameters, and holds the modules without
+    parameters that follow (a ReLU)."""
+    pieces: list[list[nn.Module]] = []
+    for child in model:
+        if not pieces or any(True for _ in child.parameters()):
+            pieces.append([])
+        pieces[-1].append(child)
+    return [nn.Sequential(*piece) for piece in pieces]
+
+
+def mlp(width: int, depth: int, batch: int) -> Problem:
+    return Problem(relu_mlp(width, depth, inputs=width), torch.randn(batch, width), torch.randint(10, (batch,)))
+
+
+def images(model: nn.Sequential, batch: int) -> Problem:
+    return Problem(model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)))
+
+
+def text(batch: int, tokens: int = 64, dim: int = 128, depth: int = 4) -> Problem:
+    ids = torch.randint(65, (batch, tokens + 1))
+    model = causal_lm(dim=dim, depth=depth, tokens=tokens)
+    return Problem(model, ids[:, :-1].contiguous(), ids[:, 1:].contiguous())

@@ -18,13 +18,13 @@ import guessopt
 from benchmarks.isolated import fresh
 from guessopt import GuessGradOptimizer, GuessWarning
 from guessopt.estimators import estimator_names, make_estimator
-from guessopt.stepping import MODES
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.step.mode import MODES
+from guessopt.tree import tensors_in
 
 #: Steps before saving, and after.
 BEFORE, AFTER = 3, 3
 GUESSES = (1, 3)
-#: What a state is loaded by, and in which order the global random states come back.
+#: Ways to load a state; they differ in when the global random states are restored.
 WAYS = ("optimizer, then random states", "random states, then optimizer", "guessopt.load")
 
 
@@ -75,7 +75,7 @@ class Case:
     """One run: its network, estimator, memory mode, guesses, and further options of the optimizer."""
 
     estimator: dict[str, Any]
-    memory: str = "store"
+    memory: Any = "store"
     guesses: int = 1
     network: str = "mlp"
     base: str = "AdamW"
@@ -102,12 +102,12 @@ class Case:
 
 
 def small(name: str, **options: Any) -> dict[str, Any]:
-    """An estimator that prepares anew within a few steps, so that the age of what is prepared counts."""
+    """An estimator that prepares again after a few steps, so that the age of the prepared state matters."""
     known = {f.name for f in fields(make_estimator(name))}  # type: ignore[arg-type]
     return {"name": name, **{k: v for k, v in {"refresh": 4, "k": 2}.items() if k in known}, **options}
 
 
-#: Every registered estimator with its defaults; and options that keep other states.
+#: Every registered estimator with its defaults; and options with which an estimator keeps other states.
 ESTIMATORS = [small(name) for name in estimator_names()]
 VARIANTS = [
     small("w_perp", basis="example"),
@@ -137,7 +137,7 @@ def cases() -> list[Case]:
 
 
 def is_refused(case: Case) -> bool:
-    """Whether the options do not go together, which the optimizer says by a ``ValueError``."""
+    """Whether the optimizer refuses this combination of options with a ``ValueError``."""
     try:
         _, opt, closure = case.start()
         opt.step(closure)
@@ -170,7 +170,7 @@ def stopped(case: Case, folder: Path) -> tuple[list[float], str]:
 
 
 def resumed(case: Case, folder: Path, way: str) -> tuple[list[float], str]:
-    """Train on from what ``stopped`` has saved."""
+    """Continue training from the files of ``stopped``."""
     model, opt, closure = case.start()
     torch.manual_seed(torch.initial_seed() + 1)  # a new process has another seed
     if way == "guessopt.load":
@@ -199,7 +199,7 @@ def _attempt(case: Case, folder: Path, way: str) -> Any:
 
 
 def resume_mismatches(chosen: Iterable[Case] | None = None) -> list[str]:
-    """The runs that go on in a fresh process otherwise than they would have without a stop; none is as it should be.
+    """The runs that continue differently in a new process than without a stop. There should be none.
 
     Args:
         chosen: None: the whole matrix, about a minute.

@@ -79,12 +79,32 @@ def spread(values: Sequence[float]) -> str:
 
 
 class Table(NamedTuple):
-    """What `print_table` prints; the first column is text, the others are figures. `note`: what stands below."""
+    """A table that `print_table` prints: the first column is text, the others are figures; `note` stands below it."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    def number(self, row: str, column: str) -> str:
+        """The cell of a row, by its first cell, and a column; without the spread or the quartiles.
+
+        Raises:
+            KeyError, ValueError: there is no such row or column.
+        """
+        cells = {cells[0]: cells for cells in self.rows}[row]
+        return cells[list(self.columns).index(column)].split()[0]
+
+    def markdown(self) -> list[str]:
+        """The lines of a Markdown table, below its title and above its note."""
+
+        def row(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |"
+
+        title = [f"**{self.title}**", ""] if self.title else []
+        rule = "| --- |" + " ---: |" * (len(self.columns) - 1)
+        note = ["", *self.note.splitlines()] if self.note else []
+        return [*title, row(self.columns), rule, *map(row, self.rows), *note]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:

@@ -1,9 +1,7 @@
-"""Times of single steps of small networks: what the steps of one version of the package take beside another's, and
-what audits cost in a thousand steps.
+"""Times of single steps of small networks, for two versions of the package; and the cost of audits in 1,000 steps.
 
-Run as a script, it is one version's side: it builds the step that each line of its input names, times as many as the
-line asks for, and answers with the times. It runs with whatever version of the package it finds (``PYTHONPATH``), and
-so uses nothing that only the present one has.
+As a script it serves one version, the one on ``PYTHONPATH``. Each line of its input names a step and a number of steps;
+the answer is a line with their times. The script also runs with older versions, so it uses only names that they have.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from torch import Tensor, nn
 from benchmarks.problems import causal_lm, relu_mlp, vit
 from guessopt import GuessGradOptimizer
 
-#: Steps before the first that is timed: past tracing, probes, and updates made with copies at hand.
+#: Steps before the first one that is timed. By then tracing, early probes and updates with copies are over.
 FIRST = 20
-#: Steps of a run, and those of them in which an audit is due.
+#: Steps of a run, and the steps that are audited.
 STEPS = 1000
 AUDITED = [2**k for k in range(10)]
 
@@ -83,7 +81,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def build(network: str, options: str, audit: bool) -> tuple[GuessGradOptimizer, Callable[[], object]]:
-    """The optimizer, and its step; ``audit`` where this version knows it."""
+    """The optimizer, and its step. ``audit`` is passed on if this version has that option."""
     torch.manual_seed(0)
     model, x, y = NETWORKS[network]()
     more: dict[str, Any] = dict(OPTIONS[options])
@@ -104,10 +102,10 @@ def timed(step: Callable[[], object]) -> float:
 
 
 def ordinary(opt: GuessGradOptimizer, step: Callable[[], object], count: int) -> list[float]:
-    """The times of so many steps, none of them one of those in which a probe or an audit may be due."""
+    """The times of so many steps, without the steps in which a probe or an audit may be due."""
     found: list[float] = []
     while len(found) < count:
-        uses = opt._plans[0].uses if opt._plans else 0
+        uses = opt.estimation.plans[0].uses if opt.estimation.plans else 0
         due = any(n & (n - 1) == 0 for n in (uses, uses + 1))
         if uses < FIRST or due:
             step()
@@ -117,13 +115,13 @@ def ordinary(opt: GuessGradOptimizer, step: Callable[[], object], count: int) ->
 
 
 def audited(opt: GuessGradOptimizer, step: Callable[[], object]) -> list[float]:
-    """The times of the steps in which an audit is due; those between the later ones are left out."""
+    """The times of the steps in which an audit is due. Later steps in between are skipped."""
     found: list[float] = []
     for number in range(1, AUDITED[-1] + 1):
         if number > FIRST:
             if number & (number - 1):
                 continue
-            opt._plans[0].uses = number - 1
+            opt.estimation.plans[0].uses = number - 1
         seconds = timed(step)
         if number in AUDITED:
             found.append(seconds)
@@ -131,7 +129,7 @@ def audited(opt: GuessGradOptimizer, step: Callable[[], object]) -> list[float]:
 
 
 def serve(lines: IO[str], answers: IO[str]) -> None:
-    """One version's side."""
+    """Answer each line of the input."""
     warnings.simplefilter("ignore")
     made: dict[tuple[Any, ...], tuple[GuessGradOptimizer, Callable[[], object]]] = {}
     for line in lines:
@@ -175,8 +173,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Times:
-    """A case: milliseconds of the quickest step of each block, the least of them (``before``: of the other version);
-    ``over``: the ratio of the two. ``audits``: their share of a thousand steps."""
+    """Times of one case.
+
+    Attributes:
+        now: milliseconds of the quickest step; ``before``: of the other version's; ``over``: their ratio.
+        audits: share of the audits in the time of a thousand steps.
+    """
 
     now: float
     before: float | None
@@ -196,7 +198,7 @@ def measured(
     over = None if before is None else least[now] / least[before]
     share = None
     if audits:
-        now.ask("audited", network, options, True, 1)  # what is done once in a process
+        now.ask("audited", network, options, True, 1)  # the first audit of a process takes longer
         runs = [
             [min(each) for each in zip(*(now.ask("audited", network, options, a, 1) for _ in range(2)), strict=True)]
             for a in (True, False)

@@ -1,6 +1,6 @@
-"""Models that people have, small and with random weights: what the coverage matrix and its tests run.
+"""Well-known models, small and with random weights, for the coverage matrix and its tests.
 
-Importing this module needs torch alone; each library is imported when one of its models is built.
+Importing this module needs torch alone. Each library is imported when one of its models is built.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.data import declare_torchvision_schemas
+from benchmarks.quantised import bitsandbytes, torchao
 
-#: Examples, tokens, size of the vocabulary: no two sizes are alike, so that no dimension is right by accident.
+#: Examples, tokens, size of the vocabulary. No two sizes are equal, so that a wrong dimension is noticed.
 N, TOKENS, WORDS = 3, 5, 17
 
 
@@ -39,10 +40,10 @@ class Entry:
     """A row of the matrix.
 
     Attributes:
-        library: what must be installed, by the name under which it is imported.
-        build: parameters and inputs of a dtype.
-        fallbacks: patterns of parameter names whose sites take the scalar derivative of the whole batch, and why.
-        dtype: of the exactness check: float64 unless the library itself computes in float32 somewhere.
+        library: the module that must be installed.
+        build: makes parameters and inputs of a dtype.
+        fallbacks: by patterns of parameter names, why their sites take the scalar derivative of the whole batch.
+        dtype: of the exactness check; float64 unless the library computes in float32 somewhere.
     """
 
     library: str
@@ -56,7 +57,7 @@ def _subject(model: nn.Module, dtype: torch.dtype | None, closure: Callable[[Any
         model.to(dtype)
     model.train()
     for p in model.parameters():
-        if p.requires_grad and not p.any():  # a head that starts at zero would let nothing through
+        if p.requires_grad and not p.any():  # before a head that starts at zero all gradients are zero
             nn.init.normal_(p, std=0.1)
     return Subject(model, lambda: closure(model))
 
@@ -179,7 +180,7 @@ _HUGGING_FACE: dict[str, Callable[[str], Build]] = {
     ),
 }  # fmt: skip
 
-_ONE_ATTENTION = ("convnext", "mamba")  # there is none to choose
+_ONE_ATTENTION = ("convnext", "mamba")  # no choice of attention
 
 
 # --- timm and torchvision ---------------------------------------------------------------------------------------------
@@ -315,33 +316,6 @@ def _quantised(quantise: Callable[[nn.Module], None]) -> Build:
     return build
 
 
-def _torchao(layers: nn.Module) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(layers, Int8WeightOnlyConfig())
-
-
-def _bitsandbytes(bits: int) -> Callable[[nn.Module], None]:
-    def quantise(layers: nn.Module) -> None:
-        import bitsandbytes as bnb
-
-        for parent in list(layers.modules()):
-            for name, linear in list(parent.named_children()):
-                if not isinstance(linear, nn.Linear):
-                    continue
-                sizes, weight = (linear.in_features, linear.out_features), linear.weight.data
-                small: Any
-                if bits == 4:
-                    small = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
-                    small.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
-                else:
-                    small = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
-                    small.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-                setattr(parent, name, small.to("cpu"))
-
-    return quantise
-
-
 def sized() -> dict[str, Callable[[], Subject]]:
     """Models of some size, by name, for timing: Hugging Face's own, in float32."""
 
@@ -392,10 +366,10 @@ def entries() -> dict[str, Entry]:
             _peft("IA3Config", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
         ),
     }
-    single = torch.float32  # what they are unpacked to
+    single = torch.float32  # the dtype to which the weights are unpacked
     found |= {
-        "peft/LoRA on 8 bits (torchao)": Entry("torchao", _quantised(_torchao), dtype=single),
-        "peft/LoRA on 8 bits (bitsandbytes)": Entry("bitsandbytes", _quantised(_bitsandbytes(8)), dtype=single),
-        "peft/LoRA on 4 bits (bitsandbytes)": Entry("bitsandbytes", _quantised(_bitsandbytes(4)), dtype=single),
+        "peft/LoRA on 8 bits (torchao)": Entry("torchao", _quantised(torchao), dtype=single),
+        "peft/LoRA on 8 bits (bitsandbytes)": Entry("bitsandbytes", _quantised(bitsandbytes(8)), dtype=single),
+        "peft/LoRA on 4 bits (bitsandbytes)": Entry("bitsandbytes", _quantised(bitsandbytes(4)), dtype=single),
     }
     return found

@@ -3,7 +3,7 @@ base."""
 
 from guessopt import estimators
 from guessopt.audit import audit
-from guessopt.engine.audit import AuditReport
+from guessopt.engine.audit.report import AuditReport
 from guessopt.errors import AuditError, ClosureError, GuessWarning, PartialUpdateError
 from guessopt.estimators import (
     ActivationMixing,
@@ -20,10 +20,10 @@ from guessopt.estimators import (
     WTranspose,
     register_estimator,
 )
-from guessopt.memory import MemoryPlan, ModeCost, plan
+from guessopt.memory_plan import MemoryPlan, ModeCost, plan
+from guessopt.ops import register_rule
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.preflight import Preflight, preflight
-from guessopt.rules import register_rule
 from guessopt.saving import load, save
 
 __all__ = [
@@ -57,4 +57,4 @@ __all__ = [
     "register_rule",
     "save",
 ]
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from guessopt.engine.audit import AuditReport
-
-if TYPE_CHECKING:
-    from guessopt.optimizer import GuessGradOptimizer
+from guessopt.engine.audit.report import AuditReport
+from guessopt.optimizer import GuessGradOptimizer
+from guessopt.step.modes import audited
 
 
 def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
@@ -32,4 +31,4 @@ def audit(opt: GuessGradOptimizer, closure: Callable[[], Any]) -> AuditReport:
     >>> guessopt.audit(opt, lambda: model(x).square().mean()).ok
     True
     """
-    return opt.audited(closure)
+    return audited(opt.estimation, closure)

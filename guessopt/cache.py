@@ -1,4 +1,4 @@
-"""Per-site state: prepared, with its age (a truncated SVD), or learned."""
+"""Per-site state: prepared, with its age (the leading singular vectors of a weight), or learned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from guessopt.tree import map_tensors, tensors_in
 
 #: Marks the keys of states that are learned from step to step, not prepared anew.
 LEARNED = "learned: "
@@ -92,24 +93,16 @@ def device_of(state: Any) -> str | None:
     >>> device_of([1, {"a": torch.ones(2)}])
     'cpu'
     """
-    if isinstance(state, Tensor):
-        return str(state.device)
-    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return next((found for part in parts if (found := device_of(part)) is not None), None)
+    tensors = tensors_in(state)
+    return str(tensors[0].device) if tensors else None
 
 
 def copied(state: Any, device: torch.device | None) -> Any:
-    """Nested lists, tuples and dicts with their tensors copied to a device (None: where they are).
+    """Nested lists, tuples and dicts with their tensors copied to a device (None: each stays on its own).
 
     >>> a = [torch.ones(2), {"b": (None, 3)}]
     >>> b = copied(a, torch.device("cpu"))
     >>> b[1:], b[0] is a[0]
     ([{'b': (None, 3)}], False)
     """
-    if isinstance(state, Tensor):
-        return state.detach().to(device or state.device, copy=True)
-    if isinstance(state, dict):
-        return {key: copied(part, device) for key, part in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(copied(part, device) for part in state)
-    return state
+    return map_tensors(state, lambda t: t.detach().to(device or t.device, copy=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-from guessopt.estimators.base import plain
+from guessopt.registry import plain
 from guessopt.update import base_step
 
 

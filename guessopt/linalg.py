@@ -1,6 +1,6 @@
-"""Linear algebra on the weights: truncated right singular bases, of one matrix or of one per example.
+"""Linear algebra on the weights: truncated right singular bases, of one matrix or of one for each example.
 
-Index letters: b block (convolution group), o output row, i input column, k basis vector, n example.
+Letters: b block (convolution group), o output row, i input column, k basis vector, n example.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from torch import Tensor
 def right_singular_basis(w: Tensor, k: int, *, smallest: bool = False) -> Tensor:
     """The ``k`` right singular vectors of the largest (or smallest) singular values, as rows.
 
+    The largest come from an eigendecomposition of the Gram matrix of the smaller side: half the cost and a fraction of
+    the memory of an SVD. It squares the condition number, which matters only near the smallest singular values. The
+    smallest come from an SVD.
+
     Args:
-        w: ``[b, o, i]``, any floating dtype; worked on in float32 at least.
-        k: clipped to ``min(o, i)`` for the largest; for the smallest, to ``i``: the null space of a wide ``w`` counts,
-            with singular value 0 (Wang 4.2's control).
+        w: ``[b, o, i]``, any floating dtype; the arithmetic is in float32 at least.
+        k: clipped to ``min(o, i)`` for the largest. For the smallest it is clipped to ``i``: the null space of a wide
+            ``w`` counts, with singular value 0 (the control of Wang 4.2).
 
     Returns:
         ``[b, k, i]``, rows orthonormal, dtype of ``w``.
@@ -30,28 +34,31 @@ def right_singular_basis(w: Tensor, k: int, *, smallest: bool = False) -> Tensor
     work = w if w.dtype in (torch.float32, torch.float64) else w.float()
     if smallest:
         _, _, vh = torch.linalg.svd(work, full_matrices=True)
-        return vh[..., -min(k, i) :, :].to(w.dtype)
+        result: Tensor = vh[..., -min(k, i) :, :].to(w.dtype)
+        return result
     k = min(k, o, i)
-    # The Gram matrix of the smaller side: an eigenproblem of half the cost and a fraction of the memory of an SVD. It
-    # squares the condition number, which matters only to directions near the smallest singular values.
     if i <= o:
         _, vectors = torch.linalg.eigh(work.mT @ work)
-        return vectors[..., -k:].flip(-1).mT.contiguous().to(w.dtype)
+        result = vectors[..., -k:].flip(-1).mT.contiguous().to(w.dtype)
+        return result
     _, vectors = torch.linalg.eigh(work @ work.mT)
     v = work.mT @ vectors[..., -k:].flip(-1)
     # V S = W^T U: orthonormalise rather than divide by S, so that a rank-deficient W still gives an orthonormal basis.
     q, _ = torch.linalg.qr(v)
-    return q.mT.contiguous().to(w.dtype)
+    result = q.mT.contiguous().to(w.dtype)
+    return result
 
 
 def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
-    """A right singular basis brought up to date with weights that have moved a little: subspace iteration from the old
-    basis, then Rayleigh-Ritz within it. A fraction of a decomposition's cost; held to the energy captured, not to
-    angles, which mean nothing where singular values almost coincide.
+    """A right singular basis, updated for weights that have moved a little: subspace iteration from the old basis, then
+    Rayleigh-Ritz within it.
+
+    It costs a fraction of a decomposition. Its quality is measured by the captured energy ``||W V||^2``, not by angles:
+    these mean nothing where singular values almost coincide.
 
     Args:
         w: ``[b, o, i]``.
-        rows: ``[b, k, i]``, orthonormal, of the weights as they were; more rows than are used make it converge faster.
+        rows: the old basis, ``[b, k, i]``, orthonormal. More rows than are used make the iteration converge faster.
 
     Returns:
         ``[b, k, i]``, orthonormal rows, in falling order of singular values.
@@ -61,7 +68,7 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
     tensor([[[1., 0., 0.],
              [0., 1., 0.]]])
     """
-    if not bool(torch.isfinite(rows).all()):  # of weights that were not finite for a while
+    if not bool(torch.isfinite(rows).all()):  # the weights were not finite for a while
         return right_singular_basis(w, rows.shape[-2])
     work = w if w.dtype in (torch.float32, torch.float64) else w.float()
     q = rows.mT.to(work.dtype)
@@ -69,7 +76,8 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
         q, _ = torch.linalg.qr(work.mT @ (work @ q))
     image = work @ q
     _, rotation = torch.linalg.eigh(image.mT @ image)
-    return (q @ rotation.flip(-1)).mT.contiguous().to(w.dtype)
+    result: Tensor = (q @ rotation.flip(-1)).mT.contiguous().to(w.dtype)
+    return result
 
 
 def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -80,68 +88,41 @@ def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     """
     work = w if w.dtype is torch.float64 else w.float()
     u, s, vh = torch.linalg.svd(work, full_matrices=False)
-    return ((u * f(s)[..., None, :]) @ vh).to(w.dtype)
+    result: Tensor = ((u * f(s)[..., None, :]) @ vh).to(w.dtype)
+    return result
 
 
-def odd_polynomial(gram: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
-    """``Q`` with ``p(p(...p(A))) = Q A`` for ``gram = A A^T`` (``A Q`` for ``A^T A``), where
-    ``p(x) = a x + b x^3 + c x^5 + d x^7`` (Wang eqs. 9 and 10).
+#: Largest smaller side of ``W`` for which each example's Gram matrix is decomposed exactly.
+MAX_EXACT_SIDE = 32
 
-    Args:
-        gram: ``[*, r, r]``; coefficients: ``[*, 4]``.
-    """
-    a, b, c, d = coefficients.to(gram.dtype)[..., None, None].unbind(-3)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    found: Tensor | None = None
-    for left in reversed(range(compositions)):
-        q = a * eye + b * gram + gram @ gram @ (c * eye + d * gram)
-        found = q if found is None else found @ q
-        if left:
-            gram = gram @ (q @ q)
-    assert found is not None
-    return found
+#: Basis vectors beyond k in the block: in products with the active units alone, and with all units. The second
+#: converge slower.
+EXTRA_SPARSE, EXTRA_DENSE = 6, 10
 
+#: Degrees of the Chebyshev filters. On a steep spectrum a higher degree turns the whole block onto its first vector.
+FILTER_DEGREES = (2, 2, 2)
 
-def newton_schulz(w: Tensor, coefficients: Tensor, compositions: int) -> Tensor:
-    """``p(p(...p(W)))``: every singular value mapped by ``p``; see ``odd_polynomial``.
+#: Least ratio of the filtered range's end to the largest eigenvalue. Below it, single precision keeps only the largest.
+MIN_FILTER_END = 3e-3
 
-    >>> newton_schulz(torch.eye(2)[None] / 2, torch.tensor([[1.0, 0.0, 0.0, 1.0]]), 1)[0].diagonal()
-    tensor([0.5078, 0.5078])
-    """
-    if w.shape[-2] <= w.shape[-1]:
-        return odd_polynomial(w @ w.mT, coefficients, compositions) @ w
-    return w @ odd_polynomial(w.mT @ w, coefficients, compositions)
+#: Largest share of active units (``M`` not 0) for which an example's own part of ``W^T W`` is copied out.
+MAX_SPARSE_SHARE = 0.75
 
-
-#: Up to this smaller side, one Gram matrix per example is decomposed exactly.
-EXACT_SIDE = 32
-
-#: Basis vectors beyond k that ``masked_right_basis`` carries along: in products with the active units, and with all
-#: (weights that differ converge slower).
-CARRIED, CARRIED_DENSE = 6, 10
-
-#: Degrees of its Chebyshev filters: on a steep spectrum a higher one would turn the whole block onto its first vector.
-DEGREES = (2, 2, 2)
-
-#: Least ratio of the filtered range to the largest eigenvalue: steeper, and single precision would see that one only.
-FLATTEST = 3e-3
-
-#: Up to this share of active units (``M`` not 0), an example's own part of ``W^T W`` is copied out: smaller products.
-SPARSE = 0.75
-
-#: Entries of the largest tensor that it makes at once: on the CPU what stays in its cache, on a GPU what fits.
-CHUNK, GPU_CHUNK = 2**20, 2**26
+#: Entries of the largest tensor that is formed at once: on the CPU it stays in the cache, on a GPU in memory.
+MAX_ENTRIES_CPU, MAX_ENTRIES_GPU = 2**20, 2**26
 
 
 def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     """The top ``k`` right singular vectors of ``W M_n``, for every example n (Wang 3.1), as rows.
 
-    No decomposition per example of a size that grows with ``W``: Chebyshev filters of ``M W^T W M`` on a block of a
-    few more than ``k`` vectors, from the basis that ``W`` itself has, with Rayleigh-Ritz within the block. Products
-    with ``W^T W`` are all it takes: with the one that all examples share or, on the CPU and where many units are
-    inactive, with its rows and columns of the active ones. Angles mean nothing where the spectrum has no gap (near
-    initialisation); what is held is the captured energy ``||W M V||^2``: within 5e-3 of the exact top k. Exact where
-    the smaller side of ``W`` is at most 32 or, on the CPU, the active units are at most ``2 (k + 6)``.
+    Chebyshev filters of ``M W^T W M`` act on a block of a few more than ``k`` vectors, which begins at the basis of
+    ``W`` itself; Rayleigh-Ritz follows within the block. Nothing of a size that grows with ``W`` is decomposed for each
+    example: products with ``W^T W`` suffice. All examples share ``W^T W``; on the CPU, and where many units are
+    inactive, each example takes its rows and columns of the active units.
+
+    The captured energy ``||W M V||^2`` is within 5e-3 of that of the exact top k. Angles mean nothing where the
+    spectrum has no gap (near initialisation). The result is exact where the smaller side of ``W`` is at most 32 or, on
+    the CPU, the active units are at most ``2 (k + 6)``.
 
     Args:
         w: ``[o, i]``.
@@ -159,54 +140,60 @@ def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     k = min(k, o, i)
     work = w if w.dtype is torch.float64 else w.float()
     mask, start = m.to(work.dtype), start.to(work.dtype)
-    chunk = (GPU_CHUNK if w.is_cuda else CHUNK) // i
-    if min(o, i) <= EXACT_SIDE:
-        found = [_exact_masked(work, part, k) for part in mask.split(max(1, chunk // min(o, i)))]
+    most = (MAX_ENTRIES_GPU if w.is_cuda else MAX_ENTRIES_CPU) // i
+    if min(o, i) <= MAX_EXACT_SIDE:
+        found = [_exact_masked(work, part, k) for part in mask.split(max(1, most // min(o, i)))]
     else:
-        gram, block = work.T @ work, start[: k + CARRIED_DENSE]
-        size = max(1, chunk // max(len(block), i // 8))
+        gram, block = work.T @ work, start[: k + EXTRA_DENSE]
+        size = max(1, most // max(len(block), i // 8))
         found = [_filtered_masked(gram, part, block, k) for part in mask.split(size)]
     return torch.cat(found).to(w.dtype)
 
 
 def _exact_masked(w: Tensor, m: Tensor, k: int) -> Tensor:
+    """``masked_right_basis`` by an eigendecomposition for each example."""
     o, i = w.shape
     wm = w * m[:, None]  # n o i
     if o > i:
         values, vectors = torch.linalg.eigh(wm.mT @ wm)
         rows = vectors[..., -k:].flip(-1).mT
-        return rows * _is_positive(values)[..., -k:].flip(-1)[..., None]
+        result: Tensor = rows * _is_positive(values)[..., -k:].flip(-1)[..., None]
+        return result
     values, vectors = torch.linalg.eigh(wm @ wm.mT)
     scale = torch.where(_is_positive(values), values.clamp_min(torch.finfo(w.dtype).tiny).rsqrt(), 0.0)
-    return (vectors * scale[:, None])[..., -k:].flip(-1).mT @ wm
+    result = (vectors * scale[:, None])[..., -k:].flip(-1).mT @ wm
+    return result
 
 
 def _is_positive(values: Tensor) -> Tensor:
-    """Which eigenvalues (rising) of a Gram matrix stand out from rounding."""
+    """Whether each eigenvalue (rising) of a Gram matrix is above rounding."""
     return values > values[..., -1:] * 10 * values.shape[-1] * torch.finfo(values.dtype).eps
 
 
 def _filtered_masked(gram: Tensor, m: Tensor, block: Tensor, k: int) -> Tensor:
+    """``masked_right_basis`` by filters; ``gram``: ``W^T W``, ``block``: the vectors to begin at, ``[r, i]``."""
     n, i = m.shape
     active = m != 0
-    most = i if m.is_cuda else max(k, int(active.sum(1).max()))  # a GPU does not wait for it
-    exact = most <= 2 * (k + CARRIED)
-    if most > SPARSE * i and not exact:
-        return _filtered(gram, m[:, None], block * active[:, None], k, DEGREES)
-    units = active.byte().topk(most).indices  # n a: the active ones, made up to equal number by others
+    most = i if m.is_cuda else max(k, int(active.sum(1).max()))  # on a GPU the host would wait for the count
+    exact = most <= 2 * (k + EXTRA_SPARSE)
+    if most > MAX_SPARSE_SHARE * i and not exact:
+        return _filtered(gram, m[:, None], block * active[:, None], k, FILTER_DEGREES)
+    units = active.byte().topk(most).indices  # n a: the active ones, and others up to an equal number
     m = m.gather(1, units)[:, None]
     own = gram.new_empty(n, most, most)
     for part, chosen in zip(own, units, strict=True):
         torch.index_select(gram.index_select(0, chosen), 1, chosen, out=part)
-    y = torch.eye(most, dtype=m.dtype, device=m.device) if exact else block[: k + CARRIED, units].transpose(0, 1)
-    rows = _filtered(own, m, y * (m != 0), k, () if exact else DEGREES)
+    y = torch.eye(most, dtype=m.dtype, device=m.device) if exact else block[: k + EXTRA_SPARSE, units].transpose(0, 1)
+    rows = _filtered(own, m, y * (m != 0), k, () if exact else FILTER_DEGREES)
     return rows.new_zeros(n, k, i).scatter_(2, units[:, None].expand(-1, k, -1), rows)
 
 
 def _filtered(gram: Tensor, m: Tensor, y: Tensor, k: int, degrees: tuple[int, ...]) -> Tensor:
-    """Top ``k`` of Chebyshev filters ``T_d(2 A / c - 1)`` of ``A = M gram M`` applied to the block ``y`` ``[n, r, i]``,
-    ``c`` between the largest eigenvalues and the rest as the block sees them, with Rayleigh-Ritz before and between:
-    the last filter is of its ``k`` largest alone."""
+    """The top ``k`` vectors after Chebyshev filters ``T_d(2 A / c - 1)`` of ``A = M gram M`` on the block ``y``
+    ``[n, r, i]``.
+
+    ``c`` lies between the k largest eigenvalues and the rest, as Rayleigh-Ritz in the block finds them before each
+    filter. The last filter acts on the ``k`` largest alone."""
 
     def apply(y: Tensor) -> Tensor:
         return ((y * m) @ gram).mul_(m)
@@ -214,27 +201,27 @@ def _filtered(gram: Tensor, m: Tensor, y: Tensor, k: int, degrees: tuple[int, ..
     y, ay, values = _rayleigh_ritz(y, apply)
     for stage, degree in enumerate(degrees, 1):
         c = torch.maximum(values[:, -1], 0.3 * values[:, k - 1])
-        c = torch.maximum(c, FLATTEST * values[:, 0])
+        c = torch.maximum(c, MIN_FILTER_END * values[:, 0])
         scale = torch.where(c > 0, 2 / c, 0.0)[:, None, None]
-        if stage == len(degrees):  # the others have served
+        if stage == len(degrees):  # the others are no longer needed
             y, ay = y[:, :k], ay[:, :k]
         before, now = y, (scale * ay).sub_(y)
         for _ in range(degree - 1):
             before, now = now, apply(now).mul_(2 * scale).sub_(2 * now).sub_(before)
         y, ay, values = _rayleigh_ritz(now, apply) if stage < len(degrees) else (now, ay, values)
     y = _unit(y[:, :k])
-    for _ in range(2):  # one Cholesky factorisation leaves an error of eps times the condition number squared
+    for _ in range(2):  # once leaves an error of eps times the squared condition number
         y = _whitening(y @ y.mT) @ y
-        y = _unit(y * (y.norm(dim=-1, keepdim=True) > 0.5))  # short: beyond the rank
+        y = _unit(y * (y.norm(dim=-1, keepdim=True) > 0.5))  # shorter rows are beyond the rank
     return y
 
 
 def _rayleigh_ritz(y: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's rows turned to the Ritz vectors of ``A``, these times ``A``, and the Ritz values; falling."""
+    """The Ritz vectors of ``A`` in the span of the rows of ``y``, these times ``A``, and the Ritz values, falling."""
     y = _unit(y)
     ay, gram = apply(y), y @ y.mT
     inner = y @ ay.mT
-    # A + shift: otherwise what the block has no rank for would mix with what A maps to 0.
+    # A + shift: otherwise the directions that the block lacks would mix with those that A maps to 0.
     shift = inner.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None] + torch.finfo(y.dtype).tiny
     white = _whitening(gram)
     values, vectors = torch.linalg.eigh(white @ (inner + shift * gram) @ white.mT)
@@ -244,40 +231,52 @@ def _rayleigh_ritz(y: Tensor, apply: Callable[[Tensor], Tensor]) -> tuple[Tensor
 
 def _unit(y: Tensor) -> Tensor:
     """Rows scaled to length 1, or left zero."""
-    return y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+    result: Tensor = y / y.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+    return result
 
 
 def _whitening(gram: Tensor) -> Tensor:
-    """``L^-1`` with ``L L^T`` the Gram matrix of unit rows: makes them orthonormal, in their order (a fraction of an
-    eigendecomposition's cost); and what depends on earlier rows short, by a ridge just above rounding."""
+    """``L^-1`` with ``L L^T`` the Gram matrix of unit rows. Times the rows it makes them orthonormal, in their order.
+
+    It costs a fraction of an eigendecomposition. Rows that depend on earlier ones stay short, by a ridge just above
+    rounding."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(gram + 50 * torch.finfo(gram.dtype).eps * eye)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return result
 
 
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor], y: Tensor, total: Callable[[Tensor], Tensor], iterations: int = 100
 ) -> Tensor:
-    """``A^+ y`` for a positive semi-definite ``A`` in whose range ``y`` lies; many systems at once.
+    """``A^+ y`` for a positive semi-definite ``A`` with ``y`` in its range; many systems at once.
+
+    A direction ``p`` in which ``A`` is zero up to rounding, ``p^T A p <= 100 eps lambda p^T p`` with ``lambda`` the
+    largest such quotient so far, ends the iteration: what is left of ``y`` there is rounding.
 
     Args:
         apply: ``v -> A v``.
-        total: sums ``[*]`` over each system's entries, the result shaped to broadcast against ``[*]``.
+        y: ``[*]``, all systems together.
+        total: sums a tensor ``[*]`` over the entries of each system; the result broadcasts against ``[*]``.
+        iterations: at most.
 
     >>> a = torch.diag(torch.tensor([4.0, 2.0, 0.0]))
     >>> conjugate_gradients(lambda v: v @ a, torch.tensor([[4.0, 4.0, 0.0]]), lambda t: t.sum(-1, keepdim=True))
     tensor([[1., 2., 0.]])
     """
+    eps = torch.finfo(y.dtype).eps
     u, r = torch.zeros_like(y), y
     p, rr = r, total(y * y)
-    enough = rr * (10 * torch.finfo(y.dtype).eps) ** 2
+    enough = rr * (10 * eps) ** 2
+    largest = torch.zeros_like(rr)
     for _ in range(iterations):
         active = rr > enough
         if not bool(active.any()):
             break
-        ap = apply(p)
+        ap, pp = apply(p), total(p * p)
         curvature = total(p * ap)
-        active = active & (curvature > 0)
+        largest = torch.where(active, torch.maximum(largest, curvature / pp), largest)
+        active = active & (curvature > 100 * eps * largest * pp)
         alpha = torch.where(active, rr / curvature, 0.0)
         u, r = u + alpha * p, r - alpha * ap
         new = total(r * r)

@@ -2,79 +2,82 @@
 
 from __future__ import annotations
 
-import inspect
-import operator
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from guessopt.cache import SiteCache
-from guessopt.engine.levels import make_level
-from guessopt.engine.planning import (
-    Plan,
-    Transaction,
-    trace,
+from guessopt.engine.transaction import Transaction
+from guessopt.exclusive import exclusive, refuse_in_closure, unscaled
+from guessopt.groups import build, check_tensors, groups_of, listed, tensors_of, with_fused
+from guessopt.hooks import accumulates, fire, hooked, is_made, mark
+from guessopt.memory_plan import bytes_of, choose
+from guessopt.options import (
+    Base,
+    BatchNorm,
+    Engine,
+    EstimatorChoice,
+    ForeignGradients,
+    Memory,
+    Option,
+    Params,
+    check_options,
 )
-from guessopt.engine.replay import Journal
-from guessopt.estimators.base import Estimator, estimators_for, plain
-from guessopt.exclusive import exclusive, hold_interrupts, leave_modes, refuse_in_closure, unscaled
-from guessopt.groups import build, check_tensors, check_trainable, groups_of, listed, names_of, tensors_of, with_fused
-from guessopt.hooks import Hooks, accumulates, fire, hooked, is_made, lifted, mark, watch
-from guessopt.memory import bytes_of
-from guessopt.rng import NoiseSource, RandomState, cuda_devices
-from guessopt.state import Before, check, described, load_base, moved, placement
-from guessopt.stepping import MODES, Stepping
-from guessopt.update import Updates
+from guessopt.registry import plain
+from guessopt.state import loaded, packed
+from guessopt.step import modes
+from guessopt.step.estimation import Estimation
+from guessopt.step.replay import Journal
+from guessopt.step.updating import apply_gradients, call_hooks, finish_early, step_early, update_by
 
 
-class GuessGradOptimizer(Stepping, Optimizer):
-    """Trains without backpropagation: forward-mode AD with structured guesses fills ``.grad``,
-    ``base`` does the update.
+class GuessGradOptimizer(Optimizer):
+    """A ``torch.optim`` optimizer that trains without backpropagation: it estimates gradients by forward-mode AD with
+    structured guesses, writes them to ``.grad``, and lets ``base`` make the update.
 
     Args:
-        params: parameters, named parameters, or groups; a group may carry its own ``"estimator"``.
+        params: parameters, named parameters, or groups. A group may carry its own ``"estimator"``.
         base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an optimizer
             built on the same parameters.
-        estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names (the first
-            that matches decides) to any of these.
-        guesses: K independent guesses per step, averaged. They share one pass: the primal is computed once, and K
-            tangents are in memory at a time.
-        stack_guesses: False takes a pass for each guess in turn, with the memory of one. None, the default, does so
-            only where guesses cannot share: another engine than ``"fast"``, estimators that learn, a network that
-            writes into memory which other tensors share, a GPU out of memory. True raises in place of that. The
-            guesses are the same either way.
-        orthogonal: in place of the mean, take the cotangent's projection on the span of the guesses, times
-            ``c = mean_k |y_k|^2 / K``: ``g^ = c Y (Y^T Y)^{-1} D``, with ``Y`` an example's K guesses at all sites.
-            Equal to the mean where these are orthogonal and of one length, and unbiased where they are isotropic and
-            normal; what guesses have in common is not counted twice. Guesses in turn are then all kept.
-        exact_last: whether sites read by the loss directly take their exact error; None leaves it to the estimator.
-        memory: ``"store"``: one pass, which keeps every site's input and guess until the directional derivatives are
-            known (learned feedback along a residual stream: what each block computes). ``"replay"``: two passes; the
-            first keeps nothing, the second makes inputs and guesses again, as the random states are the same (along a
-            stream: block after block, each from its state). ``"stream"``: replay in which ``step(closure)`` has
-            ``base`` update each parameter as soon as its gradient is whole, and frees it: no full ``.grad`` ever exists
-            (``estimate`` fills ``.grad`` as ever, to accumulate or to clip); refused along a stream. A base of
-            ``torch.optim`` is built with ``fused=True`` where it can be. ``"auto"``: the fastest of these within
-            ``budget``, by ``guessopt.plan`` in the first step, whose name the attribute ``memory`` then has.
+        estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names to any of
+            these, of which the first that matches decides.
+        guesses: K independent guesses per step, averaged. They share one run of the closure, with K tangents in memory.
+        stack_guesses: None: guesses share a run where they can. False: one run for each guess, in the memory of one.
+            True: share a run, or raise. The guesses are equal either way. They cannot share a run with another engine
+            than ``"fast"``, with estimators that learn, or where the network writes into memory that tensors share.
+        orthogonal: in place of the mean, project the cotangent on the span of the guesses:
+            ``g^ = c Y (Y^T Y)^{-1} D``, with ``c = mean_k |y_k|^2 / K`` and ``Y`` an example's K guesses at all sites.
+            Unbiased for isotropic normal guesses; equal to the mean for orthogonal guesses of one length.
+        exact_last: whether sites that the loss reads take their exact error. None leaves it to the estimator.
+        memory: what a step keeps (table below). ``"auto"`` takes the fastest mode within ``budget`` in the first step;
+            the attribute ``memory`` then has its name.
         budget: for ``memory="auto"``: bytes that a step may take above parameters and base state, as an integer or a
-            string such as ``"8GB"``; None: the GPU's free memory, or on a CPU no limit.
-        engine: ``"fast"`` (own tangent rules), ``"dual"`` (torch's, on dual tensors) or ``"func"``
-            (``torch.func.jvp``, the reference).
-        seed: of the guesses; None follows ``torch.manual_seed``.
-        check_finite: refuse a step on a non-finite loss (one device sync a step).
-        batch_norm: of batch normalisation in training mode. ``"exact"`` differentiates through the batch statistics.
-            These couple the examples, so that layers before it take one derivative for the whole batch.
+            string such as ``"8GB"``. None: the GPU's free memory, or no limit on a CPU.
+        engine: how tangents are computed. ``"fast"``: this package's rules where there are any. ``"dual"``: torch's
+            rules on dual tensors. ``"func"``: ``torch.func.jvp``, the reference. All give the same numbers.
+        seed: of the guesses. None follows ``torch.manual_seed``.
+        check_finite: refuse a step on a loss that is not finite. This waits for the device once a step.
+        batch_norm: ``"exact"`` differentiates through the batch statistics of batch normalisation in training mode,
+            which couple the examples: layers before it take one derivative for the whole batch.
             ``"frozen_statistics"`` takes the statistics for constants: one derivative per example, far less noise, and
-            a bias (the influence of the examples on each other is left out).
+            a bias, since the influence of the examples on each other is left out.
         audit: check, in steps 1, 2, 4, 8, ..., that the loss moves as the tangents say (``guessopt.audit``). This takes
-            a few more runs of the closure. ``AuditError`` if it does not.
+            a few more runs of the closure.
         foreign_gradients: ``"refuse"``: ``step()`` without a closure raises ``RuntimeError`` where ``.grad`` holds a
-            gradient that ``estimate`` did not make. So nobody trains by ``backward()`` unawares. A tensor that replaces
-            an estimate in ``.grad`` (a clipped copy) is accepted. ``"allow"`` applies any gradient.
+            gradient that ``estimate`` did not make, so that nobody trains by ``backward()`` unawares. A tensor that
+            replaces an estimate in ``.grad`` (a clipped copy) is accepted. ``"allow"`` applies any gradient.
+
+    ============ ======= ==========================================================================================
+    ``memory``   runs    what is kept
+    ============ ======= ==========================================================================================
+    ``"store"``  1       inputs and guesses of every site, until the directional derivatives are known
+    ``"replay"`` 2       nothing; the second run makes inputs and guesses again, from the same random states
+    ``"stream"`` 2       as ``"replay"``; ``step(closure)`` updates each parameter as soon as its gradient is whole, and
+                         frees the gradient. ``estimate`` fills ``.grad`` as ever. ``torch.optim`` bases are built with
+                         ``fused=True`` where possible
+    ============ ======= ==========================================================================================
 
     A failed step leaves everything as it was: parameters, base state, buffers, ``.grad``, random states. For this, the
     first 8 updates copy gradients, parameters and base state, if the copies take at most 64 MiB (``"stream"``: of one
@@ -86,9 +89,11 @@ class GuessGradOptimizer(Stepping, Optimizer):
     they would on gradients of ``backward()``. Steps of several threads take turns.
 
     Raises:
-        ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for ``stack_guesses=True`` where
-            guesses cannot share a pass, for ``orthogonal`` with estimators that learn or undo their bias, and for
-            learned feedback along a residual stream in two passes.
+        ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for options that the network does
+            not allow: ``stack_guesses=True`` where guesses cannot share a run, ``orthogonal`` with estimators that
+            learn or undo their bias, ``memory="stream"`` with a base that cannot update parameter by parameter or with
+            learned feedback along a residual stream.
+        AuditError: from ``step`` and ``estimate``, with ``audit=True``: the loss moves in another way.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
 
@@ -112,54 +117,41 @@ class GuessGradOptimizer(Stepping, Optimizer):
     >>> opt.step()
     """
 
+    guesses = Option[int]()
+    stack_guesses = Option["bool | None"]()
+    orthogonal = Option[bool]()
+    exact_last = Option["bool | None"]()
+    memory = Option[str]()
+    engine = Option[str]()
+    check_finite = Option[bool]()
+    batch_norm = Option[str]()
+    audit = Option[bool]()
+    foreign_gradients = Option[str]()
+
     def __init__(
         self,
-        params: Iterable[Any],
-        base: Any = torch.optim.AdamW,
-        estimator: Any = "w_perp",
+        params: Params,
+        base: Base = torch.optim.AdamW,
+        estimator: EstimatorChoice = "w_perp",
         *,
         guesses: int = 1,
         stack_guesses: bool | None = None,
         orthogonal: bool = False,
         exact_last: bool | None = None,
-        memory: str = "store",
+        memory: Memory = "store",
         budget: int | str | None = None,
-        engine: str = "fast",
+        engine: Engine = "fast",
         seed: int | None = None,
         check_finite: bool = True,
-        batch_norm: str = "exact",
+        batch_norm: BatchNorm = "exact",
         audit: bool = True,
-        foreign_gradients: str = "refuse",
+        foreign_gradients: ForeignGradients = "refuse",
         **base_kwargs: Any,
     ) -> None:
-        if not isinstance(guesses, int) or guesses < 1:
-            raise ValueError(
-                f"guesses: the number of guesses per step must be an integer of at least 1, got {guesses!r}"
-            )
-        if memory not in (*MODES, "auto"):
-            raise ValueError(f"memory: {memory!r} is not one of {', '.join(MODES)}, auto")
-        if budget is not None and memory != "auto":
-            raise ValueError(f"budget: memory={memory!r} takes none; use memory='auto'")
-        if stack_guesses not in (None, True, False):
-            raise ValueError(f"stack_guesses: {stack_guesses!r} is not one of None, True, False")
-        if orthogonal and guesses < 2:
-            raise ValueError(f"orthogonal: takes at least 2 guesses to project on, got guesses={guesses}")
-        if orthogonal and memory not in ("store", "auto"):
-            raise ValueError(
-                f"orthogonal: takes all guesses at once, which memory={memory!r} does not keep; use 'store'"
-            )
-        if batch_norm not in ("exact", "frozen_statistics"):
-            raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
-        if foreign_gradients not in ("refuse", "allow"):
-            raise ValueError(f"foreign_gradients: {foreign_gradients!r} is not one of refuse, allow")
-        self.foreign_gradients = foreign_gradients
-        self._level = partial(make_level, engine, frozen_statistics=batch_norm == "frozen_statistics")
-        self._level()
-        self.stack_guesses, self.orthogonal = stack_guesses, bool(orthogonal)
-        self.guesses, self.exact_last, self.memory, self.engine = guesses, exact_last, memory, engine
-        self.batch_norm = batch_norm
-        self.check_finite = check_finite
-        self.audit, self._asked = bool(audit), None
+        check_options(
+            guesses=guesses, stack_guesses=stack_guesses, orthogonal=orthogonal, memory=memory, budget=budget,
+            batch_norm=batch_norm, foreign_gradients=foreign_gradients,
+        )  # fmt: skip
         self._budget = None if budget is None else bytes_of(budget)
         self._default = plain(estimator)
         groups = groups_of(params, self._default)
@@ -167,21 +159,22 @@ class GuessGradOptimizer(Stepping, Optimizer):
             base_kwargs = with_fused(base, groups, base_kwargs)
         self.base = build(base, groups, base_kwargs, self._default)
         super().__init__([{"params": list(g["params"])} for g in self.base.param_groups], {})
-        self._noise = NoiseSource(seed)
-        self._cache = SiteCache()
-        self._steps = 0
-        self._plans: list[Plan] = []
+        self.estimation = Estimation(
+            self.base, guesses=guesses, stack_guesses=stack_guesses, orthogonal=bool(orthogonal), exact_last=exact_last,
+            memory=memory, engine=engine, batch_norm=batch_norm, check_finite=check_finite, audit=bool(audit),
+            foreign_gradients=foreign_gradients, seed=seed,
+        )  # fmt: skip
         self._pending = False
-        self._warned: set[str] = set()
-        self._trainable: tuple[bool, ...] = ()
-        self._params: list[Tensor] = []
-        self._hooks: Hooks = {}
         self._estimated_ids: set[int] = set()
-        self._refresh()
+        self.estimation.refresh()
 
     # --- the path of a step -------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    @overload  # type: ignore[override]
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
         """With a closure: zero the gradients, estimate them, update; returns the loss (before the update). Without:
         update from the gradients that ``estimate`` has added.
 
@@ -199,24 +192,22 @@ class GuessGradOptimizer(Stepping, Optimizer):
         refuse_in_closure("step()")
         if closure is None:
             with exclusive("step()"):
-                self._apply_estimated()
+                apply_gradients(self.estimation, self._estimated_ids)
             self._updated()
             return None
-        if self._pending and any(p.grad is not None for p in self._params):
+        est = self.estimation
+        if self._pending and any(p.grad is not None for p in est.params):
             raise RuntimeError(
                 "step(closure) would discard the gradients that estimate(closure) has added: call step() to apply "
                 "them or zero_grad() to drop them"
             )
         self._settle(closure)
-        if self.memory == "stream":
-            return self._stream(closure)
-        with self._atomic(closure) as transaction, unscaled():
-            loss, gradients = self._hooked(closure, transaction)
-            for position, p in enumerate(self._params):
-                p.grad = gradients.get(position)
-                if p.grad is not None:
-                    mark(p.grad)
-            self._update([self._params[k] for k in gradients if accumulates(self._params[k])])
+        with est.transaction(closure) as transaction, unscaled():  # all or nothing
+            if est.mode.early:
+                loss = step_early(est, closure, transaction)
+            else:
+                loss, gradients = self._hooked(closure, transaction)
+                update_by(est, gradients)
         self._updated()
         return loss
 
@@ -225,12 +216,13 @@ class GuessGradOptimizer(Stepping, Optimizer):
         ``step()`` applies them."""
         refuse_in_closure("estimate()")
         self._settle(closure)
-        with self._atomic(closure) as transaction:
+        est = self.estimation
+        with est.transaction(closure) as transaction:
             loss, gradients = self._hooked(closure, transaction)
-            waiting = [self._params[k] for k in gradients if accumulates(self._params[k])]
-            made = {k: is_made(p, id(p) in self._estimated_ids) for k, p in enumerate(self._params) if k in gradients}
+            waiting = [est.params[k] for k in gradients if accumulates(est.params[k])]
+            made = {k: is_made(p, id(p) in self._estimated_ids) for k, p in enumerate(est.params) if k in gradients}
             for position, gradient in gradients.items():
-                p = self._params[position]
+                p = est.params[position]
                 if p.grad is None:
                     p.grad = gradient
                 elif waiting or p.grad.layout is not torch.strided:  # hooks may yet fail: leave the old tensor as it is
@@ -240,42 +232,22 @@ class GuessGradOptimizer(Stepping, Optimizer):
                 mark(p.grad, made[position])
             for p in waiting:
                 fire(p)
-            self._estimated_ids.update(id(self._params[k]) for k in gradients)
+            self._estimated_ids.update(id(est.params[k]) for k in gradients)
         self._pending = True
         return loss
 
+    def _settle(self, closure: Callable[[], Any]) -> None:
+        """Replace ``memory="auto"`` by the mode that ``guessopt.plan`` recommends."""
+        if self.memory == "auto":
+            self.memory = choose(self.estimation, closure, self._budget)
+
     def _hooked(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
         """An estimate after the hooks on parameters."""
-        loss, gradients = self._estimated(closure, transaction)
-        if self._hooks:
-            gradients = {k: hooked(g, self._params[k], self._hooks, self._names[k]) for k, g in gradients.items()}
+        est = self.estimation
+        loss, gradients = modes.estimate(est, closure, transaction)
+        if est.hooks:
+            gradients = {k: hooked(g, est.params[k], est.hooks, est.names[k]) for k, g in gradients.items()}
         return loss, gradients
-
-    def _apply_estimated(self) -> None:
-        """``step()`` without a closure."""
-        self._refresh()
-        found = [(k, p) for k, p in enumerate(self._params) if p.grad is not None]
-        if not found:
-            raise RuntimeError(
-                "step() found no gradient: call estimate(closure) before it, or pass the closure: step(closure)"
-            )
-        if self.foreign_gradients == "refuse":
-            for k, p in found:
-                if not is_made(p, id(p) in self._estimated_ids):
-                    raise RuntimeError(
-                        f"step() found a gradient of {self._names[k]} that estimate(closure) did not make (backward(), "
-                        "or .grad = ...): pass the closure, step(closure), or call estimate(closure) in place of "
-                        "backward(); foreign_gradients='allow' applies such gradients"
-                    )
-        random = RandomState.capture(self._devices)
-        try:
-            self._update()
-        except BaseException:
-            random.restore()
-            raise
-        for _, p in found:
-            if p.grad is not None:
-                mark(p.grad)
 
     def finish(self, journal: Journal, closure: Callable[[], Any]) -> None:
         """Complete a step of ``memory="stream"`` that failed half-way: update the parameters that it had not reached.
@@ -288,26 +260,14 @@ class GuessGradOptimizer(Stepping, Optimizer):
             PartialUpdateError: it failed again.
         """
         with exclusive("finish()"):
-            transaction = Transaction(self._devices)
-            now, transaction.random = transaction.random, journal.random
-            self._refresh()
-            transaction.watch(closure, self._plans)
-            try:
-                with lifted(self._params, self._hooks):
-                    if not self._plans:
-                        plan = trace(
-                            closure, self._by_position, self._ids, self._names, self._level, transaction, finite=False
-                        )
-                        self._plans.append(plan)
-                    self._apply(self._plans[0], journal, closure, transaction)
-                self._steps += 1
-            except BaseException:
-                hold_interrupts()
-                leave_modes()
-                transaction.random = now
-                transaction.rewind()
-                raise
+            finish_early(self.estimation, journal, closure)
         self._updated()
+
+    def _updated(self) -> None:
+        """The update is final. Then the base's hooks after a step are called; an error of theirs does not undo it."""
+        self._pending = False
+        self._estimated_ids.clear()
+        call_hooks(self.estimation, self.base._optimizer_step_post_hooks)
 
     # --- what users of torch.optim expect -----------------------------------------------------------------------------
 
@@ -325,8 +285,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
         for group in groups:
             group["estimator"] = plain(group["estimator"])
         self.base.param_groups = groups
-        self._trainable = ()
-        self._refresh()
+        self.estimation.forget_parameters()
+        self.estimation.refresh()
 
     @property
     def state(self) -> Any:
@@ -350,7 +310,7 @@ class GuessGradOptimizer(Stepping, Optimizer):
 
     @property
     def _is_built(self) -> bool:
-        return "_noise" in vars(self)
+        return "estimation" in vars(self)
 
     def __getattr__(self, name: str) -> Any:
         """Other public attributes of the base, such as ``train()`` and ``eval()`` of schedule-free optimizers."""
@@ -375,8 +335,8 @@ class GuessGradOptimizer(Stepping, Optimizer):
         check_tensors(list(tensors_of(group["params"])))
         self.base.add_param_group(group)
         self.param_groups[-1]["estimator"] = estimator
-        self._trainable = ()
-        self._refresh()
+        self.estimation.forget_parameters()
+        self.estimation.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state. The entry ``"guessopt"`` holds the stream of guesses, the prepared and learned states with
@@ -384,16 +344,10 @@ class GuessGradOptimizer(Stepping, Optimizer):
         ``torch.load(..., weights_only=True)`` reads it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        packed = dict(self.base.state_dict())
-        packed["guessopt"] = {
-            **described(self.base),
-            "steps": self._steps,
-            "noise": self._noise.state(),
-            "cache": self._cache.state_dict(),
-        }
+        found = packed(self.estimation)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
-        return packed
+            found = post_hook(self, found) or found
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that ``state_dict`` returned; training then continues bit for bit. On another device the guesses
@@ -407,75 +361,27 @@ class GuessGradOptimizer(Stepping, Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        check(state_dict, self.base)
-        own, noise, cache = state_dict["guessopt"], NoiseSource(self._noise.seed), SiteCache()
-        to = moved(own, self.base.param_groups)
-        left = noise.load(own["noise"], to)
-        cache.load_state_dict(own["cache"], placement(to))
-        before, attributes = Before(self.base), dict(vars(self))
-        try:
-            load_base(self.base, state_dict)
-            self._steps, self._noise, self._cache = own["steps"], noise, cache
-            self._trainable = ()
-            self._refresh()
+        with loaded(self.estimation, state_dict):
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
-        except BaseException:
-            before.restore()
-            vars(self).clear()
-            vars(self).update(attributes)
-            raise
-        if left:
-            self._warn(
-                f"the guesses were drawn on {', '.join(left)}, whose generator cannot go on here: guesses start again "
-                "from their seed, so that training continues, but not bit for bit"
-            )
 
     def __reduce__(self) -> Any:
         """For ``copy.deepcopy`` and ``pickle``: build an optimizer with these options on a copy of the base. Hooks are
         not copied, as with any optimizer of torch. The next step makes new plans."""
-        names = inspect.signature(GuessGradOptimizer).parameters.keys() - {"base"}
-        options = {name: value for name, value in vars(self).items() if name in names}
+        own = vars(GuessGradOptimizer).items()
+        options = {name: getattr(self, name) for name, option in own if isinstance(option, Option)}
         options |= {"estimator": self._default, "budget": self._budget if self.memory == "auto" else None}
-        own = ("_noise", "_cache", "_steps", "_warned", "_pending")
-        return _rebuilt, (type(self), self.base, options), {name: getattr(self, name) for name in own}
+        est = self.estimation
+        state = {name: getattr(est, name) for name in ("noise", "cache", "steps", "warned")}
+        return _rebuilt, (type(self), self.base, options), state | {"pending": self._pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self._pending = state["pending"]
+        for name in state.keys() - {"pending"}:
+            setattr(self.estimation, name, state[name])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._default}, memory={self.memory!r}, base={self.base!r})"
-
-    # --- bookkeeping --------------------------------------------------------------------------------------------------
-
-    def _refresh(self) -> None:
-        """Look again at which parameters train; start over if that has changed."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        trainable = tuple(p.requires_grad for p in params)
-        if trainable == self._trainable and all(map(operator.is_, params, self._params)):
-            return
-        check_trainable(params)  # before anything is taken over: the next step must say so again
-        self._params, self._trainable = params, trainable
-        self._names = names_of(self.param_groups)
-        self._by_position = {k: p for k, p in enumerate(self._params) if p.requires_grad}
-        self._ids = {id(p): k for k, p in self._by_position.items()}
-        self._estimators: list[Estimator] = []
-        for group in self.param_groups:
-            start, count = len(self._estimators), len(group["params"])
-            names = self._names[start : start + count]
-            self._estimators += estimators_for(group["estimator"], names, named=bool(group.get("param_names")))
-        if why := self._refused(self.memory):
-            raise ValueError(f"memory: {why}")
-        entries: dict[Estimator, int] = {}
-        for position, p in self._by_position.items():
-            entries[self._estimators[position]] = entries.get(self._estimators[position], 0) + p.numel()
-        self._amplitudes = {estimator: estimator.amplitude(count) for estimator, count in entries.items()}
-        self._devices = tuple(sorted(cuda_devices(self._params)))
-        self._plans = []
-        self._updates, self._together = Updates(self.base), None
-        if self.foreign_gradients == "refuse":
-            for p in self._params:
-                watch(p)
 
 
 def _rebuilt(cls: type[GuessGradOptimizer], base: Optimizer, options: dict[str, Any]) -> GuessGradOptimizer:

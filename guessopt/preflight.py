@@ -5,6 +5,7 @@ Units: ``cost`` in forward passes (matrix products only; a backpropagation step 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,14 +14,18 @@ from typing import Any
 
 import torch
 
-from guessopt.engine.levels import TREATMENTS, is_foreign
-from guessopt.engine.planning import trace
+from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
 from guessopt.exclusive import exclusive
 from guessopt.hooks import lifted
+from guessopt.layout import Layout, Shape
+from guessopt.ops.base import op_of
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.sites import Layout, Matrix, Shape, Site
+from guessopt.sites import Matrix, Site
+from guessopt.step.checks import check_plan, unread
+from guessopt.step.estimation import Estimation
+from guessopt.step.trace import trace
 
 
 @dataclass(frozen=True)
@@ -116,44 +121,42 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         if isinstance(opt_or_params, GuessGradOptimizer)
         else GuessGradOptimizer(opt_or_params, torch.optim.SGD, lr=0.0)
     )
-    opt._refresh()
-    transaction = Transaction(opt._devices)
-    warned = set(opt._warned)
+    est = opt.estimation
+    est.refresh()
+    transaction = Transaction(est.devices)
+    warned = set(est.warned)
     try:
         with (
             exclusive("preflight()"),
-            lifted(opt._params, opt._hooks),
+            lifted(est.params, est.hooks),
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always", GuessWarning)
-            opt._warned = set()
-            plan = trace(
-                closure, opt._by_position, opt._ids, opt._names, opt._level, transaction,
-                finite=opt.check_finite, stream=opt._streams,
-            )  # fmt: skip
-            opt._check_plan(plan)
+            est.warned = set()
+            plan = trace(est, closure, transaction, finite=est.check_finite)
+            check_plan(est, plan)
     finally:
         transaction.rewind()
-        opt._warned = warned
+        est.warned = warned
     graph = plan.graph
-    guesses = opt._guesses_of(plan)
-    left = [site for site in graph.sites if site.index in guesses and opt._choice_of(site) != opt._estimator_of(site)]
-    picked = Counter(f"{opt._choice_of(site).name} picked {opt._estimator_of(site).name}" for site in left)
+    guesses = est.assignments(plan)
+    left = [site for site in graph.sites if site.index in guesses and est.choice_of(site) != est.estimator_of(site)]
+    picked = Counter(f"{est.choice_of(site).name} picked {est.estimator_of(site).name}" for site in left)
     forms: dict[int, tuple[str, int]] = {}
     for estimator in dict.fromkeys(estimator for estimator, _, _ in guesses.values()):
         own = tuple(site for site in graph.sites if site.index in guesses and guesses[site.index][0] == estimator)
         forms |= estimator.forms(own, graph)
     return Preflight(
-        sites=tuple(_report(opt, site, guesses, forms, graph.blocked.get(site.index)) for site in graph.sites),
+        sites=tuple(_report(est, site, guesses, forms, graph.blocked.get(site.index)) for site in graph.sites),
         batch=graph.batch,
-        unread=tuple(opt._unread(graph)),
+        unread=tuple(unread(est, graph)),
         coupled=tuple(
-            f"{opt._names[site.params[0]]} ({site.op})" for site in graph.sites if site.layout is Layout.COUPLED
+            f"{est.names[site.params[0]]} ({site.op})" for site in graph.sites if site.layout is Layout.COUPLED
         ),
         notes=(
             *(str(w.message) for w in caught if issubclass(w.category, GuessWarning)),
             *(f"{pick} for {count} site{'s' * (count > 1)}" for pick, count in picked.items()),
-            *(f"{fn.__name__} {what}" for fn, what in TREATMENTS.items() if fn in graph.functions),
+            *(f"{fn.__name__} {what}" for fn in dict.fromkeys(graph.functions) if (what := op_of(fn).treatment)),
             *(
                 f"{fn.__name__} goes by the derivative of its backward: it has none in forward mode"
                 for fn in dict.fromkeys(graph.functions)
@@ -168,11 +171,11 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
 
 
 def _report(
-    opt: GuessGradOptimizer, site: Site, guesses: dict[int, Any], forms: dict[int, tuple[str, int]], blocked: str | None
+    est: Estimation, site: Site, guesses: dict[int, Any], forms: dict[int, tuple[str, int]], blocked: str | None
 ) -> SiteReport:
-    estimator = opt._estimator_of(site)
+    estimator = est.estimator_of(site)
     segment = site.segment
-    choice = opt._choice_of(site)
+    choice = est.choice_of(site)
     if site.index in forms:
         guess = f"{estimator.name}: {forms[site.index][0]}"
     elif site.index in guesses:
@@ -188,20 +191,23 @@ def _report(
         calls = segment.elementwise if segment.elementwise is not None else segment.program
         path = " > ".join(call.op for call in calls) or "direct"
     return SiteReport(
-        parameters=tuple(opt._names[k] for k in site.params),
+        parameters=tuple(est.names[k] for k in site.params),
         operation=site.op,
         shape=site.shape,
         batch=site.layout.value,
-        next="the loss" if segment is None else " | ".join(_next(opt, m) for m in segment.matrices),
+        next="the loss" if segment is None else " | ".join(_next(est, m) for m in segment.matrices),
         path=path,
         guess=guess,
     )
 
 
-def _next(opt: GuessGradOptimizer, matrix: Matrix) -> str:
+def _next(est: Estimation, matrix: Matrix) -> str:
     def weight(key: str) -> str:
         kind, _, position = key.partition(" ")
-        return opt._names[int(position)] if kind == "param" else "a weight " + key.partition("[")[2].rstrip("]")
+        if kind == "param":
+            return est.names[int(position)]
+        shape = re.findall(r"\[.*?\]", key)[-1]
+        return f"a frozen weight {shape}" if kind == "constant" else f"an expression of parameters {shape}"
 
     return f"{matrix.call.op} {', '.join(weight(key) for key in matrix.key.split(';'))}"
 

@@ -187,8 +187,8 @@ class NoiseSource:
 
     Attributes:
         means: True, for diagnostics: callers take the mean of each draw in place of the draw.
-        lane: which of the independent streams draws. Guess k of a step draws from lane k, so that K guesses in one pass
-            equal K guesses in K passes.
+        guess_index: k, the number of the guess that is drawn. Each k has an independent stream of its own, so that K
+            guesses in one run equal K guesses in K runs.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
     >>> a.follow(); b.follow()
@@ -202,7 +202,7 @@ class NoiseSource:
         self._seen: int | None = None
         self._awaited: int | None = None  # the global seed at the time of saving, which the user may yet bring back
         self._stream = 0
-        self.lane = 0
+        self.guess_index = 0
         self._generators: dict[tuple[torch.device, int], torch.Generator] = {}
 
     def _seed_now(self) -> int:
@@ -218,24 +218,24 @@ class NoiseSource:
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The stream on a device."""
-        found = self._generators.get((device, self.lane))
+        found = self._generators.get((device, self.guess_index))
         if found is None:
-            # The closure's own generator starts at the seed. Odd constants give each lane another start.
-            seed = (self._stream ^ 0x9E3779B97F4A7C15) + self.lane * 0xD1342543DE82EF95
+            # The closure's own generator starts at the seed. Odd constants give each k another start.
+            seed = (self._stream ^ 0x9E3779B97F4A7C15) + self.guess_index * 0xD1342543DE82EF95
             found = torch.Generator(device=device).manual_seed(seed & (2**63 - 1))
-            self._generators[device, self.lane] = found
+            self._generators[device, self.guess_index] = found
         return found
 
-    def lanes(self, count: int) -> Iterator[int]:
-        """Each of the first ``count`` lanes in turn; of one alone, the lane as it is. Ends where it began."""
+    def guess_indices(self, count: int) -> Iterator[int]:
+        """Set ``guess_index`` to 0, ..., ``count - 1`` in turn, then as it was; for one guess, leave it as it is."""
         if count == 1:
-            yield self.lane
+            yield self.guess_index
             return
-        before = self.lane
-        for lane in range(count):
-            self.lane = lane
-            yield lane
-        self.lane = before  # after an error ``restore`` does it: who knows when an iterator that it left is closed
+        before = self.guess_index
+        for index in range(count):
+            self.guess_index = index
+            yield index
+        self.guess_index = before  # after an error ``restore`` does it: an iterator that was left may be closed late
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=self.generator(device))
@@ -277,7 +277,7 @@ class NoiseSource:
             if device.type != torch.device(was).type or not is_here(device):
                 left.append(was)
                 continue
-            new.lane = int(lane or 0)
+            new.guess_index = int(lane or 0)
             try:
                 new.generator(device).set_state(value)
             except (RuntimeError, TypeError) as error:
@@ -289,15 +289,15 @@ class NoiseSource:
     def snapshot(self) -> Any:
         """For ``restore``."""
         states = [(k, g.get_state()) for k, g in self._generators.items()]
-        return self._seen, self._awaited, self._stream, states, self.lane
+        return self._seen, self._awaited, self._stream, states, self.guess_index
 
     def restore(self, snapshot: Any) -> None:
         """Undo everything since the snapshot."""
         self._seen, self._awaited, self._stream, states, lane = snapshot
         self._generators = {}
-        for (device, self.lane), state in states:
+        for (device, self.guess_index), state in states:
             self.generator(device).set_state(state)
-        self.lane = lane
+        self.guess_index = lane
 
     def __getstate__(self) -> dict[str, Any]:
         return {"seed": self.seed, "state": self.state()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from guessopt.estimators.base import estimators_for, plain
+from guessopt.cache import SiteCache
 from guessopt.groups import names_of
-from guessopt.rng import is_here
+from guessopt.registry import estimators_for, plain
+from guessopt.rng import NoiseSource, is_here
+from guessopt.step.estimation import Estimation
 
 #: Version of the entry ``"guessopt"`` of a ``state_dict``. Raise it with a change that older versions cannot read.
 VERSION = 1
@@ -64,6 +67,43 @@ def check(state: Any, base: Optimizer) -> None:
         if isinstance(key, int) and key not in known:
             raise ValueError(f"state_dict['state'] has an entry {key} that belongs to no parameter: it is damaged")
     _check_own(own)
+
+
+def packed(est: Estimation) -> dict[str, Any]:
+    """The base's ``state_dict``, with the entry ``"guessopt"``."""
+    own = {"steps": est.steps, "noise": est.noise.state(), "cache": est.cache.state_dict()}
+    return {**est.base.state_dict(), "guessopt": {**described(est.base), **own}}
+
+
+@contextmanager
+def loaded(est: Estimation, state: dict[str, Any]) -> Iterator[None]:
+    """Load what ``packed`` returned; within, an error undoes it.
+
+    Raises:
+        ValueError: see ``check``.
+    """
+    check(state, est.base)
+    own, noise, cache = state["guessopt"], NoiseSource(est.noise.seed), SiteCache()
+    to = moved(own, est.base.param_groups)
+    left = noise.load(own["noise"], to)
+    cache.load_state_dict(own["cache"], placement(to))
+    before, attributes = Before(est.base), dict(vars(est))
+    try:
+        load_base(est.base, state)
+        est.steps, est.noise, est.cache = own["steps"], noise, cache
+        est.forget_parameters()
+        est.refresh()
+        yield
+    except BaseException:
+        before.restore()
+        vars(est).clear()
+        vars(est).update(attributes)
+        raise
+    if left:
+        est.warn(
+            f"the guesses were drawn on {', '.join(left)}, whose generator cannot go on here: guesses start again "
+            "from their seed, so that training continues, but not bit for bit"
+        )
 
 
 def _check_version(own: Any) -> None:

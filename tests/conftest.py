@@ -1,4 +1,4 @@
-"""What every test starts from: fixed random states, and a torchvision that imports beside a CPU-only torch."""
+"""Shared by all tests: fixed random states, and a torchvision that imports beside a CPU-only torch."""
 
 import gc
 import random
@@ -42,5 +42,5 @@ def _seeded() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What has been imported by now stays: collections in the tests need not look through it."""
+    """Exclude all objects that the imports made from garbage collection. Collections in the tests are then fast."""
     gc.freeze()

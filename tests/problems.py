@@ -1,6 +1,6 @@
-"""Problems as data: name -> a function that builds (named parameters, closure), in float64, small and seeded.
+"""Problems as data: name -> a function that builds a ``Problem``. Problems are small, seeded, and in float64.
 
-One row here exercises every test that is parametrised over ``PROBLEMS``.
+One more row in ``PROBLEMS`` is one more case of every test that runs over the table.
 """
 
 import random
@@ -19,11 +19,20 @@ from guessopt import GuessGradOptimizer
 
 @dataclass
 class Problem:
-    """``named``: name and parameter pairs. ``batch``: N, as the engine should find it; None: any."""
+    """Parameters and a closure of them.
+
+    Args:
+        named: Pairs of name and parameter.
+        closure: Computes the loss.
+        batch: The number of examples that the engine should find. None: any.
+        model, loss: ``closure()`` is ``loss(model)``. None where there is no module.
+    """
 
     named: list[tuple[str, nn.Parameter]]
     closure: Callable[[], Tensor]
     batch: int | None = None
+    model: nn.Module | None = None
+    loss: Callable[[nn.Module], Tensor] | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self.named]
@@ -31,7 +40,7 @@ class Problem:
 
 def of(model: nn.Module, closure: Callable[[nn.Module], Tensor], batch: int | None = None) -> Problem:
     model.double()
-    return Problem(list(model.named_parameters()), lambda: closure(model), batch)
+    return Problem(list(model.named_parameters()), lambda: closure(model), batch, model, closure)
 
 
 def seeded(seed: int = 0) -> None:
@@ -46,13 +55,13 @@ def labels(n: int, classes: int) -> Tensor:
 
 
 def learned(opt: GuessGradOptimizer) -> dict[str, Any]:
-    """What it has learned, by site."""
+    """What the optimizer's estimators have learned, by site."""
     cache = opt.state_dict()["guessopt"]["cache"]
     return {key: entry["state"] for key, entry in cache.items() if key.startswith("learned: ")}
 
 
 class Cube(torch.autograd.Function):
-    """With a ``jvp``."""
+    """``x ** 3`` with a ``jvp``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -72,7 +81,7 @@ class Cube(torch.autograd.Function):
 
 
 class PassedThrough(torch.autograd.Function):
-    """A base for functions whose derivative is taken to be the identity, in both modes."""
+    """A base class: the derivative is the identity in both modes."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -176,20 +185,19 @@ def transformer(tied: bool = False) -> Problem:
 
 
 def functional() -> Problem:
-    """No module at all: products, casts, views and expressions of parameters."""
-    w1, b1 = nn.Parameter(torch.randn(3, 6).double()), nn.Parameter(torch.randn(6).double())
-    w2, scale = nn.Parameter(torch.randn(6, 4).double()), nn.Parameter(torch.randn(4).double())
-    gate, temperature = nn.Parameter(torch.randn(2, 2).double()), nn.Parameter(torch.tensor(0.5).double())
+    """No layer at all: products, casts, views and expressions of parameters."""
+    shapes = {"w1": (3, 6), "b1": (6,), "w2": (6, 4), "scale": (4,), "gate": (2, 2)}
+    model = nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()})
+    model["temperature"] = torch.tensor(0.5)
     x, y = torch.randn(6, 3, dtype=torch.float64), labels(6, 4)
 
-    def closure() -> Tensor:
-        h = torch.tanh(x @ w1 + b1)
-        h = F.linear(h, (1 + w2).t()) * scale.exp() + gate.view(-1)
-        log_p = torch.log_softmax(h * temperature, -1)
-        return -log_p[torch.arange(6), y].mean() + 0.01 * w1.square().sum()
+    def closure(m: Any) -> Tensor:
+        h = torch.tanh(x @ m["w1"] + m["b1"])
+        h = F.linear(h, (1 + m["w2"]).t()) * m["scale"].exp() + m["gate"].view(-1)
+        log_p = torch.log_softmax(h * m["temperature"], -1)
+        return -log_p[torch.arange(6), y].mean() + 0.01 * m["w1"].square().sum()
 
-    named = {"w1": w1, "b1": b1, "w2": w2, "scale": scale, "gate": gate, "temperature": temperature}
-    return Problem(list(named.items()), closure, 6)
+    return of(model, closure, 6)
 
 
 class Prompted(nn.Module):
@@ -263,8 +271,8 @@ def lstm() -> Problem:
 
 
 def unfollowed(f: Callable[..., Any]) -> Callable[..., Any]:
-    """``f``, called in a way that cannot be followed: what it does to a test's own lists in a run of the closure is not
-    put back."""
+    """Hide ``f`` from the transaction: a failed step does not undo the changes that ``f`` makes to a test's own
+    lists."""
     return lru_cache(maxsize=0)(f)
 
 

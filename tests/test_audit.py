@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import guessopt
-from guessopt import AuditError, ClosureError, GuessGradOptimizer
-from guessopt.engine import audit as engine
-from guessopt.engine.forward import Pass
-from guessopt.engine.levels import FastLevel
+from guessopt import AuditError, AuditReport, ClosureError, GuessGradOptimizer
+from guessopt.engine.following import FollowingRun
+from guessopt.engine.jvp.fast import FastEngine
 from guessopt.tracing.tape import Tape
 from tests.problems import PROBLEMS, PassedThrough, build, labels, seeded
 
@@ -192,7 +191,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_step_with_audit_equals_one_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = []
-    monkeypatch.setattr(engine.AuditReport, "check", lambda report: reports.append(report))
+    monkeypatch.setattr(AuditReport, "check", lambda report: reports.append(report))
     torch.manual_seed(3)
     model, closure = network(lambda h, m: F.dropout(F.relu(m["bn"](h)), 0.2), DOUBLE, bn=nn.BatchNorm1d(8))
     start, states = copy.deepcopy(model.state_dict()), []
@@ -229,7 +228,7 @@ def test_writes_through_a_detached_alias_are_skipped_and_the_report_says_so() ->
 @contextmanager
 def losing(name: str) -> Iterator[None]:
     """Operations of this name drop their tangents."""
-    call = FastLevel.call
+    call = FastEngine.call
 
     def lossy(self: Any, fn: Any, args: Any, kwargs: Any, *, writes: bool) -> Any:
         if fn.__name__ == name:
@@ -237,7 +236,7 @@ def losing(name: str) -> Iterator[None]:
         return call(self, fn, args, kwargs, writes=writes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FastLevel, "call", lossy)
+        patch.setattr(FastEngine, "call", lossy)
         yield
 
 
@@ -297,9 +296,9 @@ def test_a_stale_plan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def believe(self: Any, call: Any, tensors: list[Tensor]) -> None:
         for t, v in zip(tensors, call.reads, strict=True):
-            self._seen[id(t)] = weakref.ref(t), v if v >= 0 else ~v
+            self.seen[id(t)] = weakref.ref(t), v if v >= 0 else ~v
 
-    monkeypatch.setattr(Pass, "_check_tensors", believe)
+    monkeypatch.setattr(FollowingRun, "check_tensors", believe)
     chosen = [0]
     model = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)]).double()
     x = torch.randn(6, 4, dtype=DOUBLE)
@@ -339,7 +338,7 @@ def test_it_runs_in_the_first_second_fourth_and_eighth_step(monkeypatch: pytest.
     steps = []
     model, closure = network(lambda h, m: h.relu(), SINGLE)
     opt = optimizer(model)
-    monkeypatch.setattr(engine.AuditReport, "check", lambda report: steps.append(opt._steps + 1))
+    monkeypatch.setattr(AuditReport, "check", lambda report: steps.append(opt.estimation.steps + 1))
     for _ in range(9):
         opt.step(closure)
     assert steps == [1, 2, 4, 8]
@@ -349,11 +348,11 @@ def test_the_function_leaves_everything_as_it_was() -> None:
     model, closure = network(lambda h, m: F.dropout(m["bn"](h)), SINGLE, bn=nn.BatchNorm1d(8))
     opt = optimizer(model)
     opt.step(closure)
-    before, uses = copy.deepcopy((model.state_dict(), opt.state_dict())), opt._plans[0].uses
+    before, uses = copy.deepcopy((model.state_dict(), opt.state_dict())), opt.estimation.plans[0].uses
     random_state = torch.get_rng_state()
     text = str(guessopt.audit(opt, closure))
     assert "passed" in text and "linear no. 2" in text
-    assert torch.equal(random_state, torch.get_rng_state()) and opt._plans[0].uses == uses
+    assert torch.equal(random_state, torch.get_rng_state()) and opt.estimation.plans[0].uses == uses
     after = model.state_dict(), opt.state_dict()
     flat = [torch.utils._pytree.tree_leaves(state) for state in (before, after)]
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*flat, strict=True) if a is not b

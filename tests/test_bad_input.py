@@ -1,6 +1,6 @@
-"""Every bad input gives an error that names what, where and the remedy, and leaves everything as it was.
+"""Every bad input raises an error that names the cause, the place and the remedy, and changes nothing.
 
-A line marked "our reading" tests what the specification leaves open.
+"Our reading" marks a test of behaviour that the specification leaves open.
 """
 
 import copy
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, WPerp, stepping
+from guessopt import ActivationPerturbation, ClosureError, GuessGradOptimizer, WPerp
+from guessopt.step import runs as runs_module
 from tests.problems import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")  # BatchNorm couples the examples
@@ -32,7 +33,7 @@ OTHER = nn.Linear(5, 3)
 
 
 def build_model() -> nn.Sequential:
-    """Dropout and BatchNorm, so that random states and buffers have something to lose."""
+    """With dropout and batch norm: a failed step could change random states and buffers."""
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Dropout(0.3), nn.Linear(7, 3))
 
 
@@ -86,7 +87,7 @@ def untouched(model: nn.Module, optimizer: GuessGradOptimizer | None = None) -> 
 
 
 def leave_grads(model: nn.Module) -> None:
-    """Some `.grad` of the user's own; the last parameter has none."""
+    """Set ``.grad`` of all parameters but the last."""
     for index, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, index + 1.0)
     p.grad = None
@@ -180,14 +181,14 @@ def test_closure_error_is_a_runtime_error() -> None:
 
 
 def test_check_finite_can_be_switched_off() -> None:
-    """Our reading: then a non-finite loss comes back as a plain optimizer would give it."""
+    """Our reading: the step then returns the non-finite loss, as a plain optimizer does."""
     model = build_model()
     optimizer = build_optimizer(model, check_finite=False)
     assert torch.isnan(torch.as_tensor(optimizer.estimate(lambda: good(model)() * torch.nan)))
 
 
 def test_a_second_pass_that_gives_another_loss() -> None:
-    """Whether a step needs a second pass is its own affair; where it takes one, it must notice."""
+    """A step may or may not run the closure twice. If it does, it must notice that the losses differ."""
     model = build_model()
     optimizer = build_optimizer(model)
     calls = count(1)  # what the closure itself binds is put back
@@ -209,7 +210,7 @@ def test_a_second_pass_that_gives_another_loss() -> None:
 
 
 class Boom(Exception):
-    """The user's own."""
+    """An exception of the user's."""
 
 
 EXCEPTIONS = {"own type": Boom("boom"), "RuntimeError": RuntimeError("boom"), "StopIteration": StopIteration("boom")}
@@ -220,7 +221,7 @@ EXCEPTIONS = {"own type": Boom("boom"), "RuntimeError": RuntimeError("boom"), "S
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("method", ["step", "estimate"])
 def test_an_exception_in_the_closure(method: str, at: int, late: bool, error: Exception) -> None:
-    """It comes out as it is, on whichever pass, and the training afterwards is as if it had never happened."""
+    """The step raises the closure's exception, whichever run raises it. Later steps are as if it had not happened."""
     model = build_model()
     twin = copy.deepcopy(model)
     optimizer, other = build_optimizer(model), build_optimizer(twin)
@@ -293,7 +294,7 @@ def test_step_of_a_closure_with_estimates_pending() -> None:
 
 
 def test_step_of_something_that_is_no_closure() -> None:
-    """Our reading: a loss in place of the closure, say."""
+    """Our reading. For example, a loss in place of the closure."""
     model = build_model()
     optimizer = build_optimizer(model)
     loss = F.cross_entropy(model(X), LABELS)
@@ -393,8 +394,7 @@ def test_k_larger_than_every_site_is_refused() -> None:
 
 
 def test_k_larger_than_some_site_is_clipped_to_its_rank() -> None:
-    """Before the head the rank is 3: with only the last two layers training, nothing is wider, and k = 10, the default,
-    guesses there just as k = 3 does."""
+    """The rank before the head is 3, and no other layer has a larger one: k = 10 guesses as k = 3 does."""
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     gradients = []
     for k in (3, 10):
@@ -417,9 +417,9 @@ def test_lazy_parameters_are_refused_before_their_first_forward() -> None:
 
 @pytest.mark.parametrize("repeats", [True, False])
 def test_a_loss_that_another_kernel_finds_elsewhere(repeats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three runs two must agree: then the closure repeats, and rounding has moved the loss of the third."""
+    """The closure repeats if two of three runs agree; rounding has then moved the loss of the third run."""
     torch.manual_seed(0)
-    model, x, runs, trace = nn.Linear(4, 2), torch.randn(6, 4), itertools.count(), stepping.trace
+    model, x, runs, trace = nn.Linear(4, 2), torch.randn(6, 4), itertools.count(), runs_module.trace
 
     def closure() -> Tensor:
         return model(x).square().mean() + (0.0 if repeats else 0.1 * torch.full((), float(next(runs))))
@@ -429,7 +429,7 @@ def test_a_loss_that_another_kernel_finds_elsewhere(repeats: bool, monkeypatch: 
         plan.loss = plan.loss * 1.5
         return plan
 
-    monkeypatch.setattr(stepping, "trace", elsewhere)
+    monkeypatch.setattr(runs_module, "trace", elsewhere)
     opt = GuessGradOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, audit=False)
     if repeats:
         opt.step(closure)

@@ -1,4 +1,4 @@
-"""Batch normalisation in training mode: exact through its statistics, or with these taken for constants."""
+"""Batch norm in training mode: differentiated through its statistics, or with constant statistics."""
 
 import warnings
 

@@ -1,11 +1,12 @@
-"""The experiments, end to end in their quick versions on data made here: files with the declared keys, finite
-figures."""
+"""The quick versions of the experiments, end to end on made-up data: files have the declared keys and finite
+numbers."""
 
 import io
 import json
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from benchmarks import step_times
 from benchmarks.__main__ import experiments, main
 from benchmarks.coverage import complain
 from benchmarks.measure import Stopwatch
-from benchmarks.problems import causal_lm, cnn, relu_mlp, vit
+from benchmarks.methods import METHODS
+from benchmarks.problems import causal_lm, cnn, layers, relu_mlp, vit
 from benchmarks.report import print_table
-from benchmarks.speed import PHASES, PROBLEMS, layers
-from benchmarks.speed import mlp as mlp_problem
+from benchmarks.speed_phases import PHASES
+from benchmarks.speed_steps import PROBLEMS
+from benchmarks.training import Learner, fit
+from guessopt import ClosureError
 
 CURVE = {"epochs", "train", "test"}
 
@@ -141,15 +145,57 @@ def test_every_experiment_explains_itself(capsys: pytest.CaptureFixture[str]) ->
     assert "where a W-perp step's time goes" in " ".join(capsys.readouterr().out.split())
 
 
-def test_checkpointing_changes_no_gradient() -> None:
-    problem = mlp_problem(8, 3, 4)
-    found = []
-    for loss in (problem.loss, problem.checkpointed_loss):
-        problem.model.zero_grad()
-        loss().backward()
-        found.append([p.grad for p in problem.model.parameters()])
-    for plain, checkpointed in zip(*found, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "head"])
+def test_every_method_of_the_table_trains(name: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = relu_mlp(32, 2, inputs=32, classes=3), torch.randn(16, 32), torch.arange(16) % 3
+    before = [p.detach().clone() for p in model.parameters()]
+    learner = METHODS[name].learner(model)
+    for _ in range(2):
+        learner.step(x, y)
+    assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_the_head_alone_trains_nothing_else() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    METHODS["head"].learner(model, head="1").step(torch.randn(6, 4), torch.arange(6) % 3)
+    assert [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)] == [True, True, False, False]
+
+
+class Recorder(Learner):
+    """Notes the rate of every step; the loss is no longer finite from one step on."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)], lr=1.0))
+        self.last, self.rates = last, list[float]()
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        if len(self.rates) == self.last:
+            raise ClosureError("the loss is not finite (nan)")
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+
+    def cosine(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        raise NotImplementedError
+
+
+def test_the_loop_looks_sets_rates_and_stops_at_a_loss_that_is_not_finite() -> None:
+    batch, looks = (torch.zeros(1), torch.zeros(1)), list[int]()
+    learner = Recorder(last=4)
+    outcome = fit(learner, repeat(batch), 6, looks=(0, 2, 4, 6), look=looks.append, rate=lambda step: 0.5**step)
+    assert (outcome.steps, outcome.failed, looks) == (4, True, [0, 2, 4])
+    assert learner.rates == [0.5, 0.25, 0.125, 0.0625]
+    assert fit(Recorder(last=9), repeat(batch), 6).steps == 6
+    with pytest.raises(ClosureError, match="elsewhere"):
+        fit(Failing(), repeat(batch), 1)
+
+
+class Failing(Recorder):
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        raise ClosureError("elsewhere")
 
 
 def test_problems_have_the_declared_sizes() -> None:

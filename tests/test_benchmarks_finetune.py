@@ -1,4 +1,4 @@
-"""Fine-tuning: the four tasks in their quick versions on models and data made here, and the parts they share."""
+"""Fine-tuning: the quick versions of the four tasks on made-up models and data, and their shared parts."""
 
 import io
 import json
@@ -23,9 +23,11 @@ from torch import nn
 from benchmarks import finetune, results_page
 from benchmarks.__main__ import main
 from benchmarks.baselines import MeZO
-from benchmarks.finetune import common, corrupted, prompts, stories, tables_of
-from benchmarks.finetune.common import METHODS, Cost, Exact, Problem, Results, Run, Settings, best_level
+from benchmarks.finetune import corrupted, prompts, report, runs, stories, tables_of
+from benchmarks.finetune.problem import METHODS, Problem, Settings
+from benchmarks.finetune.runs import Cost, Results, Run, best_level
 from benchmarks.measure import Ratio
+from benchmarks.methods import METHODS as TABLE
 
 from .test_benchmarks import numbers
 
@@ -40,7 +42,7 @@ SCORES = [0.0] * 259 + [0.0, 0.0, 0.0, -1.0, -2.0, -3.0]
 
 @pytest.fixture
 def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for every file; pretrained weights are random ones."""
+    """Stand-ins for every file. Pretrained weights are random."""
     rng, arrays = np.random.default_rng(0), {}
     for part, strips in (("train", 4), ("test", 1)):
         encoded = [io.BytesIO() for _ in range(strips)]
@@ -68,7 +70,7 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def llama_weights(folder: Path) -> None:
-    """Saved with the tied output left out, as in the original file."""
+    """As in the original file, the tied output is left out."""
     llama = stories.architecture(folder)
     save_file(
         {k: v for k, v in llama.state_dict().items() if k != "lm_head.weight"}, folder / "stories260k.safetensors"
@@ -115,7 +117,7 @@ def test_what_is_finished_is_not_run_again(
 ) -> None:
     monkeypatch.setattr(prompts, "SETTINGS", prompts.QUICK)
     options = ["--tasks", "prompts", "--data-root", str(data_root), "--out", str(tmp_path), "--seeds", "2"]
-    trained, tune = list[Any](), common.tune
+    trained, tune = list[Any](), runs.tune
 
     def counting(problem: Problem, method: str, level: int, seed: int, settings: Settings) -> Run:
         if len(trained) == 3:
@@ -123,7 +125,7 @@ def test_what_is_finished_is_not_run_again(
         trained.append((method, level, seed))
         return tune(problem, method, level, seed, settings)
 
-    monkeypatch.setattr(common, "tune", counting)
+    monkeypatch.setattr(runs, "tune", counting)
     with pytest.raises(KeyboardInterrupt):
         main(["finetune", *options, "--methods", "backprop", "mezo"])
     before = trained.copy()
@@ -173,18 +175,18 @@ def test_budgets_are_the_same_passes() -> None:
 def test_equal_time_reads_every_method_at_the_same_moment() -> None:
     ratios = {"backprop": 1.0, "mezo": 0.5}
     costs = {name: Cost(Ratio(value, value, value), 100, 10**6) for name, value in ratios.items()}
-    runs = [Run(name, -6, 0, 0.5, [0, 100], [0.0, 1.0], [1.0, 0.0]) for name in ratios]
-    results = Results("t", "n.", 0.5, costs, dict.fromkeys(ratios, -6), {run.key: run for run in runs})
-    rows = {row[0]: row for row in common.table(results, {"passes": 7}).rows}
+    made = [Run(name, -6, 0, 0.5, [0, 100], [0.0, 1.0], [1.0, 0.0]) for name in ratios]
+    results = Results("t", "n.", 0.5, costs, dict.fromkeys(ratios, -6), {run.key: run for run in made})
+    rows = {row[0]: row for row in report.table(results, {"passes": 7}).rows}
     assert rows["backprop"][2:4] == ["1.000", "0.500"] and rows["MeZO"][2:4] == ["1.000", "1.000"]
 
 
 def test_checkpointing_blocks_changes_no_gradient() -> None:
     model, x, y = corrupted.ResNet20().eval(), torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2])
     found = []
-    for blocks in ([], [*model.layer1, *model.layer2, *model.layer3]):
-        learner = Exact(model, 0.0, blocks)
-        learner.step(x, y)
+    blocks = [*model.layer1, *model.layer2, *model.layer3]
+    for name, options in (("backprop", {}), ("checkpointed", {"blocks": blocks})):
+        TABLE[name].learner(model, 0.0, **options).step(x, y)
         found.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*found, strict=True):
         torch.testing.assert_close(plain, checkpointed)
@@ -220,7 +222,7 @@ def test_a_diverging_run_ends_with_figures() -> None:
     pair = x, (x[:, 0] > 0).long()
     problem = Problem(nn.Linear(3, 2), list, pair, pair, pair, "")
     problem.model.weight.data.mul_(1e38)
-    run = common.tune(problem, "w_perp", 0, 0, Settings(9, 4, 8, 8, 8, looks=2))
+    run = runs.tune(problem, "w_perp", 0, 0, Settings(9, 4, 8, 8, 8, looks=2))
     assert len(run.test) == 3 and all(map(math.isfinite, run.loss))
 
 

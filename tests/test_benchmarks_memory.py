@@ -13,10 +13,12 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from benchmarks import memory
-from benchmarks.baselines import LEARNERS, Checkpointed, Fused, InBackward, MeZO, ZerothOrder
+from benchmarks.baselines import MeZO
 from benchmarks.measure import peaks
-from benchmarks.memory import Settings, limited
+from benchmarks.memory_cases import METHODS, Settings
+from benchmarks.memory_measures import LIMITED_STEPS, limited
 from benchmarks.problems import relu_mlp
+from benchmarks.training import Backprop
 
 from .test_benchmarks import result
 
@@ -25,13 +27,13 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(memory, "LIMITED", ("backprop", "w_perp_stream"))  # each takes a process of a process
     figures = result("memory", tmp_path, "--problems", "mlp12", "mlp24")["figures"]
     for name in ("mlp12", "mlp24"):
-        for method in LEARNERS:
+        for method in METHODS:
             found = figures[f"{name} {method}"]["peaks"]
             assert found["peak"] >= found["kept"] >= found["state"] + found["gradients"]
             assert figures[f"{name} {method}"]["seconds"] > 0
         state = figures[f"{name} backprop"]["peaks"]["state"]
         assert state >= 2 * figures[f"{name} backprop"]["parameters"]
-        peak = {method: figures[f"{name} {method}"]["peaks"]["peak"] for method in LEARNERS}
+        peak = {method: figures[f"{name} {method}"]["peaks"]["peak"] for method in METHODS}
         assert peak["w_perp_replay"] < peak["w_perp_store"] and peak["mezo"] < peak["w_perp_stream"]
     alive = figures["between"]
     assert alive["live"] == alive["loss"] + alive["derivatives"] + alive["random"]  # nothing else
@@ -48,17 +50,17 @@ def test_stream_trains_where_backprop_has_no_room() -> None:
     died = limited("backprop", settings)
     assert died.steps == 0 and "can't allocate" in died.error
     lived = limited("w_perp_stream", settings)
-    assert lived.steps == memory.LIMITED_STEPS and lived.error == ""
+    assert lived.steps == LIMITED_STEPS and lived.error == ""
     assert len(set(lived.losses)) > 1  # the parameters moved
 
 
 def test_baselines_update_as_backprop_does() -> None:
     x, y = torch.randn(16, 12), torch.randint(4, (16,))
     found = []
-    for make in (Fused, Checkpointed, InBackward):
+    for name in ("backprop", "checkpointed", "in_backward"):
         torch.manual_seed(0)
         model = relu_mlp(8, 3, inputs=12, classes=4)
-        own = make(model, 1e-2)
+        own = METHODS[name].learner(model, 1e-2)
         for _ in range(3):
             own.step(x, y)
         found.append([p.detach() for p in model.parameters()])
@@ -105,7 +107,7 @@ def test_mezo_cosine_and_training() -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 4)
     y = (x[:, 0] > 0).long()
-    own = ZerothOrder(nn.Sequential(nn.Linear(4, 2)), lr=0.05)
+    own = METHODS["mezo"].learner(nn.Sequential(nn.Linear(4, 2)), lr=0.05)
     before = [p.detach().clone() for p in own.model.parameters()]
     assert own.cosine(x, y) > 0  # a slope times its direction never points uphill
     for p, b in zip(own.model.parameters(), before, strict=True):
@@ -121,15 +123,15 @@ def test_peaks_count_what_a_method_keeps() -> None:
     x, y = torch.randn(32, 100), torch.randint(10, (32,))
     made = []
 
-    class Hoarder(Fused):
+    class Hoarder(Backprop):
         def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
             super().step(x, y)
             made.append(torch.zeros(1000))
 
     models = [copy.deepcopy(model), model]
     plain, hoarding = (
-        peaks(lambda m=m, own=own: m(own, 0.0), x, y, 3, lambda _: 0)
-        for m, own in zip((Fused, Hoarder), models, strict=True)
+        peaks(lambda m=m, own=own: m(own, torch.optim.AdamW(own.parameters(), lr=0.0)), x, y, 3, lambda _: 0)
+        for m, own in zip((Backprop, Hoarder), models, strict=True)
     )
     assert plain.gradients == sum(p.nbytes for p in model.parameters())
     assert hoarding.kept - plain.kept == 3 * 4000

@@ -30,7 +30,7 @@ RESULTS = Path(singhal.__file__).parent / "results"
 
 @pytest.fixture
 def images(data_root: Path) -> Path:
-    """A stand-in for CIFAR-10 beside that for MNIST-1D: strips of 50 noisy images, classes in turn."""
+    """A stand-in for CIFAR-10 and MNIST-1D: strips of 50 noisy images, class after class."""
     rng, arrays = np.random.default_rng(0), {}
     for part, strips in (("train", 10), ("test", 10)):
         encoded = [io.BytesIO() for _ in range(strips)]

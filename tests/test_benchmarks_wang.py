@@ -10,7 +10,7 @@ pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from benchmarks import wang
+from benchmarks import wang, wang_parts
 from benchmarks.__main__ import main
 from guessopt.estimators import estimator_names
 
@@ -39,7 +39,7 @@ def figures(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 def test_wang(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = result("wang", tmp_path, "--data-root", str(data_root))["figures"]
-    wanted = {method for part in wang.PARTS.values() for method in part.methods} - set(wang.SLOW)
+    wanted = {method for part in wang_parts.PARTS.values() for method in part.methods} - set(wang_parts.SLOW)
     assert {cell["method"] for cell in cells} == wanted
     assert len(cells) == len(wanted)  # a run serves every table that has it
     measured = {cell["method"] for cell in cells if cell["looks"]}
@@ -62,7 +62,7 @@ def test_wang(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_wang_resumes_cell_by_cell(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped in its third run, it has two on disk, and goes on with the third."""
+    """The benchmark stops in its third run and has saved two. It goes on with the third."""
     settings = wang.Settings(epochs=2)
     monkeypatch.setattr(wang, "Settings", lambda **_: settings)
     options = ["--data-root", str(data_root), "--out", str(tmp_path), "--tables", "2", "--widths", "128"]

@@ -1,4 +1,4 @@
-"""What changes between steps under the same calls is noticed: every step is as right as a first one."""
+"""The optimizer notices changes between steps that make the same calls: every step is as right as a first one."""
 
 import gc
 import itertools
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from guessopt import ClosureError, GuessGradOptimizer, PartialUpdateError
 from guessopt.estimators import LearnedFeedback, WPerp
-from guessopt.stepping import MAX_PLANS
+from guessopt.step.plan import MAX_PLANS
 
 from .problems import labels, of
 from .test_exactness import Summing
@@ -196,7 +196,7 @@ def test_a_change_is_noticed(name: str, steps: int) -> None:
 
 
 def test_a_gate_that_opens_late() -> None:
-    """The branch behind a zero gate mixes the examples: seen once the gate has opened."""
+    """The branch behind a gate of zero mixes the examples. The optimizer finds this once the gate has opened."""
     torch.manual_seed(0)
     x, y = torch.randn(N, 3, dtype=torch.float64), labels(N, 2)
 
@@ -217,7 +217,7 @@ def test_a_gate_that_opens_late() -> None:
 
 @pytest.mark.parametrize("estimator", [WPerp(k=2), LearnedFeedback(gamma=0)], ids=["w_perp", "learned_feedback"])
 def test_guesses_are_made_from_the_masks_of_the_step(estimator: Any) -> None:
-    """A unit that is masked gets no gradient, with another mask in every step; store and replay give the same."""
+    """A masked unit gets no gradient. The mask changes in every step. Store and replay give equal gradients."""
     found: list[list[Tensor]] = []
     for memory in ("store", "replay"):
         torch.manual_seed(0)
@@ -253,9 +253,9 @@ def test_plans_are_bounded_and_hold_no_batch() -> None:
         opt.step(closure)
     del closure, mask
     gc.collect()
-    assert len(opt._plans) == MAX_PLANS
+    assert len(opt.estimation.plans) == MAX_PLANS
     assert sum(mask() is not None for mask in masks) <= 1
-    assert len(opt._cache.state_dict()) == 1  # of the frozen layer, whatever the trace
+    assert len(opt.estimation.cache.state_dict()) == 1  # of the frozen layer, whatever the trace
 
 
 def test_a_cache_filled_by_the_first_forward() -> None:
@@ -312,7 +312,7 @@ def test_a_second_pass_that_differs_is_refused(memory: str, source: str) -> None
 
 
 def test_how_often_a_closure_runs() -> None:
-    """Once a step, but for steps in which the batch is probed: those after 1, 2, 4, 8, ... passes."""
+    """One run a step, and more in the steps that probe the batch: after 1, 2, 4, 8, ... passes."""
     net, y, calls = Net(), labels(N, 2), itertools.count()
 
     def runs(x: Tensor) -> int:

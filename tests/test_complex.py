@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer, LearnedFeedback
 from guessopt.diagnostics import cosine, expected_gradient, true_cotangents, true_gradient, variance
-from guessopt.diagnostics.reverse import unrows
 from guessopt.estimators import Estimator, estimator_names
+from guessopt.layout import Layout, numel
 from guessopt.rng import NoiseSource
-from guessopt.sites import Layout, numel
-from guessopt.tracing.local import NOISES, draw
+from guessopt.step.modes import estimate_alone
+from guessopt.tracing.context import NOISES, draw
 
 from .problems import Problem, labels, of
 
@@ -128,7 +128,7 @@ def state_space() -> Problem:
 
 
 class Turned(torch.autograd.Function):
-    """``z exp(i |z|^2)``, with a backward alone."""
+    """``z exp(i |z|^2)``, with a backward and no ``jvp``."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], rtol: floa
 
 
 class OneHot(Estimator):
-    """One entry of one site, the real or the imaginary part, the same in every example."""
+    """A guess that is 1 or 1j at one entry of one site, in every example."""
 
     name: ClassVar[str] = "one_hot"
     per_example_parameters: ClassVar[bool] = False
@@ -248,13 +248,17 @@ class OneHot(Estimator):
         r = local.s.new_zeros(n, local.s.numel() // n)
         if site == local.site.index:
             r[:, entry % r.shape[1]] = 1j if entry >= r.shape[1] else 1
-        return unrows(r, local.site.layout, tuple(local.s.shape))
+        return local.site.layout.unrows(r, tuple(local.s.shape))
 
     def options(self) -> dict[str, Any]:
         return {}
 
 
-@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
+#: ``test_engines_and_modes_agree`` compares these with "fast".
+SLOW_ENGINES = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("dual", "func")]
+
+
+@pytest.mark.parametrize("engine", ["fast", *SLOW_ENGINES])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) -> None:
     problem = build(name)
@@ -262,22 +266,22 @@ def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) ->
         problem = build("times a complex parameter")
     opt = sgd(problem, engine=engine)
     wanted = reference(problem)
-    opt._estimate(problem.closure)
-    graph = opt._plans[0].graph
+    estimate_alone(opt.estimation, problem.closure)
+    graph = opt.estimation.plans[0].graph
     assert problem.batch in (None, graph.batch) or name == "state space"  # the kernel's length is the batch's
     estimator = OneHot()
-    opt._estimators, opt._plans[0].guesses = [estimator] * len(problem.named), None
-    total = {k: torch.zeros_like(p) for k, p in opt._by_position.items()}
+    opt.estimation.estimators, opt.estimation.plans[0].assignments = [estimator] * len(problem.named), None
+    total = {k: torch.zeros_like(p) for k, p in opt.estimation.by_position.items()}
     runs = 0
     for site in graph.sites:
         if site.shares is None:
             entries = numel(site.shape) // (1 if site.layout is Layout.COUPLED else graph.batch)
             for entry in range(entries * (2 if site.dtype.is_complex else 1)):
                 estimator.at, runs = (site.index, entry), runs + 1
-                for k, g in opt._estimate(problem.closure)[1].items():
+                for k, g in estimate_alone(opt.estimation, problem.closure)[1].items():
                     total[k] = total[k] + g
     assert runs and not graph.loss_params
-    assert_close({opt._names[k]: g for k, g in total.items()}, wanted)
+    assert_close({opt.estimation.names[k]: g for k, g in total.items()}, wanted)
 
 
 @pytest.mark.parametrize("estimator", ["w_perp", "downstream", "directional_descent"])
@@ -307,7 +311,7 @@ def test_stacked_guesses_are_those_in_turn(name: str, estimator: str, orthogonal
         opt = sgd(problem, estimator, guesses=3, stack_guesses=stacked, orthogonal=orthogonal)
         opt.estimate(problem.closure)
         found.append({name: p.grad for name, p in problem.named if p.grad is not None})
-        assert stacked is False or opt._plans[0].stacks
+        assert stacked is False or opt.estimation.plans[0].stacks
     assert_close(found[0], found[1], 1e-9)
 
 
@@ -343,7 +347,7 @@ UNGUIDED = ("activation_perturbation", "directional_descent", "auto")
 )
 @pytest.mark.parametrize("name", ["complex layers, conjugated", "fourier filter"])
 def test_every_estimator_serves_complex_sites(name: str, estimator: str) -> None:
-    """Where the way on is complex, the guess is isotropic, and a note says so."""
+    """Where the next layer's input is complex, the guess is isotropic, and a note says so."""
     problem = build(name)
     opt = sgd(problem, estimator)
     with warnings.catch_warnings(record=True) as caught:

@@ -1,5 +1,5 @@
-"""The true cotangents of the diagnostics: the engine's ``D_n`` is their product with the guesses, and the sites' rules
-make autograd's gradient of them, whatever is written in place and however many outputs a call has."""
+"""The true cotangents of the diagnostics. Their product with the guesses is the engine's ``D_n``. The sites' rules
+turn them into autograd's gradients, also for writes in place and calls with several outputs."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,6 +14,8 @@ from guessopt.diagnostics import cosine
 from guessopt.diagnostics.reverse import Truth, draw, measuring
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.estimators import Estimator
+from guessopt.step import runs
+from guessopt.step.runs import forward
 
 from .problems import labels
 
@@ -21,7 +23,7 @@ REAL = torch.float64
 
 
 class Isotropic(Estimator):
-    """Normal noise at every site, however few its parameters."""
+    """Normal noise at every site, even at sites with few parameters."""
 
     name: ClassVar[str] = "isotropic"
     per_example_parameters: ClassVar[bool] = False
@@ -202,18 +204,18 @@ def test_the_truth_is_that_of_autograd(name: str, shape: tuple[int, ...]) -> Non
     opt = GuessGradOptimizer(
         [(n, p) for n, (p, _) in wanted.items()], torch.optim.SGD, "activation_perturbation", lr=0.0
     )
-    opt._estimators = [Isotropic()] * len(wanted)
+    opt.estimation.estimators = [Isotropic()] * len(wanted)
     truth = Truth(opt, closure)
 
     with measuring(opt) as transaction:
-        plan, record = opt._forward(closure, transaction)
+        plan, record = forward(opt.estimation, closure, transaction)
     sites = plan.graph.sites
     product = sum(float((truth.g[k] * y).sum()) for k, y in record.guesses.items())
     size = sum(float((truth.g[k] * y).abs().sum()) for k, y in record.guesses.items())
     assert set(record.guesses) == {site.index for site in sites if site.shares is None}
     assert float(record.d.sum()) == pytest.approx(product, abs=1e-12 * size)
 
-    found = parameter_gradients(truth.graph, truth.record, truth.g, opt._by_position, opt._ids)
+    found = parameter_gradients(truth.graph, truth.record, truth.g, opt.estimation.by_position, opt.estimation.ids)
     for k, (n, (_, g)) in enumerate(wanted.items()):
         for mine in (found[k], truth.gradient[k]):
             torch.testing.assert_close(mine, g, rtol=1e-9, atol=1e-12, msg=lambda m, n=n: f"{n}: {m}")
@@ -241,7 +243,7 @@ class Block(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the last block, where feedback has nothing to predict, they are those of autograd."""
+    """The last block needs no feedback: its cotangents equal autograd's."""
     model, x = (
         nn.Sequential(nn.Linear(4, 4), Block(), Block(), nn.Linear(4, 3)).double(),
         torch.randn(12, 4, dtype=REAL),
@@ -251,11 +253,11 @@ def test_learned_feedback_gives_each_output_of_a_cell_its_own_cotangent(monkeypa
     def closure() -> Tensor:
         return F.cross_entropy(model(x), labels(12, 3))
 
-    monkeypatch.setattr(opt, "_direct", lambda plan, lessons: frozenset())  # as in a step whose guesses correct
-    monkeypatch.setattr(opt, "_rests", lambda plan: False)
+    monkeypatch.setattr(runs, "direct_calls", lambda *_: frozenset())  # as in a step whose guesses correct
+    monkeypatch.setattr(runs, "makes_no_guess", lambda *_: False)
     truth, found = Truth(opt, closure), draw(opt, closure).cotangents
-    assert truth.graph.stream is not None
-    last = [site for site in truth.graph.sites if opt._names[site.params[0]].startswith("2.")]
+    assert truth.graph.chain is not None
+    last = [site for site in truth.graph.sites if opt.estimation.names[site.params[0]].startswith("2.")]
     assert {site.op for site in last} == {"lstm_cell", "linear"} and len(last) == 3
     for site in last:
         torch.testing.assert_close(found[site.index], truth.g[site.index], rtol=1e-9, atol=1e-12)

@@ -162,7 +162,7 @@ def test_bias(name: str) -> None:
 
 
 def test_bias_without_a_declared_moment_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """W^T that keeps its moment to itself: the sampled bias is near the declared one, the variance likewise."""
+    """W^T without its declared second moment: the sampled bias and variance are near the declared ones."""
     mlp = Mlp(seed=2)
     declared, spread = d.bias(mlp.opt, mlp.closure), d.variance(mlp.opt, mlp.closure, 500)
     monkeypatch.setattr(WTranspose, "second_moment", lambda self, state, local, g: None)
@@ -394,7 +394,7 @@ def test_cosine_matched_is_no_registered_estimator() -> None:
 
 
 class Noisy(nn.Module):
-    """Dropout and batch statistics: a random state and buffers to leave alone."""
+    """Dropout and batch statistics: a measurement must not change random states or buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -427,27 +427,27 @@ def test_measuring_changes_nothing_but_the_guess_stream(name: str, estimator: An
         return [[t.clone() for t in (*tensors, *moments)], packed["guessopt"]["steps"], own, opt.guesses]
 
     before = state()
-    learned = {key: entry for key, entry in opt._cache.learned().items()}
+    learned = {key: entry for key, entry in opt.estimation.cache.learned().items()}
     EVERY[name](opt, problem.closure)
     after = state()
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert before[1] == after[1] and before[3] == after[3]
     assert set(before[2]) <= set(after[2])
-    assert all(opt._cache.learned()[key] is entry for key, entry in learned.items())
+    assert all(opt.estimation.cache.learned()[key] is entry for key, entry in learned.items())
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_training_goes_on_as_if_unmeasured(name: str) -> None:
-    """Where the guess stream is put back, the very same parameters follow."""
+    """If the guess stream is put back after a measurement, training gives equal parameters."""
     ends = []
     for measured in (False, True):
         mlp = Mlp(WPerp(k=2, refresh=3), seed=0)
         for _ in range(6):
             if measured:
-                mlp.opt._noise.follow()
-                noise = mlp.opt._noise.snapshot()
+                mlp.opt.estimation.noise.follow()
+                noise = mlp.opt.estimation.noise.snapshot()
                 EVERY[name](mlp.opt, mlp.closure)
-                mlp.opt._noise.restore(noise)
+                mlp.opt.estimation.noise.restore(noise)
             mlp.opt.step(mlp.closure)
         ends.append(mlp.model[0].weight.detach())
     assert torch.equal(*ends)
@@ -555,7 +555,8 @@ def test_tensorboard_gets_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_cotangents_of_what_is_overwritten() -> None:
-    """``relu(inplace=True)`` and ``+=`` write over a site's output: its cotangent is that of what was there."""
+    """``relu(inplace=True)`` and ``+=`` overwrite a site's output. Its cotangent belongs to the value before the
+    write."""
     found = []
     for inplace in (True, False):
         torch.manual_seed(0)

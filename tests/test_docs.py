@@ -1,7 +1,7 @@
-"""The Python blocks of README.md and docs/ run as they stand: all blocks of a page one after the other, in one module.
+"""The Python blocks of README.md and docs/ run as they stand, one page after the other, by sybil.
 
-What a page takes for given (a model, an optimizer) is in a comment of the page that starts with ``<!-- python``, which
-readers do not see. ``<!-- setup -->`` stands for ``SETUP``, which several pages share.
+All blocks of a page share one namespace. A comment that starts with ``<!-- python`` is a block that readers do not see.
+``<!-- setup -->`` stands for ``SETUP``: a model, a batch and an optimizer, which several pages take for given.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sybil import Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.abstract.codeblock import AbstractCodeBlockParser
+from sybil.parsers.abstract.lexers import BlockLexer
+from sybil.parsers.markdown import PythonCodeBlockParser
 
+from benchmarks import results_page
+from benchmarks.__main__ import experiments
 from guessopt import GuessGradOptimizer, WPerp
-from guessopt.estimators.base import _ESTIMATORS
-from guessopt.rules.base import _RULES, _TANGENTS
 
 ROOT = Path(__file__).parents[1]
 SETUP = """import torch
@@ -38,34 +44,69 @@ opt = GuessGradOptimizer(model.parameters(), lr=1e-3)
 def closure():
     return F.cross_entropy(model(x), y)
 """
-BLOCK = re.compile(r"^(?:```python|<!-- python)\n(.*?)^(?:```|-->)$", re.DOTALL | re.MULTILINE)
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(page.read_text())]
+HIDDEN = BlockLexer(re.compile(r"^<!-- (?P<arguments>python)\n", re.MULTILINE), r"(?m)^-->$")
+READER = Sybil([PythonCodeBlockParser(), AbstractCodeBlockParser([HIDDEN], "python", PythonEvaluator())])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = {page: READER.parse(page) for page in PAGES if "```python" in page.read_text()}
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Forgets what a page registers: the containers of the package's modules are as before, afterwards."""
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] == "guessopt"]
+    found = [v for module in modules for k, v in vars(module).items() if k[:2] != "__" and isinstance(v, (dict, set))]
+    before = [container.copy() for container in found]
+    yield
+    for container, entries in zip(found, before, strict=True):
+        container.clear()
+        container.update(entries)
 
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("page", BLOCKS, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where pages save files
     module = ModuleType(f"blocks_of_{page.stem}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look there
-    text = page.read_text()
-    if "<!-- setup -->" in text:
-        exec(compile(SETUP, "setup", "exec"), vars(module))
-    before = [(registry, dict(registry)) for registry in (_ESTIMATORS, _RULES, _TANGENTS)]
-    try:
-        for block in BLOCK.finditer(text):
-            line = text.count("\n", 0, block.start(1))
-            exec(compile("\n" * line + block[1], str(page), "exec"), vars(module))
-    finally:
-        for registry, entries in before:  # pages register estimators and rules
-            registry.clear()
-            registry.update(entries)  # type: ignore[arg-type]
+    document = BLOCKS[page]
+    document.namespace.update(vars(module))
+    if "<!-- setup -->" in document.text:
+        exec(SETUP, document.namespace)
+    for block in document.examples():
+        block.evaluate()
 
 
 def test_all_python_blocks_are_found() -> None:
-    text = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
-    assert text.count("```python") == len(re.findall(r"^```python\n.*?^```$", text, re.DOTALL | re.MULTILINE))
-    assert ROOT / "docs" / "closures.md" in PAGES
+    hidden = re.compile("^<!-- python$", re.MULTILINE)
+    for page, document in BLOCKS.items():
+        marked = page.read_text().count("```python") + len(hidden.findall(page.read_text()))
+        assert len(list(document.examples())) == marked > 0, page.name
+    assert {"README.md", "closures.md"} <= {page.name for page in BLOCKS}
+
+
+@pytest.mark.parametrize("name", results_page.TABLES)
+def test_figures_are_those_of_the_committed_results(name: str) -> None:
+    text = (ROOT / name).read_text()
+    tables = results_page.tables_in(ROOT / results_page.COMMITTED, experiments())
+    assert text == results_page.with_figures(name, text, tables), "run: python -m benchmarks results_page"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/memory.md", "docs/finetuning.md"])
+def test_measured_figures_are_on_the_page_of_results(name: str) -> None:
+    measured = r"\b\d{1,3}\.\d{3}\b|\b\d+\.\d+(?= MB|x\b)"
+    known = set(re.findall(r"\d+\.\d+", (ROOT / "docs" / "results.md").read_text()))
+    found = set(re.findall(measured, (ROOT / name).read_text()))
+    assert len(found) > 5 and not found - known
+
+
+def test_names_in_the_glossary_exist() -> None:
+    glossary = (ROOT / "docs" / "architecture.md").read_text().split("## Glossary")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", glossary, re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    source = "\n".join(path.read_text() for path in (ROOT / "guessopt").rglob("*.py"))
+    assert len(names) > 20
+    assert not names - set(re.findall(r"^ *(?:class|def) (\w+)", source, re.MULTILINE))
 
 
 def table_of_runs() -> dict[str, list[int]]:
@@ -120,9 +161,7 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links_of(page):
         name, _, anchor = link.partition("#")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from guessopt import GuessGradOptimizer, LearnedFeedback
+from guessopt.ops.base import OPS
 from guessopt.rng import RandomState, draws, replayed
 
 from .problems import labels
@@ -262,8 +263,25 @@ DROPOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "in place": lambda h: F.dropout(h, 0.5, inplace=True),
     "in place, the old name read": lambda h: (F.dropout(h, 0.5, inplace=True), h)[1],
     "alpha_dropout": lambda h: F.alpha_dropout(h, 0.5, training=True),
+    "torch.dropout_": lambda h: torch.dropout_(h * 1, 0.5, True),
+    "torch.alpha_dropout": lambda h: torch.alpha_dropout(h, 0.5, True),
     "dropout2d": lambda h: F.dropout2d(h[None], 0.5)[0],
 }
+
+
+def test_every_dropout_that_masks_by_shape_has_a_row() -> None:
+    seen: set[Any] = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, fn: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(fn)
+            return fn(*args, **(kwargs or {}))
+
+    with Watch():
+        for dropout in DROPOUTS.values():
+            dropout(torch.ones(2, 2, 2))
+    assert {fn for fn, op in OPS.items() if op.masks_by_shape} <= seen
+
 
 ORDERS = {"transposed": (1, 0, 2), "reversed": (2, 1, 0), "positions first": (1, 2, 0)}
 

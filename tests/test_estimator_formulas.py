@@ -1,4 +1,4 @@
-"""Guesses against slow, obvious references: the same noise through explicit matrices."""
+"""Guesses against slow reference formulas: equal noise, multiplied by explicit matrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,16 @@ from guessopt import (
 from guessopt.diagnostics import _backpropagate, estimated_gradient, true_gradient
 from guessopt.estimators import Estimator, make_estimator
 from guessopt.estimators.newton_schulz import polynomials
-from guessopt.sites import Layout
-from guessopt.tracing.local import Local
+from guessopt.estimators.perp import w_perp
+from guessopt.estimators.transpose import noise_at, w_transpose, w_transpose_moment
+from guessopt.layout import Layout
+from guessopt.tracing.context import SiteContext
 
 from .problems import build
 
 
 class Chain:
-    """The MLP problem 4-6-5-3 at a point: an estimator's guesses, and the matrices of which they are made."""
+    """The MLP problem 4-6-5-3: an estimator's guesses, and the matrices that they are made of."""
 
     def __init__(self, estimator: Estimator, problem: str = "mlp") -> None:
         made = build(problem)
@@ -35,39 +37,39 @@ class Chain:
         self.opt = GuessGradOptimizer(made.named, torch.optim.SGD, estimator, lr=0.1, seed=0)
         estimated_gradient(self.opt, made.closure)
         graph, run, _ = _backpropagate(self.opt, made.closure)
-        self.locals = [run.locals[site.index] for site in graph.sites]
+        self.contexts = [run.contexts[site.index] for site in graph.sites]
         self.w = [p.detach() for name, p in made.named if name.endswith("weight")]
         self.noise: list[Tensor] = []
         self.kinds: list[str] = []
-        for local in self.locals:
-            local.noise = self.draw  # type: ignore[method-assign]
+        for ctx in self.contexts:
+            ctx.noise = self.draw  # type: ignore[method-assign]
 
     def draw(self, shape: tuple[int, ...], kind: str = "normal") -> Tensor:
         self.noise.append(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)))
         self.kinds.append(kind)
         return self.noise[-1]
 
-    def state(self, local: Local) -> Any:
+    def state(self, ctx: SiteContext) -> Any:
         e = self.estimator
-        return e.prepare(local.site, local.weights()) if e.prepares and not local.site.is_last else None
+        return e.prepare(ctx.site, ctx.weights()) if e.prepares and not ctx.site.is_last else None
 
     def guess(self, site: int) -> Tensor:
-        return self.estimator.sample(self.state(self.locals[site]), self.locals[site])
+        return self.estimator.sample(self.state(self.contexts[site]), self.contexts[site])
 
     def moment(self, site: int) -> Tensor:
         """``E[y y^T]`` of each example, ``[n, d, d]``."""
-        local = self.locals[site]
-        state, found = self.state(local), []
-        for d in range(local.s.shape[-1]):
-            g = torch.zeros_like(local.s)
+        ctx = self.contexts[site]
+        state, found = self.state(ctx), []
+        for d in range(ctx.s.shape[-1]):
+            g = torch.zeros_like(ctx.s)
             g[..., d] = 1
-            moment = self.estimator.second_moment(state, local, g)
+            moment = self.estimator.second_moment(state, ctx, g)
             assert moment is not None
             found.append(moment)
         return torch.stack(found, -1)
 
     def m(self, site: int) -> Tensor:
-        return (self.locals[site].s > 0).double()
+        return (self.contexts[site].s > 0).double()
 
     def wm(self, site: int) -> Tensor:
         """``W_{i+1} M_n``, ``[n, o, i]``."""
@@ -76,6 +78,19 @@ class Chain:
 
 def close(a: Tensor, b: Tensor, atol: float = 1e-10) -> None:
     torch.testing.assert_close(a, b, rtol=1e-8, atol=atol)
+
+
+def test_the_formulas_by_themselves() -> None:
+    """Products of explicit matrices on a ReLU MLP: ``y = M W^T z``, ``y = M V_k z``, ``E[y y^T] = M W^T W M``."""
+    chain = Chain(WTranspose())
+    (ctx, m, w), W = (chain.contexts[0], chain.m(0), chain.w[1]), chain.contexts[0].weights()
+    z, g = noise_at(W, ctx), torch.randn_like(ctx.s)
+    close(w_transpose(z, W, lambda u: u * m), (z[0] @ w) * m)
+    close(w_transpose_moment(g, W, lambda v: v * m, lambda u: u * m), ((g * m) @ w.T @ w) * m)
+    v = torch.linalg.svd(w)[2][:2]
+    V = [(matrix, v[None]) for matrix, _ in W]
+    z = noise_at(V, ctx)
+    close(w_perp(z, V, lambda u: u * m), (z[0] @ v) * m)
 
 
 @pytest.mark.parametrize("estimator", [Downstream(), SelfSharpening()], ids=lambda e: e.name)
@@ -97,10 +112,11 @@ def test_two_layers_downstream() -> None:
 
 
 def test_downstream_of_the_attention_layer_is_before_the_feed_forward_layer() -> None:
-    """Through softmax, the projection, the residual branch and the norm; by reverse mode through the model itself."""
+    """The guess passes softmax, projection, residual branch and norm. The reference is reverse mode through the
+    model."""
     chain = Chain(Downstream(), "transformer")
-    local = next(a for a in chain.locals if a.s.shape == (5, 3, 12))
-    way = local.onward(1)
+    ctx = next(a for a in chain.contexts if a.s.shape == (5, 3, 12))
+    way = ctx.onward(1)
     assert way is not None and way.shapes == ((5, 3, 4),)
     assert {"softmax", "matmul", "linear", "add", "layer_norm"} <= {call.op.removeprefix("__") for call in way.program}
 
@@ -121,7 +137,7 @@ def test_activation_mixing() -> None:
         y = chain.guess(0)
         (a,) = chain.noise
         assert a.shape == (7, 7)
-        x = chain.locals[0].s.relu()
+        x = chain.contexts[0].s.relu()
         expected = torch.stack([chain.m(0)[n] * sum(a[n, m] * x[m] for m in range(7)) for n in range(7)])
         if normalise:
             expected = expected / expected.norm(dim=1, keepdim=True) * 6**0.5
@@ -131,7 +147,7 @@ def test_activation_mixing() -> None:
 
 @pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
 def test_mixtures_are_of_examples_wherever_these_lie(layout: Layout) -> None:
-    from guessopt.estimators.mixing import _rows, _unrows
+    from guessopt.estimators.mixing import rows, unrows
 
     examples = torch.randn(3, 4, 2)  # n t d
     there: dict[Layout, Callable[[Tensor], Tensor]] = {
@@ -142,8 +158,8 @@ def test_mixtures_are_of_examples_wherever_these_lie(layout: Layout) -> None:
         Layout.FLAT_T: lambda t: t.transpose(0, 1).reshape(12, 2),
     }
     t = there[layout](examples)
-    assert torch.equal(_rows(t, layout, 3), examples.reshape(3, 8))
-    assert torch.equal(_unrows(examples.reshape(3, 8), layout, tuple(t.shape)), t)
+    assert torch.equal(rows(t, layout, 3), examples.reshape(3, 8))
+    assert torch.equal(unrows(examples.reshape(3, 8), layout, tuple(t.shape)), t)
 
 
 @pytest.mark.parametrize("power", [0.1, 0.5, 2.0, 4.0])
@@ -240,15 +256,15 @@ def test_debiased_guesses_expect_the_projection_of_the_gradient(estimator: Estim
     """``correct`` applies ``E[y y^T]^+``: to the moment of g it gives back g within the span, and y by its pinv."""
     chain = Chain(estimator)
     for site in (0, 1):
-        local, moment = chain.locals[site], chain.moment(site)
-        state = chain.state(local)
-        g = torch.randn(local.s.shape, dtype=torch.float64)
+        ctx, moment = chain.contexts[site], chain.moment(site)
+        state = chain.state(ctx)
+        g = torch.randn(ctx.s.shape, dtype=torch.float64)
         inverse = torch.linalg.pinv(moment, rtol=1e-8, hermitian=True)
-        second = estimator.second_moment(state, local, g)
+        second = estimator.second_moment(state, ctx, g)
         assert second is not None
-        close(estimator.correct(state, local, second), (inverse @ moment @ g[..., None])[..., 0], atol=1e-4)
+        close(estimator.correct(state, ctx, second), (inverse @ moment @ g[..., None])[..., 0], atol=1e-4)
         y = chain.guess(site)
-        close(estimator.correct(state, local, y), (inverse @ y[..., None])[..., 0], atol=1e-4)
+        close(estimator.correct(state, ctx, y), (inverse @ y[..., None])[..., 0], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ UNDECLARED = ("activation_mixing",)
 DECLARED = [name for name in ESTIMATORS if name not in UNDECLARED]
 PROBLEMS = ["mlp", "gelu mlp", "cnn", "residual, batch norm in eval mode", "transformer", "functional", "prompts",
             "rotary language model"]  # fmt: skip
-DRAWS = {"mlp": 2400}  # 500 elsewhere: there the declaration is checked, here also the power to tell estimators apart
+#: Draws, and guesses whose mean is one draw. On the MLP the statistics also tell estimators apart.
+DRAWS = {"mlp": (64, 32)}
+DRAWS_ELSEWHERE = (40, 12)
 
 
 def test_every_registered_estimator_is_a_row() -> None:
@@ -63,11 +65,14 @@ def sampled(problem: str, estimator: str) -> tuple[dict[str, Tensor], dict[str, 
     """Draws ``[J, ...]`` of every tensor's estimate, the declared expectation, and the true gradient."""
     made = build(problem)
     spec = make_estimator(ESTIMATORS[estimator])
-    opt = GuessGradOptimizer(made.named, torch.optim.SGD, spec, lr=0.1, seed=1)
+    draws, guesses = DRAWS.get(problem, DRAWS_ELSEWHERE)
+    if spec.learns:  # its guesses do not share a pass
+        draws, guesses = 4 * draws, 1
+    opt = GuessGradOptimizer(made.named, torch.optim.SGD, spec, lr=0.1, seed=1, guesses=guesses)
     for _ in range(20 if spec.learns else 0):
         opt.estimate(made.closure)  # the draws then share what has been learned
-    draws = [estimated_gradient(opt, made.closure) for _ in range(DRAWS.get(problem, 500))]
-    stacked = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
+    estimates = [estimated_gradient(opt, made.closure) for _ in range(draws)]
+    stacked = {name: torch.stack([each[name] for each in estimates]) for name in estimates[0]}
     return stacked, expected_gradient(opt, made.closure), true_gradient(opt, made.closure)
 
 
@@ -78,12 +83,15 @@ def ratio(draws: Tensor, expected: Tensor, along: Tensor) -> tuple[float, float]
 
 
 #: These run on fewer problems, for the time it takes: variants, and what adds no case of its own elsewhere.
+EVERY_ESTIMATOR = ("mlp", "cnn", "transformer")
 FEWER = ("example", "power", "l 2", "preconditioned", "_ns", "mixing")
+#: These run on the other problems too; the rest are left for ``-m slow`` there.
+PLAIN = ("directional_descent", "activation_perturbation", "w_transpose", "w_perp", "downstream", "learned_feedback")
 CASES = [
-    (problem, name)
+    pytest.param(problem, name, marks=() if problem in EVERY_ESTIMATOR or name in PLAIN else pytest.mark.slow)
     for problem in PROBLEMS
     for name in DECLARED
-    if problem in ("mlp", "cnn", "transformer") or not any(word in name for word in FEWER)
+    if problem in EVERY_ESTIMATOR or not any(word in name for word in FEWER)
 ]
 
 
@@ -156,9 +164,11 @@ def test_directional_descent_is_no_activation_perturbation() -> None:
     cosine with the gradient is 1/P (within 5 standard errors), and the other's is far above."""
     cosines = {}
     for estimator in ("directional_descent", "activation_perturbation"):
-        draws, _, true = sampled("mlp", estimator)
+        made = build("mlp")
+        opt = GuessGradOptimizer(made.named, torch.optim.SGD, estimator, lr=0.1, seed=1)
+        draws, true = [estimated_gradient(opt, made.closure) for _ in range(500)], true_gradient(opt, made.closure)
         g = torch.cat([t.flatten() for t in true.values()])
-        each = torch.cat([draws[name].flatten(1) for name in true], 1)
+        each = torch.stack([torch.cat([draw[name].flatten() for name in true]) for draw in draws])
         cosines[estimator] = torch.cosine_similarity(each, g[None]).square()
     parameters = len(g)
     directional = cosines["directional_descent"]

@@ -10,13 +10,14 @@ from torch import Tensor
 from guessopt import GuessGradOptimizer
 from guessopt.diagnostics import true_gradient
 from guessopt.estimators import Estimator
-from guessopt.sites import Layout, numel
+from guessopt.layout import Layout, numel
+from guessopt.step.modes import estimate_alone
 
 from .problems import PROBLEMS, Problem, build
 
 
 class OneHot(Estimator):
-    """One entry of one site, the same in every example; the others get no tangent."""
+    """A guess that is 1 at one entry of one site, in every example, and 0 elsewhere."""
 
     name: ClassVar[str] = "one_hot"
     per_example_parameters: ClassVar[bool] = False
@@ -49,7 +50,7 @@ class OneHot(Estimator):
 
 
 def one_hots(opt: GuessGradOptimizer) -> Iterator[tuple[int, int]]:
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     for site in graph.sites:
         if site.shares is None:
             entries = numel(site.shape) if site.layout is Layout.COUPLED else numel(site.shape) // graph.batch
@@ -57,23 +58,23 @@ def one_hots(opt: GuessGradOptimizer) -> Iterator[tuple[int, int]]:
 
 
 class Summing:
-    """One optimizer whose gradients are summed over one-hot guesses at any time, along the plan then in use."""
+    """One optimizer; ``gradient()`` sums its gradients over all one-hot guesses along the current plan."""
 
     def __init__(self, problem: Problem, **options: Any) -> None:
         self.problem, self.estimator = problem, OneHot()
         self.opt = GuessGradOptimizer(
             problem.named, torch.optim.SGD, "activation_perturbation", lr=0.1, seed=0, **options
         )
-        self.opt._estimators = [self.estimator] * len(problem.named)
+        self.opt.estimation.estimators = [self.estimator] * len(problem.named)
         self.estimate((-1, 0), batch=1)
 
     def estimate(self, at: tuple[int, int], batch: int) -> dict[int, Tensor]:
         self.estimator.at, self.estimator.batch = at, batch
-        return self.opt._estimate(self.problem.closure)[1]
+        return estimate_alone(self.opt.estimation, self.problem.closure)[1]
 
     def gradient(self) -> dict[str, Tensor]:
         self.estimate((-1, 0), 1)
-        graph = self.opt._plans[0].graph
+        graph = self.opt.estimation.plans[0].graph
         runs, total = list(one_hots(self.opt)), dict[int, Tensor]()
         for at in runs:
             for k, g in self.estimate(at, graph.batch).items():
@@ -82,8 +83,8 @@ class Summing:
             own = self.estimate((-1, 0), graph.batch).get(k)
             if own is not None:
                 total[k] = total[k] - (len(runs) - 1) * own if k in total else own
-        named = self.opt._by_position.items()
-        return {self.opt._names[k]: total.get(k, torch.zeros_like(p)) for k, p in named}
+        named = self.opt.estimation.by_position.items()
+        return {self.opt.estimation.names[k]: total.get(k, torch.zeros_like(p)) for k, p in named}
 
 
 def sum_over_one_hots(problem: Problem, engine: str) -> tuple[dict[str, Tensor], GuessGradOptimizer]:
@@ -91,13 +92,17 @@ def sum_over_one_hots(problem: Problem, engine: str) -> tuple[dict[str, Tensor],
     return summing.gradient(), summing.opt
 
 
-@pytest.mark.parametrize("engine", ["fast", "dual", "func"])
+#: The quick tests compare these engines with "fast" on every network; see test_contracts.py.
+SLOW_ENGINES = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("dual", "func")]
+
+
+@pytest.mark.parametrize("engine", ["fast", *SLOW_ENGINES])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_sum_over_one_hot_guesses_is_the_gradient(name: str, engine: str) -> None:
     problem = build(name)
     total, opt = sum_over_one_hots(problem, engine)
     reference = torch.autograd.grad(problem.closure(), problem.parameters())
-    assert opt._plans[0].graph.batch == problem.batch
+    assert opt.estimation.plans[0].graph.batch == problem.batch
     for (parameter, _), g in zip(problem.named, reference, strict=True):
         torch.testing.assert_close(total[parameter], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=parameter)
 
@@ -110,19 +115,3 @@ def test_the_diagnostic_gradient_is_the_gradient(name: str) -> None:
     reference = torch.autograd.grad(problem.closure(), problem.parameters())
     for (parameter, _), g in zip(problem.named, reference, strict=True):
         torch.testing.assert_close(found[parameter], g, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("estimator", ["w_perp", "w_transpose", "activation_perturbation", "directional_descent"])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_engines_agree(name: str, estimator: str) -> None:
-    """Own rules, and torch's on dual tensors, against ``torch.func.jvp``: the same guesses, the same gradients."""
-    found = []
-    for engine in ("func", "dual", "fast"):
-        problem = build(name)
-        opt = GuessGradOptimizer(problem.named, torch.optim.SGD, estimator, engine=engine, lr=0.1, seed=3)
-        opt.estimate(problem.closure)
-        found.append([p.grad for p in problem.parameters()])
-    for func, *others in zip(*found, strict=True):
-        assert func is not None
-        for other in others:
-            torch.testing.assert_close(other, func, rtol=1e-12, atol=1e-12 * float(func.abs().max()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from guessopt import ClosureError, GuessGradOptimizer, plan, preflight
 from guessopt.diagnostics import estimated_gradient, true_gradient
-from guessopt.stepping import MODES
+from guessopt.step.mode import MODES
 
 torch.manual_seed(0)
 X = torch.randn(8, 5, dtype=torch.float64)
@@ -25,7 +25,7 @@ def mlp() -> nn.Sequential:
 
 
 def loss_of(model: nn.Module, decay: float = 0.0) -> Closure:
-    """With ``decay`` the loss reads the parameters too, whose part autograd computes by itself."""
+    """With ``decay`` the loss also reads the parameters. Autograd computes this part of the gradient."""
     return lambda: F.cross_entropy(model(X), LABELS) + decay * sum(p.square().sum() for p in model.parameters())
 
 
@@ -265,7 +265,7 @@ def test_other_hooks_are_refused_by_name(
 
 
 def test_hooks_under_no_grad_are_as_idle_as_in_torch() -> None:
-    """A teacher's backward hook, never called by backward() either."""
+    """A backward hook on a teacher: backward() does not call it either."""
     model, teacher = mlp(), mlp()
     teacher[0].register_full_backward_hook(lambda *_: None)
 

@@ -1,4 +1,4 @@
-"""Parallel projections guessed as one: what a module with packed weights gets; and results that guesses hand on."""
+"""Parallel projections share a guess, as in a module with packed weights; guesses hand computed results on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from guessopt import ActivationPerturbation, GuessGradOptimizer, WPerp, WTranspose
 from guessopt.diagnostics import estimated_gradient, expected_gradient
-from guessopt.engine.levels import FastLevel
+from guessopt.engine.jvp.fast import FastEngine
 
 D, HEADS, TOKENS = 8, 2, 64
 
@@ -87,11 +87,11 @@ def test_the_declared_mean_is_that_of_packed_ones(estimator: Any) -> None:
 
 
 def joined(estimator: Any) -> list[tuple[str, ...]]:
-    """Names of the weights that one guess serves."""
+    """Names of the weights that share one guess."""
     net, closure = problem(False)
     opt = GuessGradOptimizer(net.named_parameters(), torch.optim.SGD, estimator, lr=0.0, seed=0)
     opt.step(closure)
-    plan = opt._plans[0]
+    plan = opt.estimation.plans[0]
     names = [name for name, _ in net.named_parameters()]
     return [
         tuple(names[plan.graph.sites[k].params[0]].partition(".")[0] for k in joint.sites)
@@ -120,7 +120,7 @@ def test_frozen_projections_are_part_of_the_way() -> None:
 
 @pytest.mark.parametrize("memory", ["store", "replay"])
 def test_what_guesses_hand_on_is_what_the_closure_would_compute(memory: str) -> None:
-    """A number, a mask and a write that change from step to step, dropout: the loss is the network's own."""
+    """A number, a mask and a write change from step to step, and dropout is drawn: the loss is that of the network."""
     torch.manual_seed(0)
     a, b = nn.Linear(4, 6), nn.Linear(6, 3)
     x, scale, mask, shift = torch.randn(16, 4), [1.0], [torch.ones(16, 6)], torch.zeros(16, 6)
@@ -166,15 +166,15 @@ def test_calls_are_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the three projections and one of the two in the MLP, attention, the first norm, the gate."""
     taken = []
     net, closure = problem(False)
-    resume = FastLevel.resume
+    reuse = FastEngine.reuse
 
-    def spy(self: FastLevel, fn: Any, *rest: Any) -> Any:
-        out = resume(self, fn, *rest)
+    def spy(self: FastEngine, fn: Any, *rest: Any) -> Any:
+        out = reuse(self, fn, *rest)
         if out is not NotImplemented:
             taken.append(fn.__name__)
         return out
 
-    monkeypatch.setattr(FastLevel, "resume", spy)
+    monkeypatch.setattr(FastEngine, "reuse", spy)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, WPerp(k=2), lr=0.0, seed=0)
     opt.step(closure)
     assert sorted(taken) == ["add", "add", "layer_norm", *["linear"] * 3, "mul", "scaled_dot_product_attention", "silu"]

@@ -1,4 +1,4 @@
-"""Truncated bases: orthonormal, and rich enough in energy, also where singular values almost coincide."""
+"""Truncated bases are orthonormal and hold nearly all the energy, also where singular values almost coincide."""
 
 import pytest
 import torch
@@ -50,8 +50,8 @@ def test_a_rank_deficient_matrix_still_gives_an_orthonormal_basis() -> None:
 
 @pytest.mark.parametrize("drift", [0.01, 0.1, 0.5])
 def test_a_refreshed_basis_captures_the_energy_of_the_moved_weights(drift: float) -> None:
-    """At initialisation the spectrum has almost no gap: a hard case. The bar is 0.5% of the energy of
-    the exact top 10."""
+    """A hard case: at initialisation the spectrum has almost no gap. At most 0.5% of the energy of the exact top 10
+    is lost."""
     torch.manual_seed(0)
     w = torch.nn.Linear(256, 256).weight.detach()[None]
     rows = right_singular_basis(w, 20)
@@ -64,7 +64,7 @@ def test_a_refreshed_basis_captures_the_energy_of_the_moved_weights(drift: float
 @pytest.mark.parametrize("active", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("width", [64, 128, 256, 512])
 def test_a_basis_per_example_captures_the_energy_of_the_exact_one(width: int, active: float) -> None:
-    """Near initialisation the spectrum has almost no gap: a hard case. The bar is 0.5% of the exact top 10's energy."""
+    """A hard case: the spectrum has almost no gap. At most 0.5% of the energy of the exact top 10 is lost."""
     torch.manual_seed(0)
     w = torch.nn.Linear(width, width).weight.detach()
     m = (torch.rand(6, width) < active).float()
@@ -103,7 +103,7 @@ def test_a_basis_per_example_of_a_matrix_with_gaps(spectrum: Tensor, smooth: boo
 @pytest.mark.parametrize("k", [1, 10, 25])
 @pytest.mark.parametrize("width", [64, 128, 512])
 def test_a_basis_per_example_of_unequal_weights(width: int, k: int) -> None:
-    """GELU's derivative: no unit is quite inactive; some exceed 1."""
+    """The weights are GELU's derivatives: hardly any is 0, some are above 1."""
     torch.manual_seed(0)
     w = torch.nn.Linear(width, width).weight.detach()
     x = torch.randn(12, width, requires_grad=True)
@@ -120,7 +120,7 @@ def test_a_basis_per_example_of_unequal_weights(width: int, k: int) -> None:
 @pytest.mark.parametrize("rank", [0, 3, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_basis_per_example_where_fewer_units_are_active_than_in_the_others(rank: int, dtype: torch.dtype) -> None:
-    """Weights of low rank too: orthonormal rows, as many as units at most, all the energy there is."""
+    """Rows are orthonormal, no more than active units, and hold all the energy; also for weights of low rank."""
     torch.manual_seed(0)
     w = (torch.randn(96, rank, dtype=dtype) @ torch.randn(rank, 96, dtype=dtype)) if rank else torch.zeros(96, 96)
     w, counts = w.to(dtype), torch.tensor([60, 12, 4, 1, 0])
@@ -138,7 +138,7 @@ def test_a_basis_per_example_where_fewer_units_are_active_than_in_the_others(ran
 
 @pytest.mark.parametrize("shape", [(10, 64), (64, 10), (40, 64), (64, 40)], ids=str)
 def test_a_basis_per_example_with_hardly_any_active_units(shape: tuple[int, int]) -> None:
-    """Fewer than k: the rows beyond the rank are zero; none: all of them."""
+    """With fewer than k active units the rows beyond the rank are zero; without any, all rows are."""
     torch.manual_seed(0)
     w = torch.randn(shape)
     m = torch.zeros(3, shape[1])

@@ -1,4 +1,4 @@
-"""Any loss: per-example derivatives come from the network's output, so no loss needs to be known by name."""
+"""Any loss: per-example derivatives come from the network's output, so the optimizer needs no list of losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,7 @@ def test_every_loss_is_exact_and_keeps_the_examples_apart(name: str) -> None:
     total, opt = sum_over_one_hots(problem, "fast")
     loss = problem.closure()
     reference = torch.autograd.grad(loss.mean(), problem.parameters())
-    assert opt._plans[0].graph.batch == N
+    assert opt.estimation.plans[0].graph.batch == N
     for (parameter, _), g in zip(problem.named, reference, strict=True):
         torch.testing.assert_close(total[parameter], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=parameter)
 
@@ -96,7 +96,7 @@ def test_a_loss_may_write_into_a_view_of_its_input(name: str, engine: str) -> No
 
 
 def test_ctc_over_sequences() -> None:
-    """Time comes first, and the loss has no derivative in forward mode: it needs none."""
+    """Time is the first dimension. The loss has no forward derivative and needs none."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, C))
     x, lengths = torch.randn(7, N, 3, dtype=torch.float64), torch.full((N,), 7)
@@ -142,13 +142,14 @@ def test_a_language_model_that_computes_its_own_loss(items: int | None) -> None:
     wanted = ids.masked_fill(torch.rand(4, 5) < 0.3, -100)
     problem = of(LanguageModel(), lambda m: m(input_ids=ids, labels=wanted, num_items_in_batch=items).loss, 4)
     total, opt = sum_over_one_hots(problem, "fast")
-    assert opt._plans[0].graph.batch == 4
+    assert opt.estimation.plans[0].graph.batch == 4
     for (name, _), g in zip(problem.named, torch.autograd.grad(problem.closure(), problem.parameters()), strict=True):
         torch.testing.assert_close(total[name], g, rtol=1e-9, atol=1e-9 * float(g.abs().max()), msg=name)
 
 
 def test_examples_that_cannot_be_told_apart_are_announced() -> None:
-    """The batch hides in the third dimension: the scalar derivative serves, right but noisy, and says so once."""
+    """The batch is the third dimension. The scalar derivative is used: it is right but noisy, and one warning says
+    so."""
     torch.manual_seed(0)
     w1, w2 = (nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((3, 5), (5, 3)))
     x = torch.randn(3, 2, 4, dtype=torch.float64)

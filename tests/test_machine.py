@@ -1,4 +1,5 @@
-"""What torch itself refuses on a machine: named, nothing changed, told in the coverage table, tests skipped."""
+"""Operations that torch refuses on this machine: the error names them, nothing changes, the coverage table lists
+them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from torch.overrides import handle_torch_function
 
 from guessopt import ClosureError, GuessGradOptimizer
 from guessopt.errors import refusal
-from guessopt.rules import Rule
+from guessopt.ops import Rule
 
 from .machine import refused, skip_if_refused
 from .problems import labels
@@ -108,7 +109,7 @@ def test_a_refused_backward_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_attention_backend_that_is_not_here() -> None:
-    """A refusal that every processor has."""
+    """Every processor refuses this backend."""
     layer, x = nn.Linear(8, 8), torch.randn(2, 1, 4, 8)
 
     def closure() -> Tensor:
@@ -150,7 +151,7 @@ def test_an_experiment_on_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_a_fused_update_is_tried_before_it_is_chosen(dtype: torch.dtype) -> None:
-    """By a step on trial parameters, without the hooks that users have set for every optimizer."""
+    """The trial step uses parameters of its own, and calls none of the hooks that users set for all optimizers."""
     seen: list[Any] = []
     hook = register_optimizer_step_pre_hook(lambda *args: seen.append(args))
     p = nn.Parameter(torch.ones(2, dtype=dtype))

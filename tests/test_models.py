@@ -1,4 +1,4 @@
-"""Models that people have, unchanged: nothing missed, the gradient exact, no fallback that is not listed."""
+"""Well-known models, unchanged: no parameter is missed, the gradient is exact, every fallback is listed."""
 
 import importlib.util
 import warnings
@@ -24,8 +24,8 @@ from benchmarks.zoo import Entry, Subject, entries
 from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, LearnedFeedback, preflight
 from guessopt.diagnostics.reverse import Truth
 from guessopt.estimators import estimator_names
-from guessopt.rules.base import MatrixRule
-from guessopt.sites import Layout
+from guessopt.layout import Layout
+from guessopt.ops import MatrixRule
 
 from .machine import skip_if_refused
 from .problems import labels
@@ -79,7 +79,7 @@ RESIDUAL = [
 
 @pytest.mark.parametrize("name", rows(RESIDUAL))
 def test_learned_feedback_keeps_a_block_or_runs_it_again(name: str) -> None:
-    """The same updates, dropout and stochastic depth included: graphs that the pass has left, and recorded calls."""
+    """Kept graphs and replayed calls give equal updates, with dropout and stochastic depth."""
     ends = []
     for memory in ("store", "replay"):
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_learned_feedback_keeps_a_block_or_runs_it_again(name: str) -> None:
         torch.manual_seed(1)
         for _ in range(3):
             opt.step(subject.closure)
-        assert opt._plans[0].graph.stream is not None and opt._plans[0].keeps_graphs
+        assert opt.estimation.plans[0].graph.chain is not None and opt.estimation.plans[0].keeps_graphs
         ends.append([p.detach() for _, p in subject.named()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b)
@@ -113,25 +113,25 @@ SEGMENTS = [
 
 @pytest.mark.parametrize("name", rows(SEGMENTS))
 def test_segments_lead_where_they_say(name: str) -> None:
-    """What a site's segment computes from its output is what the next matrix site reads: attention, residuals,
-    feature maps. The guess is pulled back through this computation."""
+    """A site's segment computes the next matrix site's input from the site's output, through attention, residuals
+    and feature maps."""
     subject = ENTRIES[name].build(torch.float64)
     subject.model.eval()
     opt = GuessGradOptimizer(subject.named(), torch.optim.SGD, "w_transpose", lr=0.0)
     truth = Truth(opt, subject.closure)
-    read = {visit.call.index: visit for visit in truth.record.visits}
+    read = {saved.call.index: saved for saved in truth.record.saved_calls}
     checked = 0
     for site in truth.graph.sites:
         if site.segment is None or site.shares is not None:
             continue
         matrix = site.segment.matrices[0]
-        visit = read.get(matrix.call.index)
-        if visit is None:
+        saved = read.get(matrix.call.index)
+        if saved is None:
             continue  # a frozen layer: its input is not kept
         rule = matrix.rule
         assert isinstance(rule, MatrixRule)
-        x = rule.input(visit.args, visit.kwargs)
-        torch.testing.assert_close(truth.locals[site.index].next_input(), x, rtol=1e-5, atol=1e-6)
+        x = rule.input(saved.args, saved.kwargs)
+        torch.testing.assert_close(truth.contexts[site.index].next_input(), x, rtol=1e-5, atol=1e-6)
         checked += 1
     assert checked >= 2
 
@@ -152,7 +152,7 @@ def test_every_estimator_on_attention_and_recurrence(estimator: str, precision: 
 @pytest.mark.parametrize("precision", ["float32", "autocast bfloat16"])
 @pytest.mark.parametrize("estimator", ["w_perp", "w_transpose", "learned_feedback", "downstream"])
 def test_convolutions_with_every_kind_of_guess(estimator: str, precision: str) -> None:
-    """Hard activations too, whose own backward cannot be differentiated again."""
+    """With hard activations, whose backward cannot be differentiated."""
 
     def build(dtype: torch.dtype) -> Subject:
         model = nn.Sequential(
@@ -188,7 +188,7 @@ def test_an_unlisted_fallback_is_complained_of() -> None:
 
 
 def test_a_wrong_gradient_is_complained_of() -> None:
-    """The check itself: a backward that is not that of the forward."""
+    """The check can fail: here a backward is not the derivative of its forward."""
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -308,13 +308,13 @@ def test_differences_of_losses_collapse_where_forward_mode_does_not(dtype: torch
 
 
 def _rounded(generator: torch.Generator, shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
-    """The same noise in both precisions."""
+    """Equal noise in both precisions."""
     return torch.randn(shape, generator=generator).half().to(dtype)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e7])
 def test_float16_cotangents_stay_within_range(scale: float) -> None:
-    """Small inputs under a large loss: the cotangents are beyond float16, the weight's gradient is not."""
+    """Small inputs and a large loss: the cotangents exceed float16's range, the weight's gradient does not."""
     found = []
     for dtype in (torch.float16, torch.float32):
         torch.manual_seed(0)
@@ -324,7 +324,7 @@ def test_float16_cotangents_stay_within_range(scale: float) -> None:
         model.zero_grad()
         named = [("weight", model[0].weight)]
         opt = GuessGradOptimizer(named, torch.optim.SGD, "activation_perturbation", lr=0.0, seed=0)
-        opt._noise.normal = partial(_rounded, torch.Generator().manual_seed(0))  # type: ignore[method-assign]
+        opt.estimation.noise.normal = partial(_rounded, torch.Generator().manual_seed(0))  # type: ignore[method-assign]
         opt.estimate(lambda m=model, x=x: F.cross_entropy(m(x).float(), labels(512, 4)) * scale)  # type: ignore[misc]
         found.append(model[0].weight.grad.float())
     half, single = found

@@ -1,4 +1,4 @@
-"""What a call has read may be written before its gradients are formed; what was refused stays refused."""
+"""The closure may overwrite a value after a call has read it; a refused write stays refused."""
 
 from collections.abc import Callable
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""``guessopt.plan`` and ``memory="auto"``: modes tried on the user's own closure, which is left as it was."""
+"""``guessopt.plan`` and ``memory="auto"`` try the modes on the user's closure and change nothing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import guessopt
-from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp
-from guessopt.memory import bytes_of, cpu_peak
+from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp, memory_plan
+from guessopt.memory_plan import bytes_of, cpu_peak
 
 from .machine import skip_if_refused
 
@@ -49,7 +49,7 @@ def test_budget_goes_with_auto_alone() -> None:
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 @pytest.mark.parametrize("trained", [0, 3])
 def test_plan_changes_nothing(trained: int) -> None:
-    """Training goes on bit for bit as if nobody had asked."""
+    """Training goes on bit for bit as if ``plan`` had not been called."""
     runs = []
     for asks in (False, True):
         net, closure = _problem()
@@ -80,7 +80,7 @@ def test_plan_leaves_warnings_to_the_first_step(recwarn: pytest.WarningsRecorder
 
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 def test_peaks_are_those_of_steps() -> None:
-    """What the table says of a mode is what a first step in that mode takes, update aside."""
+    """The table's peak of a mode is the peak of a first step in this mode without the update."""
     net, closure = _problem()
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2)
     told = {each.mode: each.peak for each in guessopt.plan(opt, closure).modes}
@@ -96,7 +96,7 @@ def test_peaks_are_those_of_steps() -> None:
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
 @pytest.mark.parametrize(("depth", "width", "batch"), [(10, 32, 1024), (8, 256, 64)])
 def test_backprop_is_estimated(depth: int, width: int, batch: int) -> None:
-    """From what autograd would save, which is mostly activations, then mostly gradients."""
+    """From the tensors that autograd would save: mostly activations, then mostly gradients."""
     net, closure = _problem(depth, width, batch)
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2)
     found = guessopt.plan(opt, closure)
@@ -126,14 +126,14 @@ def test_recommends_what_fits_and_says_when_backprop_does() -> None:
 def test_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     net, closure = _problem()
     opt = GuessGradOptimizer(net.parameters(), torch.optim.SGD, lr=1e-2)
-    estimate = opt._estimate
+    estimate = memory_plan.estimate
 
     def short_of_memory(*args: Any) -> Any:
         if opt.memory == "store":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return estimate(*args)
 
-    monkeypatch.setattr(opt, "_estimate", short_of_memory)
+    monkeypatch.setattr(memory_plan, "estimate", short_of_memory)
     found = guessopt.plan(opt, closure)
     assert found.modes[0].peak is None and found.recommended != "store" and "out of memory" in str(found)
 

@@ -1,4 +1,4 @@
-"""The report before training: what it says is what a step does."""
+"""The report before training describes the step."""
 
 import pytest
 import torch
@@ -55,6 +55,15 @@ def test_each_group_shows_its_own_guess() -> None:
     ]
     report = preflight(groups, lambda: model(torch.ones(3, 4)).sum())
     assert [site.guess for site in report.sites] == ["w_transpose", "directional_descent (on the parameters)"]
+
+
+def test_next_weights_that_are_no_parameters_are_named_by_kind_and_shape() -> None:
+    first, frozen, tied = torch.nn.Linear(3, 5), torch.nn.Linear(5, 4).requires_grad_(False), torch.nn.Linear(5, 4)
+    params, x = [*first.parameters(), *tied.parameters()], torch.randn(6, 3)
+    report = preflight(params, lambda: frozen(torch.relu(first(x))).square().mean())
+    assert report.sites[0].next == "linear a frozen weight [4, 5]"
+    report = preflight(params, lambda: torch.nn.functional.linear(first(x), 2 * tied.weight).square().mean())
+    assert report.sites[0].next == "linear an expression of parameters [4, 5]"
 
 
 def test_auto_says_what_it_picks_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:

@@ -1,4 +1,4 @@
-"""The reliability experiment: its tasks, what it says of them, and that it goes on where it stopped."""
+"""The reliability experiment: its tasks, its report, and that it resumes."""
 
 import json
 from functools import partial
@@ -11,28 +11,31 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
 
-from benchmarks import reliability, reliability_resume
+from benchmarks import reliability_resume, reliability_tasks
 from benchmarks.__main__ import main
-from benchmarks.reliability import figures_of, page, results_of, shorten, snippet, soak, summary
+from benchmarks.reliability import figures_of, results_of, shorten
+from benchmarks.reliability_page import page, snippet, summary
+from benchmarks.reliability_tasks import soak
 from guessopt import GuessGradOptimizer
+from guessopt.step import modes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def wrong_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every estimate is 1% too long."""
-    right = GuessGradOptimizer._estimate
+    right = modes.estimate
 
-    def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        loss, gradients = right(self, *args, **kwargs)
+    def estimate(*args: Any) -> Any:
+        loss, gradients = right(*args)
         return loss, {k: g * 1.01 for k, g in gradients.items()}
 
-    monkeypatch.setattr(GuessGradOptimizer, "_estimate", estimate)
+    monkeypatch.setattr(modes, "estimate", estimate)
 
 
 def test_a_wrong_answer_becomes_a_short_snippet_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_networks(monkeypatch)
-    found = reliability.networks(0, 2)
+    found = reliability_tasks.networks(0, 2)
     assert found["cases"] == 2 and found["counts"]["wrong"] >= 2
     kind = next(kind for kind in found["kinds"].values() if (kind["oracle"], kind["kind"]) == ("exact", "wrong"))
     short = shorten(kind)
@@ -43,8 +46,8 @@ def test_a_wrong_answer_becomes_a_short_snippet_that_runs(monkeypatch: pytest.Mo
 
 
 def test_faults_and_interrupts_are_counted() -> None:
-    assert reliability.faults("store", "operation", "closure", 2)["tried"] >= 12
-    found = reliability.interrupts("stream", 1)
+    assert reliability_tasks.faults("store", "operation", "closure", 2)["tried"] >= 12
+    found = reliability_tasks.interrupts("stream", 1)
     assert found["tried"] == 3 and set(found) == {"tried", "lost", "examples"}
 
 
@@ -63,18 +66,18 @@ def test_growth_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shapes_and_audit_say_what_they_ran() -> None:
-    assert reliability.shapes(12)["shapes"] == 12
-    assert reliability.audit(3)["ratio"] > 0
+    assert reliability_tasks.shapes(12)["shapes"] == 12
+    assert reliability_tasks.audit(3)["ratio"] > 0
 
 
 def test_resume_takes_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reliability_resume, "resume_mismatches", lambda: ["w_perp, store"])
-    assert reliability.resume() == {"mismatches": 1, "examples": ["w_perp, store"]}
+    assert reliability_tasks.resume() == {"mismatches": 1, "examples": ["w_perp, store"]}
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "progress.json"
-    tasks = {"audit 1": partial(reliability.audit, 1)}
+    tasks = {"audit 1": partial(reliability_tasks.audit, 1)}
     path.write_text(json.dumps({"audit 1": {"ratio": 1.5}}))
     assert results_of(tasks, path, 1, fresh=False) == {"audit 1": {"ratio": 1.5}}
 

@@ -1,4 +1,4 @@
-"""StableAdamW (Wortsman et al. 2023), from torch-optimi, as a base: nothing of it changed, nothing of ours needed."""
+"""StableAdamW (Wortsman et al. 2023), from torch-optimi, works as a base without changes."""
 
 import copy
 

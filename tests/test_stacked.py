@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import GuessGradOptimizer
-from guessopt.engine.levels import DualLevel, _pack, _unpack
-from guessopt.engine.stacked import StackedLevel
-from guessopt.tracing.interceptor import tensors_in
+from guessopt.engine.jvp.dual import DualEngine
+from guessopt.engine.jvp.duals import pack, unpack
+from guessopt.engine.jvp.stacked import StackedEngine
+from guessopt.tree import tensors_in
 
 from .problems import Problem, labels
 
@@ -156,35 +157,35 @@ def outputs(out: Any, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def stacked(case: Op, tensors: list[Tensor], tangents: list[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
-    level = StackedLevel(K, {})
+    engine = StackedEngine(K, {})
 
     def body() -> list[tuple[Tensor, Tensor | None]]:
         given = [t.clone() for t in tensors]
         for t, v in zip(given, tangents, strict=True):
             if v is not None:
-                level.inject(t, v.clone(), False)
+                engine.inject(t, v.clone(), False)
         args = arguments(case, given)
-        out = level.call(case.fn, args, dict(case.kwargs), writes=False)
-        return [(t, level.tangent(t)) for t in outputs(out, args)]
+        out = engine.call(case.fn, args, dict(case.kwargs), writes=False)
+        return [(t, engine.tangent(t)) for t in outputs(out, args)]
 
-    return level.run(body)
+    return engine.run(body)
 
 
 def in_turn(case: Op, tensors: list[Tensor], tangents: list[Tensor | None], k: int) -> list[tuple[Tensor, Any]]:
-    level = DualLevel()
+    engine = DualEngine()
 
     def body() -> list[tuple[Tensor, Tensor | None]]:
         given = [
-            t.clone() if v is None else _pack(t.clone(), v[k].clone()) for t, v in zip(tensors, tangents, strict=True)
+            t.clone() if v is None else pack(t.clone(), v[k].clone()) for t, v in zip(tensors, tangents, strict=True)
         ]
         args = arguments(case, given)
         try:
-            out = level.call(case.fn, args, dict(case.kwargs), writes=False)
+            out = engine.call(case.fn, args, dict(case.kwargs), writes=False)
         except NotImplementedError:  # torch's tangent is not its backward's
-            out = level.through_backward(case.fn, args, dict(case.kwargs))
-        return [_unpack(t) for t in outputs(out, args)]
+            out = engine.through_backward(case.fn, args, dict(case.kwargs))
+        return [unpack(t) for t in outputs(out, args)]
 
-    return level.run(body)
+    return engine.run(body)
 
 
 def patterns(count: int) -> Iterator[tuple[bool, ...]]:
@@ -276,7 +277,7 @@ def test_parameters_beside_a_stack(name: str, mix: str) -> None:
                     problem.named, torch.optim.SGD, estimator, lr=0.0, seed=0, guesses=K, stack_guesses=stack
                 )
                 opt.estimate(problem.closure)
-                assert stack is False or opt._plans[0].stacks
+                assert stack is False or opt.estimation.plans[0].stacks
                 found.append([p.grad for p in problem.parameters()])
             for a, b in zip(*found, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, s=shape: f"{s}: {m}")
@@ -311,7 +312,7 @@ def test_a_network_whose_every_size_is_the_number_of_guesses(estimator: str, ort
             orthogonal=orthogonal,
         )  # fmt: skip
         opt.estimate(lambda m=model, x=x: F.cross_entropy(m(x), labels(K, K)))  # type: ignore[misc]
-        assert stack is False or opt._plans[0].stacks
+        assert stack is False or opt.estimation.plans[0].stacks
         found.append([p.grad for p in model.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)

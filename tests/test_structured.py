@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +12,21 @@ from torch import Tensor, nn
 from guessopt import ClosureError, GuessGradOptimizer, GuessWarning, LearnedFeedback, WPerp, WPerpNS, WPreconditioned
 from guessopt.estimators import ActivationMixing, WTranspose, estimator_names
 
+from .awkward_networks import (
+    AWKWARD,
+    NETWORKS,
+    NUMBERS,
+    N,
+    Network,
+    lin,
+    of,
+)
 from .problems import labels, learned
 
 #: The registered names, as they are and with other options.
 NAMES = estimator_names()
+
+
 ESTIMATORS: dict[str, Any] = {
     **{name: name for name in NAMES},
     "w_perp, masked": WPerp(k=2, basis="masked"),
@@ -31,6 +41,7 @@ ESTIMATORS: dict[str, Any] = {
     "learned_feedback, W-perp": LearnedFeedback("w_perp", residual=False),
 }
 
+
 #: Options of the optimizer. An estimator that learns takes one guess at a time.
 MODES: dict[str, dict[str, Any]] = {
     "store": {},
@@ -40,93 +51,6 @@ MODES: dict[str, dict[str, Any]] = {
     "three guesses in turn": {"guesses": 3, "stack_guesses": False},
     "three guesses, replay": {"guesses": 3, "memory": "replay"},
 }
-
-Closure = Callable[[], Tensor]
-Network = tuple[nn.Module, Closure]
-
-N = 6
-
-
-class Net(nn.Module):
-    """Named layers and a function of them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **layers: Any) -> None:
-        super().__init__()
-        self.run = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-
-def of(run: Callable[..., Tensor], *shape: int, **layers: Any) -> Callable[[], Network]:
-    def build() -> Network:
-        torch.manual_seed(0)
-        made = {name: layer() for name, layer in layers.items()}
-        net = Net(run, **made).double()
-        x = torch.randn(N, *(shape or (4,)), dtype=torch.float64)
-        return net, lambda: F.cross_entropy(net(x), labels(N, 3))
-
-    return build
-
-
-def lin(a: int, b: int) -> Callable[[], nn.Module]:
-    return lambda: nn.Linear(a, b)
-
-
-def attention(m: Any, x: Tensor) -> Tensor:
-    a = torch.softmax(m.q(x) @ m.k(x).mT, -1) @ m.v(x)
-    return m.h(m.o(a).mean(1))
-
-
-def recurrence(m: Any, x: Tensor) -> Tensor:
-    h = c = x.new_zeros(len(x), 5)
-    for t in range(x.shape[1]):
-        h, c = m.cell(x[:, t], (h, c))
-    return m.h(torch.relu(m.b(torch.cat([h, c], -1))))
-
-
-#: Where two sites share a guess, or a guess is an expanded tensor, or a view.
-NETWORKS: dict[str, Callable[[], Network]] = {
-    "sum of two layers": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) + m.b(x)))), a=lin(4, 8), b=lin(4, 8), c=lin(8, 8), h=lin(8, 3)
-    ),
-    "difference of two layers": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) - m.b(x)))), a=lin(4, 8), b=lin(4, 8), c=lin(8, 8), h=lin(8, 3)
-    ),
-    "sum of three layers of two inputs": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) + m.b(x) + m.d(x.tanh())))),
-        a=lin(4, 8), b=lin(4, 8), c=lin(8, 8), d=lin(4, 8), h=lin(8, 3),
-    ),
-    "queries, keys and values": of(attention, 3, 4, q=lin(4, 5), k=lin(4, 5), v=lin(4, 5), o=lin(5, 8), h=lin(8, 3)),
-    "gate and up": of(
-        lambda m, x: m.h(m.down(F.silu(m.gate(x)) * m.up(x))), gate=lin(4, 8), up=lin(4, 8), down=lin(8, 6), h=lin(6, 3)
-    ),
-    "shared weights": of(lambda m, x: m.h(torch.tanh(m.a(torch.tanh(m.a(x))))), a=lin(4, 4), h=lin(4, 3)),
-    "one layer twice, added": of(lambda m, x: m.h(torch.relu(m.b(m.a(x) + m.a(2 * x)))), a=lin(4, 8), b=lin(8, 8),
-                                 h=lin(8, 3)),
-    "residual": of(lambda m, x: m.h(x + m.b(torch.relu(m.a(x)))), a=lin(4, 8), b=lin(8, 4), h=lin(4, 3)),
-    "cat": of(
-        lambda m, x: m.h(torch.relu(m.c(torch.cat([m.a(x), m.b(x)], -1)))), a=lin(4, 5), b=lin(4, 5), c=lin(10, 8),
-        h=lin(8, 3),
-    ),
-    "sum pooling": of(lambda m, x: m.h(torch.relu(m.b(m.a(x).sum(1)))), 5, 4, a=lin(4, 8), b=lin(8, 8), h=lin(8, 3)),
-    "mean pooling": of(lambda m, x: m.h(torch.relu(m.b(m.a(x).mean(1)))), 5, 4, a=lin(4, 8), b=lin(8, 8), h=lin(8, 3)),
-    "broadcast": of(
-        lambda m, x: m.h(torch.relu(m.b(m.a(x)[:, None] + m.c(x)[:, None].expand(-1, 3, -1))).sum(1)),
-        a=lin(4, 8), b=lin(8, 8), c=lin(4, 8), h=lin(8, 3),
-    ),
-    "halves": of(lambda m, x: m.h(torch.relu(m.b(sum(m.a(x).chunk(2, -1))))), a=lin(4, 16), b=lin(8, 8), h=lin(8, 3)),
-    "convolutions, added": of(
-        lambda m, x: m.h(torch.relu(m.c(m.a(x) + m.b(x))).flatten(1)), 2, 4, 4,
-        a=lambda: nn.Conv2d(2, 3, 3), b=lambda: nn.Conv2d(2, 3, 3), c=lambda: nn.Conv2d(3, 3, 1), h=lin(12, 3),
-    ),
-    "norm": of(
-        lambda m, x: m.h(torch.relu(m.b(m.n(m.a(x))))), 5, 4,
-        a=lin(4, 8), n=lambda: nn.LayerNorm(8), b=lin(8, 8), h=lambda: nn.Sequential(nn.Flatten(), nn.Linear(40, 3)),
-    ),
-}  # fmt: skip
 
 
 def modes_of(estimator: str) -> list[str]:
@@ -168,117 +92,6 @@ def test_three_times_the_loss_gives_three_times_the_estimate(estimator: str, net
 
 
 # --- networks on which guesses used to crash, or were refused without need --------------------------------------------
-
-
-def experts(m: Any, x: Tensor) -> Tensor:
-    """Of three experts one gets no example."""
-    out = torch.zeros(len(x), 8, dtype=x.dtype)
-    for k, expert in enumerate((m.a, m.b, m.c)):
-        chosen = torch.tensor([i for i in range(len(x)) if i % 2 == k])
-        out = out.index_add(0, chosen.long(), expert(x[chosen.long()]))
-    return m.h(torch.relu(out))
-
-
-def adapter(m: Any, x: Tensor) -> Tensor:
-    """A float32 low-rank adapter in a bfloat16 network."""
-    h = torch.relu(m.a(x))
-    return m.h(torch.relu(m.b(h) + m.up(m.down(h.float())).to(h.dtype))).float()
-
-
-def seq2seq(m: Any, x: Tensor) -> Tensor:
-    _, state = m.encoder(x)
-    return m.h(torch.relu(m.b(m.decoder(x.flip(1), state)[0][:, -1])))
-
-
-def graph_of(kind: str) -> Callable[[], Network]:
-    """Examples mixed by a sparse matrix."""
-
-    def build() -> Network:
-        dense = (torch.ones(N, N) / N + torch.eye(N)).double()
-        a = dense.to_sparse_csr() if kind == "csr" else dense.to_sparse()
-        mix: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "coo": lambda h, x: a @ h,
-            "csr": lambda h, x: a @ h,
-            "mm": lambda h, x: torch.sparse.mm(a, h),
-            "spmm": lambda h, x: torch.spmm(a, h),
-            "addmm": lambda h, x: torch.sparse.addmm(x[:, :1], a, h),
-        }
-        run = lambda m, x: m.h(torch.relu(m.b(torch.relu(mix[kind](m.a(x), x)))))  # noqa: E731
-        return of(run, a=lin(4, 8), b=lin(8, 8), h=lin(8, 3))()
-
-    return build
-
-
-def zeros() -> nn.Module:
-    layer = nn.Linear(8, 8)
-    nn.init.zeros_(layer.weight)
-    return layer
-
-
-def mixed(run: Callable[..., Tensor], **layers: tuple[Callable[[], nn.Module], torch.dtype]) -> Callable[[], Network]:
-    """Layers in dtypes of their own; the first one's is the input's."""
-
-    def build() -> Network:
-        torch.manual_seed(0)
-        net = Net(run, **{name: layer().to(dtype) for name, (layer, dtype) in layers.items()})
-        x = torch.randn(N, 4).to(next(dtype for _, dtype in layers.values()))
-        return net, lambda: F.cross_entropy(net(x), labels(N, 3))
-
-    return build
-
-
-B, S, D = torch.bfloat16, torch.float32, torch.float64
-
-AWKWARD: dict[str, Callable[[], Network]] = {
-    "a weight of zeros": of(
-        lambda m, x: m.h(torch.relu(m.b(torch.relu(m.a(x))))), a=lin(4, 8), b=zeros, h=lin(8, 3)
-    ),
-    "an expert without a token": of(experts, a=lin(4, 8), b=lin(4, 8), c=lin(4, 8), h=lin(8, 3)),
-    "a bfloat16 network, a float32 head": mixed(
-        lambda m, x: m.h(torch.relu(m.b(torch.relu(m.a(x)))).float()), a=(lin(4, 16), B), b=(lin(16, 16), B),
-        h=(lin(16, 3), S),
-    ),
-    "a float32 network, a bfloat16 middle": mixed(
-        lambda m, x: m.h(torch.relu(m.b(torch.relu(m.a(x)).bfloat16())).float()), a=(lin(4, 16), S),
-        b=(lin(16, 16), B), h=(lin(16, 3), S),
-    ),
-    "a float32 network, a float64 head": mixed(
-        lambda m, x: m.h(torch.relu(m.b(torch.relu(m.a(x)))).double()), a=(lin(4, 16), S), b=(lin(16, 16), S),
-        h=(lin(16, 3), D),
-    ),
-    "a float32 adapter in a bfloat16 network": mixed(
-        adapter, a=(lin(4, 16), B), b=(lin(16, 16), B), down=(lin(16, 2), S), up=(lin(2, 16), S), h=(lin(16, 3), B)
-    ),
-    "a loop over an LSTM cell": of(
-        recurrence, 3, 4, cell=lambda: nn.LSTMCell(4, 5), b=lin(10, 8), h=lin(8, 3)
-    ),
-    "an LSTM that begins with another's state": of(
-        seq2seq, 3, 4, encoder=lambda: nn.LSTM(4, 5, batch_first=True), decoder=lambda: nn.LSTM(4, 5, batch_first=True),
-        b=lin(5, 8), h=lin(8, 3),
-    ),
-    **{
-        f"a sparse matrix, {kind}": graph_of(kind)
-        for kind in ("coo", "csr", "mm", "spmm", "addmm")
-    },
-    "noise made by weight.new": of(
-        lambda m, x: m.h(F.linear(torch.relu(m.a(x)), m.b.weight + m.b.weight.new(m.b.weight.shape).fill_(0.1))),
-        a=lin(4, 8), b=lin(8, 8), h=lin(8, 3),
-    ),
-    "noise on weights": of(
-        lambda m, x: m.h(torch.relu(F.linear(torch.relu(m.a(x)), m.b.weight + 0.1 * torch.randn_like(m.b.weight)))),
-        a=lin(4, 8), b=lin(8, 8), h=lin(8, 3),
-    ),
-    "dropout on weights": of(
-        lambda m, x: m.h(torch.relu(F.linear(torch.relu(m.a(x)), F.dropout(m.b.weight)))),
-        a=lin(4, 8), b=lin(8, 8), h=lin(8, 3),
-    ),
-    "noise made by h.new": of(
-        lambda m, x: m.h(torch.tanh((h := m.a(x)) + h.new(h.size()).fill_(0.1))), a=lin(4, 8), h=lin(8, 3)
-    ),
-}  # fmt: skip
-
-
-NUMBERS = [name for name in AWKWARD if "float" in name or "zeros" in name]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")

@@ -1,4 +1,4 @@
-"""Steps of several threads take turns; no step begins within another's closure; Ctrl-C leaves nothing behind."""
+"""Steps of several threads take turns; no step begins inside another's closure; Ctrl-C changes nothing."""
 
 import _thread
 import os
@@ -47,7 +47,7 @@ def trained(steps: int, **options: Any) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """Modes, patches, levels, the handler and the lock are as before."""
+    """Modes, patches, levels, the signal handler and the lock are as before."""
     handler = signal.getsignal(signal.SIGINT)
     yield
     assert signal.getsignal(signal.SIGINT) == handler
@@ -120,7 +120,7 @@ def test_a_closure_that_begins_a_step_is_refused(
 
 def state_of(model: nn.Module, optimizer: GuessGradOptimizer) -> list[Any]:
     tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    return [optimizer._steps, *(t.clone() for t in (*tensors, torch.get_rng_state()))]
+    return [optimizer.estimation.steps, *(t.clone() for t in (*tensors, torch.get_rng_state()))]
 
 
 def same(a: list[Any], b: list[Any]) -> bool:
@@ -132,7 +132,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 @pytest.mark.parametrize("memory", ["store", "replay", "stream"])
 @pytest.mark.parametrize("engine", ["fast", "dual", "func"])
 def test_ctrl_c_at_any_time_is_before_a_step_or_after_it(engine: str, memory: str) -> None:
-    """Interrupted at random times, the run is that of undisturbed steps, as many as were made."""
+    """After an interrupt at a random time the state is that of the completed steps."""
     model, optimizer, closure = built(engine=engine, memory=memory)
     twin, reference, again = built(engine=engine, memory=memory)
     begin = 0.0
@@ -145,7 +145,7 @@ def test_ctrl_c_at_any_time_is_before_a_step_or_after_it(engine: str, memory: st
     pause, interrupted = torch.Generator().manual_seed(0), 0
     previous = signal.signal(signal.SIGALRM, lambda *_: _thread.interrupt_main())
     for _ in range(40):
-        steps = optimizer._steps
+        steps = optimizer.estimation.steps
         try:
             try:
                 signal.setitimer(signal.ITIMER_REAL, max(1e-5, float(torch.rand((), generator=pause)) * mean))
@@ -155,9 +155,9 @@ def test_ctrl_c_at_any_time_is_before_a_step_or_after_it(engine: str, memory: st
                 time.sleep(1e-4)
         except KeyboardInterrupt:
             interrupted += 1
-        while reference._steps < optimizer._steps:
+        while reference.estimation.steps < optimizer.estimation.steps:
             reference.step(again)
-        assert optimizer._steps in (steps, steps + 1)
+        assert optimizer.estimation.steps in (steps, steps + 1)
         mine, theirs = state_of(model, optimizer), state_of(twin, reference)
         assert same(mine[:-1], theirs[:-1])
     signal.signal(signal.SIGALRM, signal.SIG_IGN if previous is signal.SIG_DFL else previous)

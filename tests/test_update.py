@@ -1,4 +1,4 @@
-"""The base's update: whole or not at all, and one parameter at a time only where that is the same."""
+"""The base's update is all or nothing. Parameters are updated one by one only if the result is equal."""
 
 import copy
 import importlib
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guessopt import GuessGradOptimizer, PartialUpdateError, plan
-from guessopt.stepping import MODES
+from guessopt.step.mode import MODES
 from guessopt.update import together
 
 #: Its optimizers number their steps by group.
@@ -100,7 +100,7 @@ class Lookahead(Plain):
 
 
 class Wrapper(Optimizer):
-    """Another optimizer within, whose attributes torch's own copies of optimizers lose."""
+    """Holds another optimizer; torch's own copies of optimizers lose its attributes."""
 
     def __init__(self, params: Any, lr: float = 0.05) -> None:
         self.inner = Lookahead(params, lr)
@@ -164,7 +164,7 @@ class Sparse(torch.optim.SparseAdam):
 
 
 class Restless(Plain):
-    """An attribute that differs from one update to the next, however often it is made."""
+    """An attribute that differs in every update."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -255,7 +255,7 @@ def test_the_dry_run_leaves_a_used_base_alone() -> None:
     before = copy.deepcopy(base.state_dict())
     versions = [p._version for p in model.parameters()]
     optimizer = GuessGradOptimizer(model.parameters(), base, memory="stream")
-    assert optimizer._refused("stream", None) is None
+    assert optimizer.estimation.refused("stream", None) is None
     assert together(base) is None
     assert versions == [p._version for p in model.parameters()]
     after = base.state_dict()
@@ -337,7 +337,7 @@ FAILING: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 @pytest.mark.parametrize("warm", [0, 5])
 @pytest.mark.parametrize(("base", "options"), FAILING.values(), ids=FAILING)
 def test_a_failed_update_changes_nothing(base: Any, options: dict[str, Any], warm: int, split: bool) -> None:
-    """At the first, the second, the middle and the last operation; the next step is that of a run without failure."""
+    """It fails at the first, second, middle or last operation. The next step equals that of a run without failure."""
     model, twin = mlp(norm=True), mlp(norm=True)
     fails = failing(base)
     optimizer = GuessGradOptimizer(model.parameters(), fails, seed=0, **options)
@@ -429,7 +429,7 @@ def test_a_base_that_failed_at_one_parameter_is_finished_as_if_nothing_had_been(
 
 
 class Late(GroupStep):
-    """Fails before it updates a parameter, by its number."""
+    """Fails before it updates the parameter with a given number."""
 
     at: int | None = None
 
@@ -466,7 +466,7 @@ def test_a_late_failure_is_put_back_where_nothing_was_written_and_named_otherwis
 
 
 class ByData(Plain):
-    """Writes through ``.data``, of which versions do not tell."""
+    """Writes through ``.data``, which does not change the version."""
 
     fails = False
 

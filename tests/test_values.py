@@ -1,4 +1,4 @@
-"""What a tensor holds is known by its memory and the writes to it, not by the name that the closure has for it."""
+"""The optimizer knows a tensor's value by its memory and the writes to it, not by the closure's name for it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -266,8 +266,8 @@ def test_a_write_into_a_parameter_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("both", [True, False], ids=["both names are read", "one name is read"])
 def test_a_call_that_returns_its_argument_on_some_kernels_only(both: bool) -> None:
-    """The trace runs attention fused, a pass by its formula: the results lie differently in memory, so that
-    ``contiguous`` copies in one run and not in the other."""
+    """The trace runs fused attention, a pass its formula. The results differ in memory order, so ``contiguous``
+    copies in one of the runs only."""
     torch.manual_seed(0)
     net, x, y = Net().double(), torch.randn(5, 6, 3, dtype=torch.float64), labels(5, 2)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.finetune.common import METHODS, Results, Session, open_file, plot, shown, table
+from benchmarks.finetune.problem import METHODS
+from benchmarks.finetune.report import open_file, plot, shown, table
+from benchmarks.finetune.runs import Results, Session
 from benchmarks.report import COMMITTED, SCRATCH, Table, print_table
 
 TASKS = ("corrupted", "sentences", "lora", "prompts")
-"""A module each: ``TITLE``, ``SETTINGS``, ``QUICK`` and ``problem(args, settings)``."""
+"""Modules of this folder. Each has ``TITLE``, ``SETTINGS``, ``QUICK`` and ``problem(args, settings)``."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="lora, sentences: a causal language model of the hub instead")
     parser.add_argument("--data", choices=["trec", "sst2"], default="trec", help="sentences: the data set")
     parser.add_argument("--vit", choices=["small", "vit_b_16"], default="small", help="prompts: vit_b_16 is downloaded")
-    parser.add_argument("--fresh", action="store_true", help="run again what an earlier, interrupted run finished")
-    parser.add_argument("--estimate", action="store_true", help="print how long what is missing will take, and stop")
+    parser.add_argument("--fresh", action="store_true", help="repeat the runs that the file has already")
+    parser.add_argument("--estimate", action="store_true", help="print how long the missing runs will take, and stop")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.data import CIFAR10_MEAN, CIFAR10_STD, cifar10
-from benchmarks.finetune.common import Problem, Settings, split
+from benchmarks.finetune.problem import Problem, Settings, split
 
 TITLE = "ResNet-20 on corrupted CIFAR-10"
 SETTINGS = Settings(passes=300, batch=16, train=2000, validation=300, test=400)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.finetune.common import Problem, Settings, split
+from benchmarks.finetune.problem import Problem, Settings, split
 from benchmarks.finetune.stories import language_model
 
 TITLE = "LoRA, Llama from TinyStories to Shakespeare"

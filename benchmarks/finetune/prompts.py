@@ -1,4 +1,4 @@
-"""Visual prompt tuning (Jia et al. 2022) of a frozen ViT: learned tokens in front of the patches, and the head."""
+"""Visual prompt tuning (Jia et al. 2022) of a frozen ViT: learned tokens beside those of the patches, and the head."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks.data import cifar10, declare_torchvision_schemas
-from benchmarks.finetune.common import Problem, Settings, split
+from benchmarks.data import Dataset, cifar10, declare_torchvision_schemas
+from benchmarks.finetune.problem import Problem, Settings, split
+from benchmarks.methods import METHODS
 from benchmarks.problems import vit
 from benchmarks.report import SCRATCH
+from benchmarks.training import batches_of, fit, steps_per_epoch
 
 TITLE = "Visual prompt tuning"
 SETTINGS = Settings(passes=600, batch=16, train=2000, validation=300, test=500)
@@ -88,12 +89,10 @@ def prompted_small_vit(x: Tensor, y: Tensor, epochs: int) -> Prompted:
     if path.is_file():
         net.load_state_dict(load_file(path))
     else:
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-        for _ in tqdm(range(epochs), desc="pretraining", unit="epoch", disable=None):
-            for index in torch.randperm(len(x)).split(128):
-                optimizer.zero_grad()
-                F.cross_entropy(net(x[index]), y[index]).backward()
-                optimizer.step()
+        data = Dataset(x, y, x[:0], y[:0], "")
+        steps = epochs * steps_per_epoch(data, 128)
+        learner = METHODS["backprop"].learner(net, 1e-3)
+        fit(learner, batches_of(data, 128, torch.default_generator), steps, label="pretraining")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(net.state_dict(), path)
     return Prompted(net[0], [*net][1:-2], 64, len(NEW))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.finetune.common import Problem, Settings, split
+from benchmarks.finetune.problem import Problem, Settings, split
 from benchmarks.finetune.stories import Encode, language_model
 
 TITLE = "Sentences, Llama with LoRA and a head"

@@ -16,7 +16,8 @@ from guessopt.diagnostics.plots import bars, curve
 from guessopt.diagnostics.reverse import Closure, Truth, draw, measuring, named, real, unfused
 from guessopt.engine.gradients import parameter_gradients
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.tracing.local import NOISES
+from guessopt.step.modes import estimate_alone
+from guessopt.tracing.context import NOISES
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def estimated_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, T
     torch.Size([1, 2])
     """
     with measuring(opt) as transaction:
-        return named(opt, opt._estimate(closure, transaction)[1])
+        return named(opt, estimate_alone(opt.estimation, closure, transaction)[1])
 
 
 def true_cotangents(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
@@ -110,11 +111,13 @@ def expected_from(truth: Truth) -> dict[str, Tensor]:
     opt, cotangents = truth.opt, {}
     for index, moment in expected_cotangents(truth).items():
         if moment is None:
-            name = opt._estimator_of(truth.graph.sites[index]).name
+            name = opt.estimation.estimator_of(truth.graph.sites[index]).name
             raise ValueError(f"{name} declares no second moment with these options")
         cotangents[index] = moment
-    gradients = parameter_gradients(truth.graph, truth.record, cotangents, opt._by_position, opt._ids)
-    for position, estimator in enumerate(opt._estimators):
+    gradients = parameter_gradients(
+        truth.graph, truth.record, cotangents, opt.estimation.by_position, opt.estimation.ids
+    )
+    for position, estimator in enumerate(opt.estimation.estimators):
         if estimator.noise == "uniform" and position in truth.means[1]:
             gradients[position] = gradients[position] + truth.means[1][position]
     return named(opt, gradients)
@@ -128,25 +131,25 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
     for site in reversed(graph.sites):
         if site.index in found:
             continue
-        estimator = opt._estimator_of(site)
+        estimator = opt.estimation.estimator_of(site)
         g = truth.g[site.index]
-        if opt._is_served(graph, site):
+        if opt.estimation.is_served(graph, site):
             assert site.shares is not None
             found[site.index] = found[site.shares]
             continue
         moment: Tensor | None = g
         if estimator.space == "parameters":
-            moment = g * (opt._amplitudes[estimator] ** 2 * NOISES[estimator.noise][1])
+            moment = g * (opt.estimation.amplitudes[estimator] ** 2 * NOISES[estimator.noise][1])
         elif site.by_parameter and estimator.per_example_parameters:
             moment = g
-        elif not opt._is_exact(site, estimator):
-            local = truth.locals[site.index]
+        elif not opt.estimation.is_exact(site, estimator):
+            ctx = truth.contexts[site.index]
             g = g if site.reach is None else site.reach.restrict(g)
             with torch.no_grad(), unfused():
-                state = opt._prepared(site, estimator, opt._key(site, estimator), local)
-                moment = estimator.second_moment(state, local, g)
+                state = opt.estimation.prepared(site, estimator, ctx)
+                moment = estimator.second_moment(state, ctx, g)
                 if moment is not None and estimator.debias:
-                    moment = estimator.correct(state, local, moment)
+                    moment = estimator.correct(state, ctx, moment)
             if moment is not None and site.reach is not None:
                 moment = site.reach.restrict(moment)
             if moment is not None and estimator.noise == "uniform":
@@ -160,10 +163,10 @@ def _joint_cotangents(truth: Truth) -> dict[int, Tensor | None]:
     opt, found = truth.opt, dict[int, Tensor | None]()
     for joint in truth.joints:
         first = truth.graph.sites[joint.sites[0]]
-        estimator, local = opt._estimator_of(first), truth.joint_local(joint)
+        estimator, ctx = opt.estimation.estimator_of(first), truth.joint_local(joint)
         with torch.no_grad(), unfused():
-            state = opt._prepared(first, estimator, opt._key(first, estimator), local)
-            moments: Any = estimator.second_moment(state, local, tuple(truth.g[k] for k in joint.sites))  # type: ignore[arg-type]
+            state = opt.estimation.prepared(first, estimator, ctx)
+            moments: Any = estimator.second_moment(state, ctx, tuple(truth.g[k] for k in joint.sites))  # type: ignore[arg-type]
         if moments is not None and estimator.noise == "uniform":
             means = (truth.means[0][k] for k in joint.sites)
             moments = [m * NOISES["uniform"][1] + mean for m, mean in zip(moments, means, strict=True)]

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from guessopt.diagnostics.gradients import expected_cotangents, expected_from, joined
 from guessopt.diagnostics.plots import bars
-from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, unrows, wide
+from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, wide
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Site
-from guessopt.tracing.local import NOISES, Local
+from guessopt.tracing.context import NOISES, SiteContext
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def variance(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Var
     sample = _sample(opt, closure, truth, draws, joined(expected_from(truth)) if complete else None)
 
     def error(t: Tensor) -> float:
-        return float(t.std()) / draws**0.5
+        result: float = float(t.std()) / draws**0.5
+        return result
 
     squared = float(joined(named(opt, truth.gradient)).square().sum())
     return Variance(
@@ -182,12 +183,12 @@ def covariance_norm(
     truth = Truth(opt, closure)
     per_site, entries = {}, {}
     generator = torch.Generator().manual_seed(0)
-    for name, site, local in truth.estimated():
-        apply = _covariance(truth, site, local)
+    for name, site, ctx in truth.estimated():
+        apply = _covariance(truth, site, ctx)
         if apply is None:
             continue
-        n = local.examples
-        d = local.s.numel() // n * (2 if local.s.is_complex() else 1)
+        n = ctx.examples
+        d = ctx.s.numel() // n * (2 if ctx.s.is_complex() else 1)
         squares = torch.zeros(n, dtype=torch.float64)
         for column in range(d if probes is None else probes):
             if probes is None:
@@ -195,8 +196,8 @@ def covariance_norm(
                 r[:, column] = 1
             else:
                 r = torch.randint(2, (n, d), generator=generator) * 2.0 - 1
-            r = torch.view_as_complex(r.double().unflatten(1, (-1, 2))) if local.s.is_complex() else r
-            v = unrows(r.to(local.s.dtype).to(local.s.device), site.layout, tuple(local.s.shape))
+            r = torch.view_as_complex(r.double().unflatten(1, (-1, 2))) if ctx.s.is_complex() else r
+            v = site.layout.unrows(r.to(ctx.s.dtype).to(ctx.s.device), tuple(ctx.s.shape))
             with torch.no_grad(), unfused():
                 moment = apply(v)
             if moment is None:
@@ -208,17 +209,17 @@ def covariance_norm(
     return CovarianceNorm(per_site, entries)
 
 
-def _covariance(truth: Truth, site: Site, local: Local) -> Callable[[Tensor], Tensor | None] | None:
+def _covariance(truth: Truth, site: Site, ctx: SiteContext) -> Callable[[Tensor], Tensor | None] | None:
     """``v -> C v``, C the covariance of the site's guess; None where it has no guess of its own."""
     opt = truth.opt
-    estimator = opt._estimator_of(site)
-    if estimator.learns or opt._is_exact(site, estimator):
+    estimator = opt.estimation.estimator_of(site)
+    if estimator.learns or opt.estimation.is_exact(site, estimator):
         return None
-    state = opt._prepared(site, estimator, opt._key(site, estimator), local)
+    state = opt.estimation.prepared(site, estimator, ctx)
 
     def apply(v: Tensor) -> Tensor | None:
         v = v if site.reach is None else site.reach.restrict(v)
-        moment = estimator.second_moment(state, local, v)
+        moment = estimator.second_moment(state, ctx, v)
         moment = moment if moment is None or site.reach is None else site.reach.restrict(moment)
         return moment if moment is None or estimator.noise != "uniform" else moment * NOISES["uniform"][1]
 
@@ -242,7 +243,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
     draws of the same stream, replayed."""
     sites = [(name, site) for name, site, _ in truth.estimated()]
     expected = expected_cotangents(truth)
-    noise = opt._noise.snapshot()
+    noise = opt.estimation.noise.snapshot()
 
     def cotangent(one: Draw, site: Site) -> Tensor:
         found = one.cotangents.get(site.index)
@@ -257,7 +258,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
             for name, site in sites:
                 means[name] += cotangent(one, site) / draws
             parameters += joined(named(opt, one.gradients)) / draws
-        opt._noise.restore(noise)
+        opt.estimation.noise.restore(noise)
         correction = {name: lost if expected[site.index] is None else 1.0 for name, site in sites}
     middle: dict[str, Tensor] = {}
     for name, site in sites:

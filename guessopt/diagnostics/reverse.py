@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guessopt.engine.forward import Pass
+from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
-from guessopt.engine.levels import Level
+from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.exclusive import exclusive
+from guessopt.graph import SiteGraph
 from guessopt.hooks import lifted
+from guessopt.layout import Layout
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.sites import ForwardRecord, Joint, Layout, Site, SiteGraph
-from guessopt.stepping import lasting
-from guessopt.tracing.local import JointLocal, Local
+from guessopt.record import ForwardRecord
+from guessopt.sites import ParallelSites, Site
+from guessopt.step.guessing import lasting
+from guessopt.step.learning import learned_cotangents
+from guessopt.step.runs import forward
+from guessopt.tracing.context import ParallelContext, SiteContext
 
 Closure = Callable[[], Any]
 T = TypeVar("T")
@@ -34,16 +39,16 @@ T = TypeVar("T")
 def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
     """Whatever runs within leaves no trace: the closure's side effects and random states are undone, nothing has been
     learned, and prepared states are no older."""
-    with exclusive("a measurement"), lifted(opt._params, opt._hooks):
-        steps, learned = opt._steps, opt._cache.learned()
-        transaction = Transaction(opt._devices)
-        transaction.watch(None, opt._plans)
+    with exclusive("a measurement"), lifted(opt.estimation.params, opt.estimation.hooks):
+        steps, learned = opt.estimation.steps, opt.estimation.cache.learned()
+        transaction = Transaction(opt.estimation.devices)
+        transaction.watch(None, opt.estimation.plans)
         try:
             yield transaction
         finally:
             transaction.rewind()
-            opt._steps = steps
-            opt._cache.relearn(learned)
+            opt.estimation.steps = steps
+            opt.estimation.cache.relearn(learned)
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,13 @@ def draw(opt: GuessGradOptimizer, closure: Closure, guesses: int = 1) -> Draw:
     found: Draw | None = None
     for _ in range(guesses):
         with measuring(opt) as transaction:
-            opt._refresh()
-            opt._noise.follow()
-            plan, record = opt._forward(closure, transaction)
-            cotangents = estimated_cotangents(plan.graph, record, opt._formed(plan, record))
-            gradients = parameter_gradients(plan.graph, record, cotangents, opt._by_position, opt._ids)
+            opt.estimation.refresh()
+            opt.estimation.noise.follow()
+            plan, record = forward(opt.estimation, closure, transaction)
+            cotangents = estimated_cotangents(plan.graph, record, learned_cotangents(opt.estimation, plan, record))
+            gradients = parameter_gradients(
+                plan.graph, record, cotangents, opt.estimation.by_position, opt.estimation.ids
+            )
         one = Draw(plan.graph, cotangents, gradients)
         found = one if found is None else _plus(found, one)
     assert found is not None
@@ -92,14 +99,17 @@ def _sums(a: dict[int, Tensor], b: dict[int, Tensor]) -> dict[int, Tensor]:
 
 def named(opt: GuessGradOptimizer, gradients: dict[int, Tensor]) -> dict[str, Tensor]:
     """By parameter name, zero where there is none."""
-    return {opt._names[k]: gradients[k] if k in gradients else torch.zeros_like(p) for k, p in opt._by_position.items()}
+    return {
+        opt.estimation.names[k]: gradients[k] if k in gradients else torch.zeros_like(p)
+        for k, p in opt.estimation.by_position.items()
+    }
 
 
 def find_plan(opt: GuessGradOptimizer, closure: Closure) -> None:
     """See to it that the first plan is the one that a step would follow."""
-    noise = opt._noise.snapshot()
+    noise = opt.estimation.noise.snapshot()
     draw(opt, closure)
-    opt._noise.restore(noise)
+    opt.estimation.noise.restore(noise)
 
 
 def backpropagate(opt: GuessGradOptimizer, closure: Closure) -> tuple[SiteGraph, ReversePass, ForwardRecord]:
@@ -107,7 +117,7 @@ def backpropagate(opt: GuessGradOptimizer, closure: Closure) -> tuple[SiteGraph,
     find_plan(opt, closure)
     with measuring(opt) as transaction:
         run = ReversePass(opt, transaction)
-        return run.graph, run, run.execute(closure, opt._by_position)
+        return run.graph, run, run.execute(closure, opt.estimation.by_position)
 
 
 class Truth:
@@ -128,17 +138,17 @@ class Truth:
         find_plan(opt, closure)
         with measuring(opt) as transaction:
             run = ReversePass(opt, transaction)
-            self.record = run.execute(closure, opt._by_position)
+            self.record = run.execute(closure, opt.estimation.by_position)
             # Before buffers are put back: their new values may be part of the graph.
-            sites, params = list(run.outputs), list(opt._by_position)
-            through = run.gradients([*run.outputs.values(), *opt._by_position.values()], self.record)
-        self.graph, self.locals = run.graph, run.locals
-        like = [*(local.s for local in run.locals.values()), *opt._by_position.values()]
+            sites, params = list(run.outputs), list(opt.estimation.by_position)
+            through = run.gradients([*run.outputs.values(), *opt.estimation.by_position.values()], self.record)
+        self.graph, self.contexts = run.graph, run.contexts
+        like = [*(ctx.s for ctx in run.contexts.values()), *opt.estimation.by_position.values()]
         filled = [torch.zeros_like(s) if g is None else g.detach() for s, g in zip(like, through, strict=True)]
         self.g: dict[int, Tensor] = dict(zip(sites, filled, strict=False))
         self.gradient: dict[int, Tensor] = dict(zip(params, filled[len(sites) :], strict=True))
         self.names = site_names(opt, self.graph)
-        self.joints = tuple(opt._plans[0].joints.values())
+        self.joints = tuple(opt.estimation.plans[0].joints.values())
 
     @property
     def loss(self) -> Tensor:
@@ -150,36 +160,36 @@ class Truth:
         parameters that are guessed themselves by position. Zero unless the noise is uniform."""
         opt = self.opt
         with measuring(opt) as transaction:
-            opt._noise.means = True
+            opt.estimation.noise.means = True
             try:
-                plan, record = opt._forward(self.closure, transaction)
+                plan, record = forward(opt.estimation, self.closure, transaction)
             finally:
-                opt._noise.means = False
+                opt.estimation.noise.means = False
             total = record.d.sum()
             return estimated_cotangents(plan.graph, record), {k: total * v for k, v in record.params.items()}
 
-    def joint_local(self, joint: Joint) -> JointLocal:
+    def joint_local(self, joint: ParallelSites) -> ParallelContext:
         """The surroundings of sites that are guessed as one."""
-        first = self.locals[joint.sites[0]]
-        return JointLocal(joint, first.site, first.s, first._values, self.opt._noise)
+        first = self.contexts[joint.sites[0]]
+        return ParallelContext(joint, first.site, first.s, first.values, self.opt.estimation.noise)
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
         """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``. Both parts of complex
         entries are entries."""
-        return real(rows(t, site.layout, self.locals[site.index].examples))
+        return real(rows(t, site.layout, self.contexts[site.index].examples))
 
-    def sites(self) -> Iterator[tuple[str, Site, Local]]:
+    def sites(self) -> Iterator[tuple[str, Site, SiteContext]]:
         """Those with a cotangent of their own, in the order in which the network runs them."""
         for site in self.graph.sites:
-            if site.index in self.names and site.index in self.locals:
-                yield self.names[site.index], site, self.locals[site.index]
+            if site.index in self.names and site.index in self.contexts:
+                yield self.names[site.index], site, self.contexts[site.index]
 
-    def estimated(self) -> Iterator[tuple[str, Site, Local]]:
+    def estimated(self) -> Iterator[tuple[str, Site, SiteContext]]:
         """Those whose cotangent is estimated (or exact); elsewhere the parameters themselves are guessed."""
-        for name, site, local in self.sites():
-            estimator = self.opt._estimator_of(site)
+        for name, site, ctx in self.sites():
+            estimator = self.opt.estimation.estimator_of(site)
             if estimator.space == "activations" and not (site.by_parameter and estimator.per_example_parameters):
-                yield name, site, local
+                yield name, site, ctx
 
 
 def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
@@ -190,7 +200,7 @@ def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
     for site in graph.sites:
         if site.shares is not None:
             continue
-        name = opt._names[site.params[0]]
+        name = opt.estimation.names[site.params[0]]
         seen[name] = seen.get(name, 0) + 1
         found[site.index] = name if seen[name] == 1 else f"{name} #{seen[name]}"
     return found
@@ -204,13 +214,8 @@ def unfused() -> AbstractContextManager[None]:
 
 def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
     """``[N, d]``, one row an example; coupled: ``[1, d]``."""
-    if layout is Layout.BATCH_SECOND:
-        return t.transpose(0, 1).reshape(n, -1)
-    if layout is Layout.FLAT_T:
-        return t.reshape(-1, n, *t.shape[1:]).transpose(0, 1).reshape(n, -1)
-    if layout is Layout.COUPLED:
-        return t.reshape(1, -1)
-    return t.reshape(n, -1)
+    found = layout.rows(t, n)
+    return found.reshape(len(found), -1)
 
 
 def real(t: Tensor) -> Tensor:
@@ -227,17 +232,7 @@ def wide(t: Tensor) -> Tensor:
     return t.to(torch.complex128) if t.is_complex() else t.double()
 
 
-def unrows(r: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
-    """Back from ``rows`` to ``shape``."""
-    n = r.shape[0]
-    if layout is Layout.BATCH_SECOND:
-        return r.reshape(n, shape[0], *shape[2:]).transpose(0, 1)
-    if layout is Layout.FLAT_T:
-        return r.reshape(n, shape[0] // n, *shape[1:]).transpose(0, 1).reshape(shape)
-    return r.reshape(shape)
-
-
-class _Reverse(Level):
+class _Reverse(JvpEngine):
     """No tangents: the network's own graph is kept for reverse mode. ``ends``: the cuts on the network's side."""
 
     name = "reverse"
@@ -270,16 +265,16 @@ class _Reverse(Level):
         return leaf, leaf
 
 
-class ReversePass(Pass):
+class ReversePass(ForwardRun):
     """A pass that notes every site's output and surroundings instead of guessing."""
 
     def __init__(self, opt: GuessGradOptimizer, transaction: Transaction) -> None:
         self.reverse = _Reverse()
-        super().__init__(opt._ids, opt._plans[0].graph, self.reverse, self.note, {}, transaction)
+        super().__init__(opt.estimation.ids, opt.estimation.plans[0].graph, self.reverse, self.note, {}, transaction)
         self.no_grad, self.keeps_graph = nullcontext(), True
-        self.source = opt._noise
+        self.source = opt.estimation.noise
         self.outputs: dict[int, Tensor] = {}  # by site index, a zero that is added to its output
-        self.locals: dict[int, Local] = {}
+        self.contexts: dict[int, SiteContext] = {}
         if self.graph.loss_params and any(cut.shared for cut in self.graph.cuts):
             raise NotImplementedError(
                 "diagnostics cannot yet separate a loss that reads parameters itself from one that reads a value "
@@ -288,7 +283,7 @@ class ReversePass(Pass):
 
     def note(self, site: Site, s: Tensor, values: dict[int, Tensor]) -> None:
         values = dict(values)
-        self.locals[site.index] = lasting(Local(site, s, values, self.source), values, self.source)
+        self.contexts[site.index] = lasting(SiteContext(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
         """Add a zero to the output in place of a guess. The gradient of the zero is the output's cotangent. It counts
@@ -299,7 +294,8 @@ class ReversePass(Pass):
         self.outputs[site.index] = zero
         if not in_place:
             return s + zero
-        with torch.autograd._unsafe_preserve_version_counter(s):  # s keeps its numbers, which its backward may need
+        # s keeps its numbers, which its backward may need
+        with torch.autograd._unsafe_preserve_version_counter(s):  # type: ignore[attr-defined]
             return s.add_(zero)
 
     def gradients(self, variables: Sequence[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
-from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, unrows, wide
+from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, wide
+from guessopt.layout import Layout
+from guessopt.ops.matrix import MatrixRule
 from guessopt.optimizer import GuessGradOptimizer
-from guessopt.rules.base import MatrixRule
-from guessopt.sites import Layout, Site, Visit
-from guessopt.tracing.local import Local
+from guessopt.record import SavedCall
+from guessopt.sites import Site
+from guessopt.tracing.context import SiteContext
 
 #: Sites with more entries an example than this are left out: a Jacobian is built column by column.
 LARGEST = 4096
@@ -94,8 +96,8 @@ def overlap(opt: GuessGradOptimizer, closure: Closure, examples: int | None = 64
     """
     truth = Truth(opt, closure)
     found = {}
-    for name, site, local in truth.sites():
-        jacobian = next_jacobian(site, local, examples)
+    for name, site, ctx in truth.sites():
+        jacobian = next_jacobian(site, ctx, examples)
         if jacobian is None:
             continue
         v = torch.linalg.svd(jacobian, full_matrices=False)[2]  # n r d
@@ -108,31 +110,31 @@ def overlap(opt: GuessGradOptimizer, closure: Closure, examples: int | None = 64
     return Overlap(found)
 
 
-def next_jacobian(site: Site, local: Local, examples: int | None = None) -> Tensor | None:
+def next_jacobian(site: Site, ctx: SiteContext, examples: int | None = None) -> Tensor | None:
     """W~ of the first ``examples`` examples, ``[n, out, d]`` in float64; None for a last or a too large site."""
-    if site.segment is None or local.s.numel() // local.examples > LARGEST:
+    if site.segment is None or ctx.s.numel() // ctx.examples > LARGEST:
         return None
-    weights = local.weights()
+    weights = ctx.weights()
 
     def apply(v: Tensor) -> Tensor:
-        x = local.push_forward(v)
-        layout, n = site.layout, local.examples
+        x = ctx.push_forward(v)
+        layout, n = site.layout, ctx.examples
         parts = [m.rule.apply(m, w, x) for m, w in weights]
         return torch.cat([rows(p, layout if layout.fits(tuple(p.shape), n) else Layout.COUPLED, n) for p in parts], 1)
 
-    return _columns(apply, site, local, examples)
+    return _columns(apply, site, ctx, examples)
 
 
-def _columns(apply: Callable[[Tensor], Tensor], site: Site, local: Local, examples: int | None) -> Tensor:
+def _columns(apply: Callable[[Tensor], Tensor], site: Site, ctx: SiteContext, examples: int | None) -> Tensor:
     """The matrix of a linear map of one example's output, for each of the first examples: ``[n, out, d]``."""
-    n, shape = local.examples, tuple(local.s.shape)
-    d = local.s.numel() // n
+    n, shape = ctx.examples, tuple(ctx.s.shape)
+    d = ctx.s.numel() // n
     columns = []
     with torch.no_grad(), unfused():
         for j in range(d):
-            r = local.s.new_zeros(n, d)
+            r = ctx.s.new_zeros(n, d)
             r[:, j] = 1
-            columns.append(apply(unrows(r, site.layout, shape))[:examples].double())
+            columns.append(apply(site.layout.unrows(r, shape))[:examples].double())
     return torch.stack(columns, dim=2)
 
 
@@ -158,7 +160,7 @@ def effective_rank(opt: GuessGradOptimizer, closure: Closure | None = None) -> E
     >>> 1 <= effective_rank(opt).per_parameter["weight"] <= 3
     True
     """
-    names = zip(opt._names, opt._params, strict=True)
+    names = zip(opt.estimation.names, opt.estimation.params, strict=True)
     return EffectiveRank({name: effective_rank_of(p.flatten(1)) for name, p in names if p.dim() > 1})
 
 
@@ -178,21 +180,21 @@ def jacobian_spectra(
     """
     truth = Truth(opt, closure)
     found = {}
-    for name, site, local in truth.sites():
+    for name, site, ctx in truth.sites():
         ways = site.segment.onward[:layers] if site.segment is not None else ()
-        if not ways or local.s.numel() // local.examples > LARGEST:
+        if not ways or ctx.s.numel() // ctx.examples > LARGEST:
             continue
         spectra = []
         for way in ways:
 
-            def apply(v: Tensor, site: Site = site, local: Local = local, way: Any = way) -> Tensor:
-                layout, n = site.layout, local.examples
-                parts = local.push_forward_to(way, v)
+            def apply(v: Tensor, site: Site = site, ctx: SiteContext = ctx, way: Any = way) -> Tensor:
+                layout, n = site.layout, ctx.examples
+                parts = ctx.push_forward_to(way, v)
                 return torch.cat(
                     [rows(p, layout if layout.fits(tuple(p.shape), n) else Layout.COUPLED, n) for p in parts], 1
                 )
 
-            spectra.append(_floats(torch.linalg.svdvals(_columns(apply, site, local, examples)).mean(0)))
+            spectra.append(_floats(torch.linalg.svdvals(_columns(apply, site, ctx, examples)).mean(0)))
         found[name] = tuple(spectra)
     return JacobianSpectra(found)
 
@@ -220,12 +222,12 @@ def activation_overlap(
     truth = Truth(opt, closure)
     generator = torch.Generator().manual_seed(seed)
     dimensions, principal, random = {}, {}, {}
-    visits = {visit.call.index: visit for visit in truth.record.visits}
+    saved_calls = {saved.call.index: saved for saved in truth.record.saved_calls}
     for name, site, _ in truth.sites():
-        visit = visits.get(site.call.index)
-        if not isinstance(site.rule, MatrixRule) or visit is None:
+        saved = saved_calls.get(site.call.index)
+        if not isinstance(site.rule, MatrixRule) or saved is None:
             continue
-        pair = _input_and_gradient(site.rule, site, visit, truth.g[site.index])
+        pair = _input_and_gradient(site.rule, site, saved, truth.g[site.index])
         if pair is None:
             continue
         x, g = pair
@@ -242,18 +244,18 @@ def activation_overlap(
     return ActivationOverlap(dimensions, principal, random)
 
 
-def _input_and_gradient(rule: MatrixRule, site: Site, visit: Visit, g: Tensor) -> tuple[Tensor, Tensor] | None:
+def _input_and_gradient(rule: MatrixRule, site: Site, saved: SavedCall, g: Tensor) -> tuple[Tensor, Tensor] | None:
     """A matrix site's input and the true gradient of it, by the site's own transpose; rows, float64."""
-    x = rule.input(visit.args, visit.kwargs)
+    x = rule.input(saved.args, saved.kwargs)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return None
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        args = tuple(leaf if a is x else a for a in visit.args)
-        kwargs = {key: leaf if a is x else a for key, a in visit.kwargs.items()}
-        out = visit.call.fn(*args, **kwargs)
+        args = tuple(leaf if a is x else a for a in saved.args)
+        kwargs = {key: leaf if a is x else a for key, a in saved.kwargs.items()}
+        out = saved.call.fn(*args, **kwargs)
         u = torch.autograd.grad(out, leaf, g.to(out.dtype))[0]
-    if rule.geometry(visit.call) == "linear":
+    if rule.geometry(saved.call) == "linear":
         return x.detach().double().reshape(-1, x.shape[-1]), u.double().reshape(-1, x.shape[-1])
     return x.detach().double().flatten(1), u.double().flatten(1)
 

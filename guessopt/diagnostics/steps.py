@@ -81,23 +81,23 @@ def effectiveness(
     for position in true if per_parameter else ():
         if position in estimate:
             pair = (reductions({position: found[position]}) for found in (estimate, true))
-            each[opt._names[position]] = ratio(*pair)
+            each[opt.estimation.names[position]] = ratio(*pair)
     return Effectiveness(sizes, ours, theirs, ratio(ours, theirs), each)
 
 
 def _loss_after(opt: GuessGradOptimizer, closure: Closure, gradients: dict[int, Tensor], size: float) -> Tensor:
     """The loss with every parameter moved by ``-size`` times its gradient; then the parameters are put back."""
-    before = {k: opt._params[k].detach().clone() for k in gradients}
+    before = {k: opt.estimation.params[k].detach().clone() for k in gradients}
     try:
         with torch.no_grad():
             for k, g in gradients.items():
-                opt._params[k].sub_(g.to(opt._params[k].dtype), alpha=size)
+                opt.estimation.params[k].sub_(g.to(opt.estimation.params[k].dtype), alpha=size)
         with measuring(opt) as transaction:
-            return ReversePass(opt, transaction).execute(closure, opt._by_position).loss
+            return ReversePass(opt, transaction).execute(closure, opt.estimation.by_position).loss
     finally:
         with torch.no_grad():
             for k, p in before.items():
-                opt._params[k].copy_(p)
+                opt.estimation.params[k].copy_(p)
 
 
 class CosineMatched:
@@ -138,8 +138,8 @@ class CosineMatched:
     def step(self, opt: GuessGradOptimizer, closure: Closure) -> Tensor:
         """Put the gradients into ``.grad`` and let the optimizer's base update; returns the loss before the update."""
         loss, gradients = self._gradient(opt, closure)
-        for position, p in opt._by_position.items():
-            p.grad = gradients[opt._names[position]]
+        for position, p in opt.estimation.by_position.items():
+            p.grad = gradients[opt.estimation.names[position]]
             mark(p.grad)
         opt.step()
         return loss

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 
 from guessopt.errors import refusal, refused
+from guessopt.graph import SiteGraph
+from guessopt.record import ForwardRecord, SavedCall
 from guessopt.rng import replayed
-from guessopt.sites import ForwardRecord, Site, SiteGraph, Visit
-from guessopt.tracing.interceptor import AS_IT_IS
+from guessopt.sites import Site
+from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.writes import kept
 
 
 def estimated_cotangents(
     graph: SiteGraph, record: ForwardRecord, formed: Mapping[int, Tensor] | None = None
 ) -> dict[int, Tensor]:
-    """``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or the exact error where the site has one; by site index.
-    Of a float16 guess in float32, since the product may leave float16's range. Each guess is taken out of the record.
+    """The cotangents by site index: ``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or a cut's exact error for a
+    site that has no guess. Each guess is taken out of the record.
 
-    ``formed``: cotangents that estimators have formed themselves.
+    Args:
+        formed: cotangents that estimators have formed themselves, by site index.
     """
     found: dict[int, Tensor] = {}
     for site in reversed(graph.sites):
@@ -36,10 +39,12 @@ def estimated_cotangents(
 
 
 def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
-    """``D_n y[n]``; of float16 in float32, since the product may leave its range.
+    """``D_n y[n]``, in memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be expanded.
+    For a float16 guess in float32, since the product may leave float16's range.
 
-    The product has memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be an expanded
-    tensor.
+    Args:
+        y: the site's guess, ``[*shape]``.
+        d: ``D_n``, ``[N]`` or ``[1]``.
     """
     d = site.layout.spread(d, site.shape)
     if y.dtype is torch.float16:
@@ -55,36 +60,39 @@ def parameter_gradients(
     ids: Mapping[int, int],
     gradients: Gradients | None = None,
 ) -> dict[int, Tensor]:
-    """Each site's own transposed rule, then any expression of parameters back to the parameters themselves.
+    """Gradients by position. Parameters without one are absent.
+
+    A site's own transposed rule turns its cotangent into gradients of the tensors that its call reads. Gradients of
+    expressions of parameters (``W.t()``) then go back to the parameters in reverse mode.
 
     Args:
         params: trainable parameters by position; ids: ``id`` to position.
-        gradients: what other calls have contributed.
-
-    Returns:
-        Gradients by position; parameters that nothing consumed are absent.
+        gradients: the sum to add to; None to begin a new one.
     """
     gradients = gradients or Gradients(graph, params, ids, directed=record.params)
     cotangents = {**cotangents, **gradients.known}
-    for visit in (*gradients.visits.values(), *record.visits):
-        if visit.directions is not None:
-            gradients.direct(visit, record.d)
+    for saved in (*gradients.saved_calls.values(), *record.saved_calls):
+        if saved.directions is not None:
+            gradients.direct(saved, record.d)
         else:
-            gradients.visit(visit, cotangents)
+            gradients.saved(saved, cotangents)
     gradients.close(record)
     return gradients.take(params)
 
 
 class Gradients:
-    """Parameter gradients as they add up, visit by visit; by the parameter's position.
+    """Sums of parameter gradients, by the parameter's position, to which one call after the other is added.
 
     Args:
         params: trainable parameters by position; ids: ``id`` to position.
         directed: positions of parameters that have guesses of their own.
-        origin: which parameters an expression is computed from; needed to ``take`` some before the others.
+        origin: the positions of the parameters that an expression is computed from. It is needed to ``take`` the
+            gradients of some parameters before the others.
 
     Attributes:
-        visits: by call, those that ``spend`` has left; ``known``: the cotangents that it has for them.
+        found: the sums.
+        saved_calls: by call index, the calls that ``consume`` could not add yet.
+        known: by site index, the cotangents that ``consume`` has kept for these calls.
     """
 
     def __init__(
@@ -98,24 +106,30 @@ class Gradients:
         self.graph, self.params, self.ids, self.directed, self.origin = graph, params, ids, directed, origin
         self.found: dict[int, Tensor] = {}
         self._expressions: list[tuple[Tensor, Tensor]] = []
-        self.visits: dict[int, Visit] = {}
+        self.saved_calls: dict[int, SavedCall] = {}
         self.known: dict[int, Tensor] = {}
 
     def add(self, position: int, gradient: Tensor) -> None:
+        """Add to one parameter's gradient; a sum of low precision goes on in float32."""
         if position in self.found:  # a sum in bfloat16 would lose what is a hundred times smaller
             low = gradient.dtype in (torch.float16, torch.bfloat16)
             gradient = self.found[position] + (gradient.float() if low else gradient)
         self.found[position] = gradient
 
     def _keep(self, variable: Tensor, gradient: Tensor) -> None:
+        """Add to the gradient of a parameter, or of an expression of parameters."""
         if id(variable) in self.ids:
             self.add(self.ids[id(variable)], gradient)
         else:
             self._expressions.append((variable, gradient.to(variable.dtype)))
 
-    def visit(self, visit: Visit, cotangents: Mapping[int, Tensor]) -> None:
-        """What a site's call contributes, by its own transposed rule."""
-        for site in self.graph.sites_at[visit.call.index]:
+    def saved(self, saved: SavedCall, cotangents: Mapping[int, Tensor]) -> None:
+        """Add a site's call, by its own transposed rule.
+
+        Args:
+            cotangents: by site index.
+        """
+        for site in self.graph.sites_at[saved.call.index]:
             g = cotangents.get(site.index)
             if g is None:
                 continue
@@ -123,26 +137,30 @@ class Gradients:
             if site.dtype is torch.float16 and g.dtype is torch.float32:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
                 g = (g / unit).half()  # the largest entry one: the rule's products stay within range
-            autocast = torch.autocast(*visit.autocast) if visit.autocast else AS_IT_IS
-            hidden = kept(visit.call.hidden) if visit.call.hidden else AS_IT_IS
-            state = replayed(visit.random) if visit.random is not None else AS_IT_IS
+            autocast = torch.autocast(*saved.autocast) if saved.autocast else AS_IT_IS
+            hidden = kept(saved.call.hidden) if saved.call.hidden else AS_IT_IS
+            state = replayed(saved.random) if saved.random is not None else AS_IT_IS
             try:
                 with state, autocast, hidden:
                     gradients = site.rule.gradients(
-                        visit.call.fn, visit.args, visit.kwargs, site.output, visit.wanted, g
+                        saved.call.fn, saved.args, saved.kwargs, site.output, saved.wanted, g
                     )
             except RuntimeError as error:
                 if (why := refusal(error)) is None:
                     raise
-                raise refused(visit.call.fn, f"its backward: {why}") from error
-            for variable, gradient in zip(visit.variables, gradients, strict=True):
+                raise refused(saved.call.fn, f"its backward: {why}") from error
+            for variable, gradient in zip(saved.variables, gradients, strict=True):
                 if gradient is not None:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)
 
-    def spend(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
-        """What those calls of the record contribute whose cotangents are here; they are taken out of the record."""
-        if record.visits:
-            self.visits, record.visits = {visit.call.index: visit for visit in record.visits}, []
+    def consume(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
+        """Take the calls out of the record, and add those of them whose cotangents are known.
+
+        Args:
+            cotangents: by site index. They are kept for calls that need more of them.
+        """
+        if record.saved_calls:
+            self.saved_calls, record.saved_calls = {saved.call.index: saved for saved in record.saved_calls}, []
         calls = dict.fromkeys(
             self.graph.sites[k].call.index
             for index in cotangents
@@ -152,17 +170,21 @@ class Gradients:
             self.known |= dict.fromkeys((index, *self.graph.shared_by.get(index, ())), g)
         for call in calls:
             sites = self.graph.sites_at[call]
-            if call in self.visits and all(site.index in self.known for site in sites):
-                self.visit(self.visits.pop(call), {site.index: self.known.pop(site.index) for site in sites})
+            if call in self.saved_calls and all(site.index in self.known for site in sites):
+                self.saved(self.saved_calls.pop(call), {site.index: self.known.pop(site.index) for site in sites})
 
-    def direct(self, visit: Visit, d: Tensor) -> None:
-        """What a call contributes whose parameters were guessed example by example: ``sum_n D_n v[n]``."""
-        for variable, v in zip(visit.variables, visit.directions or (), strict=True):
+    def direct(self, saved: SavedCall, d: Tensor) -> None:
+        """Add a call whose parameters were guessed example by example: ``sum_n D_n v[n]``."""
+        for variable, v in zip(saved.variables, saved.directions or (), strict=True):
             self._keep(variable, sum_over_examples(d, v))
 
     def close(self, record: ForwardRecord, share: float = 1.0) -> None:
-        """What no site contributes: guesses for parameters themselves, parameters that the loss reads, and what blocks'
-        own graphs have given."""
+        """Add the gradients that come from no site: of blocks' own reverse graphs, of parameters with guesses of their
+        own, and of parameters that the loss reads itself.
+
+        Args:
+            share: the weight of one guess in the mean of all.
+        """
         for variable, gradient in record.gradients:
             self._keep(variable, gradient)
         record.gradients = []
@@ -176,7 +198,8 @@ class Gradients:
             self.add(position, gradient if part == 1 else gradient * part)
 
     def take(self, positions: Collection[int]) -> dict[int, Tensor]:
-        """The gradients of these parameters, expressions of them included, handed over for good."""
+        """The gradients of these parameters, by position, with those that come through expressions. They leave the
+        sums."""
         through = [p for p in positions if p not in self.directed]
         ready, later = self._expressions, list[tuple[Tensor, Tensor]]()
         if self.origin is not None and ready:
@@ -194,6 +217,12 @@ class Gradients:
 
 
 def sum_over_examples(d: Tensor, v: Tensor) -> Tensor:
-    """``sum_n D_n v[n]``; ``v`` ``[N, *]``, or ``[1, *]`` for the scalar derivative."""
+    """``sum_n D_n v[n]``, ``[*]``.
+
+    Args:
+        d: ``[N]``.
+        v: ``[N, *]``, or ``[1, *]`` for a direction that all examples share.
+    """
     weights = d if v.shape[0] == d.shape[0] else d.sum().expand(v.shape[0])
-    return torch.tensordot(weights.to(v.dtype), v, dims=1)
+    result: Tensor = torch.tensordot(weights.to(v.dtype), v, dims=1)
+    return result

@@ -1,11 +1,13 @@
-"""Finds which dimension holds the examples, and where examples interact, by trials.
+"""Finds by trials which dimension of each tensor holds the examples, and where examples interact.
 
-Some examples get a tangent; the others must not move. A layout that passes is right for every later step in which the
-same derivatives flow; one that fails is replaced by another, or the site is *coupled* and takes the scalar derivative,
-which is always valid, only noisier.
+In a trial some examples get a tangent, and the others must not move. A layout that passes is right for every later step
+in which the same derivatives flow. A layout that fails is replaced by another. If none passes, the site is *coupled*:
+it takes the scalar derivative of the whole batch, which is always valid but noisier.
 
-A layout is a partition of a site's entries. It is right if each part moves the matching part of every cut and no other.
-It need not be the batch as the user thinks of it.
+A layout is a partition of a site's entries. It is right if each part moves the matching part of every cut and no other
+part. The parts need not be the examples that the user has in mind.
+
+A run may carry several tangents at each site. One of them, at all sites, is called a *lane*.
 """
 
 from __future__ import annotations
@@ -19,26 +21,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.sites import Cut, Layout, Shape, Site
+from guessopt.graph import Cut
+from guessopt.layout import Layout, Shape
+from guessopt.sites import Site
 
-#: From a site's output and the numbers of some lanes: the site's tangents in these, ``[lanes, *shape]``.
+#: From a site's output and the numbers of some lanes: the site's tangents in these lanes, ``[lanes, *shape]``.
 Tangents = Callable[[Tensor, Sequence[int]], Tensor]
 
-#: Runs the closure with tangents by the site's index, in as many lanes as the number says; gives the cuts' tangents,
-#: ``[lanes, *shape]`` (None: not moved).
+#: Runs the closure with tangents, by the site's index, in so many lanes. Returns the cuts' tangents, each
+#: ``[lanes, *shape]``, or None for a cut that does not move.
 Push = Callable[[Mapping[int, Tangents], int], list["Tensor | None"]]
 
-#: Tangents that one run carries at most.
-LANES = 8
+#: The most lanes of one run.
+MAX_LANES = 8
 
-#: Trials of parts of a group in the search for one N. The sites left after these are called coupled.
-BUDGET = 128
+#: The most trials of parts of a group in the search for one N. The sites that are left then are coupled.
+MAX_TRIALS = 128
 
-#: Candidates for N that are tried; those that are searched site by site.
-CANDIDATES = 6
-SEARCHED = 2
+#: The most candidates for N that are tried.
+MAX_CANDIDATES = 6
+#: The most candidates for N that are searched site by site.
+MAX_SEARCHED = 2
 
-#: Layouts to prefer others to, by custom: batch-first and batch-major; either of these reversed; both.
+#: By custom, the layouts that are tried after the others: the customs are batch-first and batch-major, one of the two
+#: reversed, and both reversed.
 _CUSTOMS: tuple[frozenset[Layout], ...] = (
     frozenset({Layout.BATCH_SECOND, Layout.FLAT_T}),
     frozenset({Layout.BATCH_SECOND, Layout.FLAT}),
@@ -78,12 +84,14 @@ class Found:
 def batch_candidates(
     sites: Sequence[Site], cuts: Sequence[Cut], given: int | None, others: Sequence[Shape] = ()
 ) -> list[int]:
-    """Possible N, likeliest first: the one that fits most sites and cuts; among equals the cuts' first dimension, then
-    the first dimension of most values. One example would fit anything: it comes last, and only where the loss reads a
-    single row.
+    """Possible N, likeliest first.
 
-    ``given``: the number of losses, where the closure returns several; it comes first. ``others``: shapes of the
-    network's other values.
+    The likeliest N fits most sites and cuts. Among equals it is the cuts' first dimension, then the first dimension of
+    most values. N = 1 fits everything: it comes last, and only if the loss reads a single row.
+
+    Args:
+        given: the number of losses, if the closure returns several. It comes first.
+        others: shapes of the network's other values.
     """
     shapes = [site.shape for site in sites] + [cut.shape for cut in cuts]
     leading = Counter(shape[0] for shape in (*shapes, *others) if shape)
@@ -97,7 +105,7 @@ def batch_candidates(
     possible = [
         n for n in sizes if n > 1 and all(Layout.candidates(cut.shape, n)[0] is not Layout.COUPLED for cut in cuts)
     ]
-    best = sorted(possible, key=lambda n: (n == given, *likelihood(n)), reverse=True)[:CANDIDATES]
+    best = sorted(possible, key=lambda n: (n == given, *likelihood(n)), reverse=True)[:MAX_CANDIDATES]
     return [*best, 1] if rows == 1 or given == 1 else best
 
 
@@ -113,15 +121,15 @@ def find_layouts(
     seed: int = 0,
     known: Found | None = None,
 ) -> Found:
-    """Search; see the module's docstring.
+    """Search for N and the layouts; see the module's docstring.
 
     Args:
         push: runs the closure.
         given, others: see ``batch_candidates``.
         coupled: values of sites known to lie before a batch normalisation.
         doubtful: values of sites that may hold no examples (positions). They have no say in which N it is.
-        seed: of the splits; another one later sees what this one may have missed.
-        known: found earlier: one run confirms it, or the search begins anew.
+        seed: of the choice of examples. A search with another seed may see a leak that this one misses.
+        known: an earlier result. One run confirms it, or the search begins anew.
     """
     search = _Search(sites, cuts, push, coupled, doubtful, seed)
     if known is not None and all(cut.value in known.ends for cut in cuts):
@@ -135,7 +143,7 @@ def find_layouts(
             found.append(search.with_doubtful(hypothesis))
             if search.settles(hypothesis):
                 return search.result(found[-1])
-    for n in candidates[:SEARCHED]:
+    for n in candidates[:MAX_SEARCHED]:
         found.append(search.choose(n))
         if search.settles(found[-1]):
             return search.result(found[-1])
@@ -152,7 +160,12 @@ class _Trial:
 
 
 class _Search:
-    """``core``: the sites that decide on N."""
+    """One search.
+
+    Attributes:
+        free: the sites whose layouts are searched for.
+        core: those of them that decide on N.
+    """
 
     def __init__(
         self,
@@ -169,7 +182,7 @@ class _Search:
         self.core = [s for s in self.free if s.value not in doubtful or s.shape in shapes] or self.free
         self.seed, self.runs = seed, 0
         self.generator = torch.Generator().manual_seed(seed)
-        #: Sites whose output nothing but the loss reads: their tangent is the cut's, so that the cut's layout is right.
+        #: Values of sites that only the loss reads: such a site's tangent is the cut's, and so is its layout.
         self.last = {cut.value for cut in cuts if not cut.shared}
 
     # --- what to try --------------------------------------------------------------------------------------------------
@@ -190,13 +203,13 @@ class _Search:
         return found
 
     def completed(self, known: Found) -> Layouts:
-        """Sites that were none when the layouts were found get the likeliest."""
+        """The known layouts, and the likeliest one for each site that has none."""
         new = {s.value: Layout.candidates(s.shape, known.batch)[0] for s in self.free if s.value not in known.layouts}
         return known.layouts | new
 
     def clean(self, trials: Iterator[_Trial]) -> Iterator[_Trial]:
-        """The trials that pass, in order: the first by itself, since it mostly does; the others once half of the
-        examples has shown which are worth a closer look."""
+        """The trials that pass, in order. The first mostly passes and is tried by itself. Of the others, one run with
+        half of the examples moving shows which are worth a closer look."""
         first = next(trials, None)
         if first is None:
             return
@@ -212,7 +225,8 @@ class _Search:
         return 4 * sum(trial.layouts[site.value] is Layout.COUPLED for site in self.core) <= len(self.core)
 
     def noise(self, trial: _Trial) -> float:
-        """In units of a coupled site's: a site's guess has one derivative for each example, or one for all."""
+        """The noise of the estimate, in units of a coupled site's: such a site has one derivative for all examples, the
+        others one for each."""
         shared = [trial.layouts.get(site.value, Layout.COUPLED) is Layout.COUPLED for site in self.core]
         return sum(1.0 if each else 1 / trial.batch for each in shared)
 
@@ -230,14 +244,14 @@ class _Search:
         return self._completed(n, ends, {}, self.free)
 
     def _completed(self, n: int, ends: list[Layouts], layouts: Layouts, sites: Sequence[Site]) -> _Trial:
-        """``layouts``, and those of more sites, shape by shape. Where no one layout serves a shape, its sites are
-        halved until each leak has its site."""
+        """``layouts`` with those of more sites. Sites of one shape are tried together. If no layout serves them all,
+        they are halved until the sites that leak are found."""
         known = layouts
         groups: dict[Shape, list[Site]] = {}
         for site in sites:
             if site.value not in self.last:
                 groups.setdefault(site.shape, []).append(site)
-        pending, budget, layouts = list(groups.values()), BUDGET, dict(known)
+        pending, budget, layouts = list(groups.values()), MAX_TRIALS, dict(known)
         while pending:
             trials = [
                 (number, _Trial(n, {site.value: layout for site in group}, each))
@@ -285,9 +299,9 @@ class _Search:
     # --- which examples move ------------------------------------------------------------------------------------------
 
     def splits(self, n: int) -> Tensor:
-        """``[lanes, N]``: which examples move in which lane. All examples move in equally many lanes. Two examples with
-        different sets of lanes are told apart: each moves in some lane in which the other does not. Up to N = 6 all
-        sets differ; for larger N about five pairs in six do."""
+        """``[lanes, N]``: which examples move in which lane. All examples move in equally many lanes. Two examples
+        whose sets of lanes differ are told apart: each moves in a lane in which the other does not. Up to N = 6 all
+        sets differ. For larger N about five in six pairs of examples have different sets."""
         lanes = range(min(n, 4))
         codes = torch.zeros(0, len(lanes))
         for on in combinations(lanes, 1 if n < 4 else 2):
@@ -311,8 +325,8 @@ class _Search:
                 same.setdefault((trial.batch, *trial.layouts.items()), []).append(number)
         lanes = [(numbers, row) for numbers in same.values() for row in examples(trials[numbers[0]].batch)]
         clean = [True] * len(trials)
-        for start in range(0, len(lanes), LANES):
-            carried = [lane for lane in lanes[start : start + LANES] if any(clean[number] for number in lane[0])]
+        for start in range(0, len(lanes), MAX_LANES):
+            carried = [lane for lane in lanes[start : start + MAX_LANES] if any(clean[number] for number in lane[0])]
             which = [(trials[numbers[0]].layouts, row) for numbers, row in carried]
             moved = self.push(self._tangents(which), len(carried)) if carried else []
             for k, (numbers, row) in enumerate(carried):
@@ -370,4 +384,5 @@ def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
     size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)
     outside = layout.sum_examples(size, len(moving)).cpu()[moving == 0].sum()
     rounding = min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)
-    return float(outside) <= rounding * float(size.max()) * (size.numel() / len(moving)) ** 0.5
+    result: bool = float(outside) <= rounding * float(size.max()) * (size.numel() / len(moving)) ** 0.5
+    return result

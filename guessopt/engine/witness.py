@@ -1,5 +1,4 @@
-"""Passes that watch each call: ``Witness`` notes the calls through which no tangent has come yet, ``Mixing`` the first
-call after which examples interact."""
+"""Runs in which every call is watched: through which calls has no tangent come yet, and where do examples interact?"""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from guessopt.engine.forward import Pass
-from guessopt.engine.levels import Level
+from guessopt.engine.forward import ForwardRun
+from guessopt.engine.jvp.base import JvpEngine
 from guessopt.sites import name_of
-from guessopt.tracing.graph import Analysis
-from guessopt.tracing.interceptor import results_of, tensors_in
+from guessopt.tracing.analysis import Analysis
+from guessopt.tree import results_of, tensors_in
 
-#: Called before a call with the level and the call's index, function and tensors. May return a function, which is then
-#: called with the tensors that the call has returned.
-Watch = Callable[[Level, int, Callable[..., Any], list[Tensor]], "Callable[[list[Tensor]], None] | None"]
+#: Called before a call, with the engine and the call's index, function and tensors. It may return a function, which is
+#: called after the call with the tensors that this has returned.
+Watch = Callable[[JvpEngine, int, Callable[..., Any], list[Tensor]], "Callable[[list[Tensor]], None] | None"]
 
-#: Products, and how many of their tensors are factors. A factor of zeros stops the tangents of the other factors.
+#: Products -> the number of their tensors that are factors. A factor of zeros stops the other factors' tangents.
 _FACTORS = {"mul": 2, "multiply": 2, "imul": 2, "rmul": 2, "div": 2, "truediv": 2, "matmul": 2, "rmatmul": 2,
             "mm": 2, "bmm": 2, "mv": 2, "linear": 2, "conv1d": 2, "conv2d": 2, "conv3d": 2, "einsum": 9,
             "scaled_dot_product_attention": 3}  # fmt: skip
@@ -29,11 +28,11 @@ _FACTORS = {"mul": 2, "multiply": 2, "imul": 2, "rmul": 2, "div": 2, "truediv": 
 _FLAT = {"sign", "sgn", "round", "floor", "ceil", "trunc", "fix", "heaviside", "zeros_like", "ones_like"}
 
 
-class WatchedPass(Pass):
-    """Shows ``watch`` every call that derivatives pass, with its outputs before they get a guess.
+class WatchedRun(ForwardRun):
+    """Shows ``watch`` every call with derivatives, and its outputs before they get a guess.
 
     Attributes:
-        failure: the exception that the level, not the closure, has raised.
+        failure: the exception that the engine, not the closure, has raised.
     """
 
     watch: Watch | None = None
@@ -42,16 +41,16 @@ class WatchedPass(Pass):
 
     def call(self, index: int, *rest: Any) -> Any:
         if self._at < 0:
-            self._follow(self.level)
+            self._follow(self.engine)
         self._at = index
         return super().call(index, *rest)
 
-    def _follow(self, level: Level) -> None:
-        inner = level.call
+    def _follow(self, engine: JvpEngine) -> None:
+        inner = engine.call
 
         def call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
             read = tensors_in(args, kwargs)
-            see = None if self.watch is None else self.watch(level, self._at, fn, read)
+            see = None if self.watch is None else self.watch(engine, self._at, fn, read)
             try:
                 out = inner(fn, args, kwargs, writes=writes)
             except Exception as error:
@@ -61,7 +60,7 @@ class WatchedPass(Pass):
                 see(results_of(out, read))
             return out
 
-        ends = level.cut
+        ends = engine.cut
 
         def cut(number: int, v: Tensor) -> tuple[Tensor, Tensor]:
             try:
@@ -70,11 +69,15 @@ class WatchedPass(Pass):
                 self.failure = error
                 raise
 
-        level.call, level.cut = call, cut  # type: ignore[method-assign]
+        engine.call, engine.cut = call, cut  # type: ignore[method-assign]
 
 
 class Witness:
-    """Watches several runs. ``asleep``: the calls through which no tangent has come in any of them."""
+    """Watches several runs.
+
+    Attributes:
+        asleep: indices of the calls that tangents have reached, and through which none has come in any run.
+    """
 
     def __init__(self, analysis: Analysis) -> None:
         calls = [analysis.tape.calls[c] for c in analysis.useful - analysis.loss]
@@ -87,18 +90,18 @@ class Witness:
         return frozenset(self._asleep - self._awake)
 
     def watch(
-        self, level: Level, index: int, fn: Callable[..., Any], read: list[Tensor]
+        self, engine: JvpEngine, index: int, fn: Callable[..., Any], read: list[Tensor]
     ) -> Callable[[list[Tensor]], None] | None:
         if index in self._awake or index not in self._open:
             return None
-        moving = [_moves(level.tangent(t)) for t in read]
+        moving = [_moves(engine.tangent(t)) for t in read]
         if not any(moving):
             return None
         factors = read[: _FACTORS.get(name_of(fn), 0)]
-        stopped = any(any(moving[:k] + moving[k + 1 :]) and _is_zero(level.primal(t)) for k, t in enumerate(factors))
+        stopped = any(any(moving[:k] + moving[k + 1 :]) and _is_zero(engine.primal(t)) for k, t in enumerate(factors))
 
         def see(made: list[Tensor]) -> None:
-            passes = not stopped and any(_moves(level.tangent(t)) for t in made)
+            passes = not stopped and any(_moves(engine.tangent(t)) for t in made)
             (self._awake if passes else self._asleep).add(index)
 
         return see
@@ -107,21 +110,25 @@ class Witness:
 class Mixing:
     """Finds the first call after which other examples move than before it.
 
+    Args:
+        moving: ``[N]``, 1 for the examples that have tangents.
+
     Attributes:
-        call: its index and the shape of its output."""
+        call: the call's index and the shape of its output; None until it is found.
+    """
 
     def __init__(self, moving: Tensor) -> None:
         self.moving = moving
         self.call: tuple[int, tuple[int, ...]] | None = None
 
     def watch(
-        self, level: Level, index: int, fn: Callable[..., Any], read: list[Tensor]
+        self, engine: JvpEngine, index: int, fn: Callable[..., Any], read: list[Tensor]
     ) -> Callable[[list[Tensor]], None] | None:
-        if self.call is not None or not all(self._apart(level.tangent(t)) for t in read):
+        if self.call is not None or not all(self._apart(engine.tangent(t)) for t in read):
             return None
 
         def see(made: list[Tensor]) -> None:
-            mixed = next((t for t in made if not self._apart(level.tangent(t))), None)
+            mixed = next((t for t in made if not self._apart(engine.tangent(t))), None)
             if mixed is not None:
                 self.call = index, tuple(mixed.shape)
 

@@ -1,16 +1,17 @@
-"""The estimators: one family a file, all on one contract (``base.py``)."""
+"""The estimators: one family a file, all on one contract (``guessopt.estimator``)."""
 
+from guessopt.estimator import Estimator
 from guessopt.estimators.activation import ActivationPerturbation
 from guessopt.estimators.auto import Auto
-from guessopt.estimators.base import Estimator, describe, estimator_names, make_estimator, register_estimator
 from guessopt.estimators.directional import DirectionalDescent
 from guessopt.estimators.downstream import Downstream, SelfSharpening
-from guessopt.estimators.feedback import LearnedFeedback
 from guessopt.estimators.mixing import ActivationMixing
 from guessopt.estimators.newton_schulz import WPerpNS
 from guessopt.estimators.perp import WPerp
 from guessopt.estimators.precondition import WPreconditioned
 from guessopt.estimators.transpose import WTranspose
+from guessopt.feedback.learned import LearnedFeedback
+from guessopt.registry import describe, estimator_names, make_estimator, register_estimator
 
 __all__ = [
     "ActivationMixing",

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_noise, register_estimator
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import check_noise
+from guessopt.registry import register_estimator
 from guessopt.sites import Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("activation_perturbation")
@@ -19,7 +21,7 @@ class ActivationPerturbation(Estimator):
 
     Args:
         masked: multiply by ``M_i``, the derivative of the activation that follows (Singhal 3.2, second insight). For
-            ReLU this changes no expectation, since the cotangent carries the same mask, and halves the dimension.
+            ReLU this halves the dimension and adds no bias, since the cotangent carries the same mask.
         noise: kind of the entries.
 
     >>> ActivationPerturbation(masked=True).unbiased
@@ -44,14 +46,16 @@ class ActivationPerturbation(Estimator):
     def guided(self) -> bool:  # type: ignore[override]
         return self.masked
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        y = local.noise(local.s.shape, self.noise)
-        m = local.derivative() if self.masked and local.is_elementwise else None
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        y, m = ctx.noise(ctx.s.shape, self.noise), self._mask(ctx)
         return y if m is None else y * m
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        m = local.derivative() if self.masked and local.is_elementwise else None
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        m = self._mask(ctx)
         return g if m is None else g * m * m
+
+    def _mask(self, ctx: SiteContext) -> Tensor | None:
+        return ctx.derivative() if self.masked and ctx.is_elementwise else None
 
     def note(self, site: Site) -> str | None:
         if self.masked and site.segment is not None and site.segment.elementwise is None:

@@ -1,4 +1,4 @@
-"""The choice of a guess left to what the trace finds at each site."""
+"""An estimator for each site, chosen by what the trace finds there."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from guessopt.estimator import Estimator
 from guessopt.estimators.activation import ActivationPerturbation
-from guessopt.estimators.base import Estimator, register_estimator
 from guessopt.estimators.downstream import Downstream
 from guessopt.estimators.perp import WPerp
+from guessopt.registry import register_estimator
 from guessopt.sites import Site
-from guessopt.tracing.local import Local
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("auto")
@@ -20,12 +21,15 @@ from guessopt.tracing.local import Local
 class Auto(Estimator):
     """Picks an estimator for each site; ``preflight`` shows which.
 
-    - A linear layer or convolution of rank above 2k follows, behind whatever operations: ``WPerp(k)``, pulled back
-      through these.
-    - One of lower rank (a narrow layer, the head), of which W-perp would leave out little: ``Downstream()``.
-    - The loss reads the output: the exact error, which is free (isotropic noise with ``exact_last=False``).
-    - None of these, or what follows cannot be run by itself: ``ActivationPerturbation``.
-    - Few parameters against a large output (a norm's scale): each example's parameters, as with any estimator.
+    | the site | estimator |
+    |---|---|
+    | a linear layer or convolution of rank above 2k follows | ``WPerp(k)``, pulled back through the calls between |
+    | one of lower rank follows (a narrow layer, the head) | ``Downstream()``: W-perp would leave out little |
+    | the loss reads the output | the exact error, which is free; with ``exact_last=False`` isotropic noise |
+    | a large output and few parameters (a norm's scale) | each example's parameters, as with any estimator |
+    | any other, or the calls that follow cannot run by themselves | ``ActivationPerturbation()`` |
+
+    In the second row it is ``WPerp(k)`` if the calls that ``Downstream`` would pass cannot run by themselves.
 
     Args:
         k: dimension of the W-perp guesses.
@@ -48,8 +52,8 @@ class Auto(Estimator):
             return ActivationPerturbation() if site.cut is None else self
         return WPerp(k=self.k) if site.rank > 2 * self.k or not site.segment.onward else Downstream()
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        return local.noise(local.s.shape)
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        return ctx.noise(ctx.s.shape)
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor:
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor:
         return g

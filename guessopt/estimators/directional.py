@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_noise, register_estimator
-from guessopt.tracing.local import Local
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import check_noise
+from guessopt.registry import register_estimator
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("directional_descent")
@@ -44,5 +46,5 @@ class DirectionalDescent(Estimator):
     def amplitude(self, entries: int) -> float:
         return entries**-0.5 if self.scaled else 1.0
 
-    def sample(self, state: Any, local: Local) -> Tensor:
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
         raise TypeError("DirectionalDescent guesses parameters, not a site's cotangent")

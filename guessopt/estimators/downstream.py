@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
-from guessopt.sites import Site, SiteGraph
-from guessopt.tracing.graph import FURTHEST
-from guessopt.tracing.local import Local
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import check_debias, check_noise
+from guessopt.graph import SiteGraph
+from guessopt.registry import register_estimator
+from guessopt.sites import MAX_DOWNSTREAM_SITES, Site
+from guessopt.tracing.context import SiteContext
 
 
 @register_estimator("downstream")
@@ -19,12 +21,12 @@ class Downstream(Estimator):
     """``y = J^T e``: noise ``e`` after the activation of the matrix site ``l`` further on, pulled back through that
     part of the network alone (Singhal eq. 7; A.2). In a ReLU MLP, l = 1: ``y = M_i W_{i+1}^T M_{i+1} e``.
 
-    "After the activation" is the input of the matrix site that follows; where none follows (the network's last
-    layers), the noise is at the last matrix site's output: ``y = M_i W_{i+1}^T e`` there. Last site: ``N(0, I)``. Every
-    operation in between is passed, attention, norms and residual branches included, and evaluated once more for it.
+    "After the activation" is the input of the matrix site that follows. In the network's last layers none follows: the
+    noise is then at the last matrix site's output, and ``y = M_i W_{i+1}^T e``. Last site: ``N(0, I)``. The guess
+    passes every operation in between, also attention, norms and residual branches; they are evaluated once more.
 
-    Departure: eq. 7 taken by its index would put the guess at ``x_{i+l}``, which for l = 1 gives ``M_i e``; A.2 ("until
-    the next layer") and the paper's results show that the next layer's weights are meant.
+    Departure from the paper: the index of eq. 7 puts the guess at ``x_{i+l}``, which for l = 1 gives ``M_i e``. A.2
+    ("until the next layer") and the paper's results show that the next layer's weights are meant.
 
     Biased: ``E[y y^T] = J^T J``.
 
@@ -44,20 +46,20 @@ class Downstream(Estimator):
     debias: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.l, int) or not 1 <= self.l <= FURTHEST:
-            raise ValueError(f"l: the number of matrix sites to pass must be 1 to {FURTHEST}, got {self.l}")
+        if not isinstance(self.l, int) or not 1 <= self.l <= MAX_DOWNSTREAM_SITES:
+            raise ValueError(f"l: the number of matrix sites to pass must be 1 to {MAX_DOWNSTREAM_SITES}, got {self.l}")
         check_noise(self.noise)
         check_debias(self.debias, self.noise)
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        way = local.onward(self.l)
-        if way is None:
-            return local.noise(local.s.shape, self.noise)
-        return local.pull_back_from(way, [local.noise(shape, self.noise) for shape in way.shapes])
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        path = ctx.onward(self.l)
+        if path is None:
+            return ctx.noise(ctx.s.shape, self.noise)
+        return ctx.pull_back_from(path, [ctx.noise(shape, self.noise) for shape in path.shapes])  # J^T e
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        way = local.onward(self.l)
-        return g if way is None else local.pull_back_from(way, local.push_forward_to(way, g))
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        path = ctx.onward(self.l)
+        return g if path is None else ctx.pull_back_from(path, ctx.push_forward_to(path, g))  # J^T J g
 
     def reversed_matrices(self, graph: SiteGraph) -> int:
         return self.l

@@ -1,6 +1,6 @@
 """Activation mixing: a guess in the subspace of the activations (Singhal 3.3, eq. 12; A.2).
 
-Letters: n, m examples; x the next matrix site's input, one row an example.
+Letters: n, m examples; j an entry of an example.
 """
 
 from __future__ import annotations
@@ -11,26 +11,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, register_estimator
-from guessopt.sites import Layout, Shape
-from guessopt.tracing.local import Local
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import check_debias, check_noise
+from guessopt.layout import Layout, Shape
+from guessopt.registry import register_estimator
+from guessopt.tracing.context import SiteContext
+
+
+def activation_mixing(a: Tensor, X: Tensor) -> Tensor:
+    """``u[n] = sum_m a_nm X[m]`` (Singhal eq. 12): a random mixture of the batch's activations.
+
+    Args:
+        a: noise, ``[n, m]``.
+        X: the input of the next matrix site, one row for each example, ``[m, j]``.
+    """
+    return a @ X
+
+
+def normalised(y: Tensor, floor: Tensor) -> Tensor:
+    """Each row of ``y`` ``[n, j]`` scaled to the norm ``sqrt(d)``, d its entries; zero where its norm is at most
+    ``floor``. Singhal A.2 normalises "the overall guess"; the norm, that of isotropic noise, is our choice."""
+    norm = y.norm(dim=1, keepdim=True)
+    result: Tensor = y * (y.shape[1] ** 0.5 / norm).masked_fill(norm <= floor, 0.0)
+    return result
 
 
 @register_estimator("activation_mixing")
 @dataclass(frozen=True)
 class ActivationMixing(Estimator):
-    """``y[n] = M (sum_m a_nm x_{i+1}[m])``, ``a ~ N(0, 1)``: a random mixture of the batch's activations, in the
+    """``y[n] = M (sum_m a_nm x_{i+1}[m])``, ``a ~ N(0, 1)``: a random mixture of the batch's activations takes the
     place of ``dL/dx_{i+1}``, which approximately lies in their span (Singhal eq. 12; A.2). Last site: ``N(0, I)``.
 
     ``x_{i+1}`` is the next matrix site's input. Where more than an activation lies between, the mixture is made there
-    and pulled back to the site. An example is mixed as a whole: all its tokens or positions by the same
-    coefficients. Where examples are coupled, the first dimension is taken for theirs.
+    and pulled back to the site. An example is mixed as a whole: the same coefficients serve all its tokens or
+    positions. Where examples are coupled, the first dimension is taken for the examples.
 
     Args:
-        normalise: to norm ``sqrt(d)`` an example, d its entries: that of isotropic noise. (The paper: "we also
-        normalize
-            the overall guess"; the norm is our choice.) Without, ``E[y y^T] = M X^T X M`` for the batch's activations X
-            as rows; with, there is no closed form.
+        normalise: scale each example's guess to the norm ``sqrt(d)``, d its entries, as isotropic noise has it. Then
+            the second moment has no closed form. Without ``normalise`` it is ``M X^T X M``, with the batch's
+            activations as the rows of ``X``.
         noise: kind of the coefficients.
         debias: see ``Estimator.correct``; needs ``normalise=False``.
 
@@ -50,51 +69,49 @@ class ActivationMixing(Estimator):
         if self.debias and self.normalise:
             raise ValueError("debias: a normalised mixture has no second moment in closed form; set normalise=False")
 
-    def sample(self, state: Any, local: Local) -> Tensor:
-        if local.site.is_last:
-            return local.noise(local.s.shape, self.noise)
-        x = local.next_input()
-        layout = _layout_of(x, local)
-        rows = _rows(x, layout, local.examples)
-        a = local.noise((rows.shape[0], rows.shape[0]), self.noise).to(rows.dtype)
-        u = a @ rows  # n m, m j -> n j
-        y = local.pull_back(_unrows(u, layout, tuple(x.shape)))
+    def sample(self, state: Any, ctx: SiteContext) -> Tensor:
+        if ctx.site.is_last:
+            return ctx.noise(ctx.s.shape, self.noise)
+        x = ctx.next_input()
+        layout, n = _layout_of(x, ctx), ctx.examples
+        X = rows(x, layout, n)
+        u = activation_mixing(ctx.noise((len(X), len(X)), self.noise).to(X.dtype), X)
+        y = ctx.pull_back(unrows(u, layout, tuple(x.shape)))
         if not self.normalise:
             return y
-        each = _rows(y, local.site.layout, local.examples)
-        norm = each.norm(dim=1, keepdim=True)
-        scale = (each.shape[1] ** 0.5 / norm).masked_fill(norm <= _rounding(u, local.s), 0.0)
-        return _unrows(each * scale, local.site.layout, tuple(y.shape))
+        return unrows(normalised(rows(y, ctx.site.layout, n), _rounding(u, ctx.s)), ctx.site.layout, tuple(y.shape))
 
-    def second_moment(self, state: Any, local: Local, g: Tensor) -> Tensor | None:
-        if local.site.is_last:
+    def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
+        if ctx.site.is_last:
             return g
         if self.normalise:
             return None
-        x = local.next_input()
-        layout = _layout_of(x, local)
-        rows, v = (_rows(t, layout, local.examples) for t in (x, local.push_forward(g)))
-        return local.pull_back(_unrows((v @ rows.T) @ rows, layout, tuple(x.shape)))
+        x = ctx.next_input()
+        layout, n = _layout_of(x, ctx), ctx.examples
+        X, v = rows(x, layout, n), rows(ctx.push_forward(g), layout, n)
+        return ctx.pull_back(unrows((v @ X.T) @ X, layout, tuple(x.shape)))
 
 
 def _rounding(u: Tensor, s: Tensor) -> Tensor:
-    """The size, an example, of what is left where activations or a mixture of them cancel (a mean of what has been
-    normalised): no direction to be normalised, and another one in every pass. A layer's scale may be as small in half
-    precision, and nearly so in float32."""
+    """Norm of an example's guess below which it is rounding: activations, or a mixture of them, have cancelled.
+
+    Such a rest has no direction, and another value in every pass. In half precision a layer's scale may be as small, so
+    the bound is zero there; in float32 it is close to the smallest scale."""
     share = {torch.float64: 1e-10, torch.float32: 5e-7}.get(u.dtype, 0.0)
-    return torch.maximum(u.norm(), s.norm().to(u.dtype)) * (share / max(len(u), 1) ** 0.5)
+    result: Tensor = torch.maximum(u.norm(), s.norm().to(u.dtype)) * (share / max(len(u), 1) ** 0.5)
+    return result
 
 
-def _layout_of(x: Tensor, local: Local) -> Layout:
-    """Where the examples lie in the next matrix site's input: as at the site, if the shape allows it."""
-    layout, shape = local.site.layout, tuple(x.shape)
-    if layout.fits(shape, local.examples):
+def _layout_of(x: Tensor, ctx: SiteContext) -> Layout:
+    """The layout of the next matrix site's input: that of the site, if the shape allows it."""
+    layout, shape = ctx.site.layout, tuple(x.shape)
+    if layout.fits(shape, ctx.examples):
         return layout
-    return Layout.candidates(shape, local.examples)[0]
+    return Layout.candidates(shape, ctx.examples)[0]
 
 
-def _rows(t: Tensor, layout: Layout, n: int) -> Tensor:
-    """One row an example, ``[N, *]``; coupled: a row for each index of the first dimension."""
+def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
+    """One row for each example, ``[n, j]``; coupled: one row for each index of the first dimension."""
     if layout is Layout.BATCH_SECOND:
         return t.transpose(0, 1).reshape(n, -1)
     if layout is Layout.FLAT:
@@ -104,11 +121,11 @@ def _rows(t: Tensor, layout: Layout, n: int) -> Tensor:
     return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
 
 
-def _unrows(rows: Tensor, layout: Layout, shape: Shape) -> Tensor:
-    """Back to the shape that ``_rows`` was given."""
-    n = rows.shape[0]
+def unrows(r: Tensor, layout: Layout, shape: Shape) -> Tensor:
+    """Back to the shape that ``rows`` was given."""
+    n = r.shape[0]
     if layout is Layout.BATCH_SECOND:
-        return rows.reshape(n, shape[0], *shape[2:]).transpose(0, 1)
+        return r.reshape(n, shape[0], *shape[2:]).transpose(0, 1)
     if layout is Layout.FLAT_T:
-        return rows.reshape(n, shape[0] // n, *shape[1:]).transpose(0, 1).reshape(shape)
-    return rows.reshape(shape)
+        return r.reshape(n, shape[0] // n, *shape[1:]).transpose(0, 1).reshape(shape)
+    return r.reshape(shape)

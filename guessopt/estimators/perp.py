@@ -1,44 +1,80 @@
 """W-perp: noise in the span of the top-k right singular vectors of W~ (Wang 3.1).
 
-Letters: b block (convolution group), k basis vector, o output row, i input column, n example.
+Letters: b block (convolution group), k basis vector, o output row, i input column.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
-from guessopt.estimators.transpose import moment_through, pull_back_noise
-from guessopt.linalg import masked_right_basis, refined_right_basis, right_singular_basis
-from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local, alike
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import (
+    check_choice,
+    check_debias,
+    check_dimension,
+    check_noise,
+    check_rank,
+    check_refresh,
+)
+from guessopt.estimators.masked import (
+    bottom_of_examples,
+    is_masked_linear,
+    linear_weight,
+    mask_of,
+    project,
+    span,
+    top_of_examples,
+    w_perp_masked,
+    w_perp_masked_moment,
+)
+from guessopt.estimators.transpose import Jacobian, Matrices, matrices, moment_through, noise_at, w_transpose
+from guessopt.linalg import refined_right_basis, right_singular_basis
+from guessopt.registry import register_estimator
+from guessopt.sites import Site
+from guessopt.tracing.context import SiteContext
 
 #: Basis vectors kept beyond k: subspace iteration converges with the ratio of singular values that far apart.
 OVERSAMPLING = 10
 
 
+def w_perp(z: Sequence[Tensor], V: Matrices, M: Jacobian) -> Any:
+    """``y = M V_k z`` (Wang 3.1, eq. 8): ``W^T`` with its k largest singular values set to 1 and the others to 0.
+
+    The paper draws ``e ~ N(0, I_o)`` and forms ``V_k U_k^T e``. Here ``z = U_k^T e``, which is ``N(0, I_k)``.
+
+    Args:
+        z: noise for each matrix site, k entries at each position.
+        V: the vectors as rows, ``[b, k, i]``.
+        M: as in ``w_transpose``.
+    """
+    return w_transpose(z, V, M)
+
+
 @register_estimator("w_perp")
 @dataclass(frozen=True)
 class WPerp(Estimator):
-    """``y = V_k z``, ``z ~ N(0, I_k)``: all singular values of W~ above the k-th mapped to 1, the rest
-    to 0 (Wang eq. 8).
+    """``y = V_k z``, ``z ~ N(0, I_k)``: the k largest singular values of W~ are set to 1, the others to 0 (Wang eq. 8).
 
     Last site: ``N(0, I)``. For a convolution the filter bank is the matrix: k orthonormal filters take W's place.
 
     Args:
         k: dimension of the guess; clipped to the site's rank.
-        basis: ``"shared"``: the SVD of ``W_{i+1}`` alone, cached, then pulled back: ``y = M V_k z`` (a departure, for
-            speed). ``"masked"``: ``M V_k (V_k^T M^2 V_k)^{-1/2}`` up to a rotation of z: orthonormal per example where
-            ``M`` is 0/1. ``"example"``: the paper's, the top k of ``W M_n`` for each example, from the weights as they
-            are now; held to the captured energy ``||W M V||^2``, within 5e-3 of the exact one
-        (``linalg.masked_right_basis``). select: ``"top"``, or ``"bottom"``: the smallest singular values (Wang Table
-            2's control). With ``basis="example"`` these are units where ``M`` is 0, exactly in the null space; examples
-            that have fewer than k of them take an eigendecomposition each, which is slow.
-        refresh: steps between SVDs.
+        basis: whose singular vectors. ``M`` is the derivative of the activation after the site.
+
+            - ``"shared"``: those of ``W_{i+1}`` alone, cached, then pulled back: ``y = M V_k z`` (a departure, for
+              speed).
+            - ``"masked"``: ``y = M V_k (V_k^T M^2 V_k)^{-1/2} z``: orthonormal for each example where ``M`` is 0 or 1.
+            - ``"example"``: the paper's, those of ``W M_n`` for each example, from the weights as they are now. The
+              captured energy ``||W M V||^2`` is within 5e-3 of the exact one (``linalg.masked_right_basis``).
+        select: ``"top"``, or ``"bottom"`` for the smallest singular values (the control of Wang Table 2). With
+            ``basis="example"`` these are units where ``M`` is 0, exactly in the null space. An example with fewer than
+            k such units needs an eigendecomposition, which is slow.
+        refresh: steps between updates of the cached basis: the first takes an eigendecomposition, later ones take
+            subspace iteration from the basis before.
         noise: kind of ``z``'s entries.
         debias: see ``Estimator.correct``; changes nothing where the guess is orthonormal.
 
@@ -60,12 +96,9 @@ class WPerp(Estimator):
     debias: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k: the guess needs at least one dimension, got {self.k}")
-        if self.basis not in ("shared", "masked", "example"):
-            raise ValueError(f"basis: {self.basis!r} is not one of shared, masked, example")
-        if self.select not in ("top", "bottom"):
-            raise ValueError(f"select: {self.select!r} is not one of top, bottom")
+        check_dimension(self.k)
+        check_choice("basis", self.basis, "shared", "masked", "example")
+        check_choice("select", self.select, "top", "bottom")
         check_refresh(self.refresh)
         check_noise(self.noise)
         check_debias(self.debias, self.noise)
@@ -74,143 +107,59 @@ class WPerp(Estimator):
     def prepares(self) -> bool:
         return True
 
-    def prepare(
-        self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: list[Tensor] | None = None
-    ) -> list[Tensor]:
-        """``V_k`` of each next matrix as rows, ``[b, k, i]``; a few rows more, unused, for the next
-        refresh to start from."""
+    def prepare(self, site: Site, weights: Matrices, previous: list[Tensor] | None = None) -> list[Tensor]:
+        """``V_k`` of each next matrix as rows, ``[b, k, i]``, and a few more for the next refresh to start from."""
         if self.select == "bottom":
             return [right_singular_basis(w, self.k, smallest=True) for _, w in weights]
         if previous is None:
             return [right_singular_basis(w, self.k + OVERSAMPLING) for _, w in weights]
         return [refined_right_basis(w, rows) for (_, w), rows in zip(weights, previous, strict=True)]
 
-    def sample(self, state: list[Tensor] | None, local: Local) -> Tensor:
-        if local.site.is_last or state is None:
-            return local.noise(local.s.shape, self.noise)
-        if self._masks(local.site):
-            return (
-                self._of_examples(state[0][0], local)
-                if self.basis == "example"
-                else masked(state[0][0, : self.k], local, self.noise)
-            )
-        return pull_back_noise(local, self._rows(state, local), self.noise)
-
-    def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        if local.site.is_last or state is None:
-            return g
-        if not self._masks(local.site):
-            return moment_through(local, self._rows(state, local), g)
+    def sample(self, state: list[Tensor] | None, ctx: SiteContext) -> Any:
+        if ctx.site.is_last or state is None:
+            return ctx.noise(ctx.s.shape, self.noise)
+        if not self._is_masked(ctx.site):
+            V = self._rows(state, ctx)
+            return w_perp(noise_at(V, ctx, self.noise), V, lambda u: ctx.pull_back(u, spent=True))
         if self.basis == "masked":
-            return masked_moment(state[0][0, : self.k], local, g)
-        if self.select == "bottom":
-            chosen, rows = self._inactive(local)
-            u = g * chosen
-        else:
-            u, rows = torch.zeros_like(g), self._top(state[0][0], local)
+            M, v = mask_of(ctx), state[0][0, : self.k]
+            return w_perp_masked(ctx.noise((*M.shape[:-1], len(v)), self.noise), v, M)
+        units, rows = self._basis_of_examples(state, ctx)
+        y: Any = 0 if units is None else ctx.noise(ctx.s.shape, self.noise) * units
         if rows is not None:
-            u = u + project(rows, g)
-        return u
+            y = y + span(ctx.noise(tuple(rows.shape[:2]), self.noise), rows).reshape(ctx.s.shape)
+        return y
+
+    def second_moment(self, state: list[Tensor] | None, ctx: SiteContext, g: Any) -> Any:
+        if ctx.site.is_last or state is None:
+            return g
+        if not self._is_masked(ctx.site):
+            return moment_through(ctx, self._rows(state, ctx), g)
+        if self.basis == "masked":
+            return w_perp_masked_moment(g, state[0][0, : self.k], mask_of(ctx))
+        units, rows = self._basis_of_examples(state, ctx)
+        u = 0 if units is None else g * units
+        return u if rows is None else u + project(g, rows)
+
+    def _rows(self, state: list[Tensor], ctx: SiteContext) -> Matrices:
+        return matrices([rows[:, : self.k] for rows in state], ctx)
+
+    def _basis_of_examples(self, state: list[Tensor], ctx: SiteContext) -> tuple[Tensor | None, Tensor | None]:
+        """Marked units, and rows ``[n, k, i]``: together an orthonormal basis for each example."""
+        W, M = linear_weight(ctx), mask_of(ctx)
+        if self.select == "bottom":
+            return bottom_of_examples(W, M, self.k)
+        return None, top_of_examples(W, M, state[0][0], self.k)
+
+    def _is_masked(self, site: Site) -> bool:
+        return self.basis != "shared" and is_masked_linear(site)
+
+    # --- reporting ----------------------------------------------------------------------------------------------------
 
     def note(self, site: Site) -> str | None:
-        if self.basis != "shared" and site.segment is not None and not self._masks(site):
+        if self.basis != "shared" and site.segment is not None and not self._is_masked(site):
             return f"shared basis: basis={self.basis!r} needs an elementwise path to a linear layer"
         return None
 
     def check(self, sites: tuple[Site, ...]) -> None:
-        ranks = [site.rank for site in sites if not site.is_last]
-        # The default serves every model, a two-class head included; a k that somebody chose is a mistake to report.
-        if ranks and self.k > max(ranks) and self.k != type(self).k:
-            raise ValueError(
-                f"k: {self.k} exceeds the rank of every site (the largest is {max(ranks)}); choose k <= {max(ranks)}"
-            )
-
-    def _masks(self, site: Site) -> bool:
-        return self.basis != "shared" and is_masked_linear(site)
-
-    def _rows(self, state: list[Tensor], local: Local) -> list[tuple[Matrix, Tensor]]:
-        assert local.site.segment is not None
-        return [(m, rows[:, : self.k]) for m, rows in zip(local.site.segment.matrices, state, strict=True)]
-
-    def _of_examples(self, rows: Tensor, local: Local) -> Tensor:
-        if self.select == "bottom":
-            chosen, few = self._inactive(local)
-            y = local.noise(local.s.shape, self.noise) * chosen
-        else:
-            y, few = local.s.new_zeros(local.s.shape), self._top(rows, local)
-        if few is None:
-            return y
-        z = local.noise((few.shape[0], few.shape[1]), self.noise)
-        return y + (alike(z, few)[:, None] @ few)[:, 0].reshape(y.shape)  # n k, n k i -> n i
-
-    def _top(self, rows: Tensor, local: Local) -> Tensor:
-        """``V_k`` of ``W M_n``, rows; ``[n, k, i]``, n every leading index of ``s``."""
-        (_, w), m = local.weights()[0], local.derivative()
-        mask = local.s.new_ones(local.s.shape) if m is None else m.to(local.s.dtype)
-        return masked_right_basis(w[0], mask.reshape(-1, mask.shape[-1]), rows, self.k)
-
-    def _inactive(self, local: Local) -> tuple[Tensor, Tensor | None]:
-        """The first k units of each example where ``M`` is 0, as a mask; and, where some have fewer, the bottom k right
-        singular vectors of ``W M_n`` of those that do (zero for the others), ``[n, k, i]``."""
-        m = local.derivative()
-        zero = local.s.new_zeros(local.s.shape, dtype=torch.bool) if m is None else m == 0
-        chosen = zero & (zero.cumsum(-1) <= self.k)
-        short = chosen.sum(-1) < min(self.k, zero.shape[-1])
-        chosen = chosen & ~short[..., None]
-        if not bool(short.any()):
-            return chosen, None
-        (_, w), k = local.weights()[0], min(self.k, zero.shape[-1])
-        mask = local.s.new_ones(local.s.shape) if m is None else m.to(local.s.dtype)
-        wm = w * mask[short][:, None]  # n o i
-        wm = wm if wm.dtype is torch.float64 else wm.float()
-        rows = torch.linalg.eigh(wm.mT @ wm)[1][..., :k].mT.to(w.dtype)
-        found = w.new_zeros((short.numel(), k, w.shape[-1]))
-        found[short.flatten()] = rows
-        return chosen, found
-
-
-def is_masked_linear(site: Site) -> bool:
-    """Whether ``W~ = W M`` with a diagonal ``M``: an elementwise path to one linear layer (or stacked ones)."""
-    segment = site.segment
-    if segment is None or segment.elementwise is None or len(segment.matrices) != 1:
-        return False
-    m = segment.matrices[0]
-    return m.rule.geometry(m.call) == "linear"
-
-
-def project(rows: Tensor, g: Tensor) -> Tensor:
-    """``V V^T g`` for each index before the last; rows ``[n, k, i]``, orthonormal."""
-    flat = alike(g, rows).reshape(-1, g.shape[-1], 1)
-    return (rows.mT @ (rows @ flat))[..., 0].reshape(g.shape)
-
-
-def masked(v: Tensor, local: Local, noise: str) -> Tensor:
-    """``M V^T (V M^2 V^T)^{-1/2} z`` for shared rows ``v`` ``[k, i]``: noise in the span of ``M V^T``."""
-    m = local.derivative()
-    z = local.noise((*local.s.shape[:-1], v.shape[0]), noise)
-    # L^-T z in place of (L L^T)^{-1/2} z: the two differ by a rotation of z, so y has the same distribution.
-    factor = _factor(v, m, local.s)
-    z = torch.linalg.solve_triangular(factor.mT, z[..., None].to(factor.dtype), upper=True)[..., 0]
-    y = z.to(v.dtype) @ v
-    return y if m is None else y * m
-
-
-def masked_moment(v: Tensor, local: Local, g: Tensor) -> Tensor:
-    """``E[y y^T] g`` of ``masked``: the projection on the span of ``M V^T``."""
-    m = local.derivative()
-    vt_m_g = alike(g if m is None else g * m, v) @ v.T
-    factor = _factor(v, m, local.s)
-    u = torch.cholesky_solve(vt_m_g[..., None].to(factor.dtype), factor)[..., 0].to(v.dtype) @ v
-    return u if m is None else u * m
-
-
-def _factor(v: Tensor, m: Tensor | None, s: Tensor) -> Tensor:
-    """Lower Cholesky factor of ``V M^2 V^T``, per example; ``[..., k, k]``."""
-    k = v.shape[0]
-    squares = s.new_ones(s.shape) if m is None else (m * m).to(v.dtype)
-    pairs = (v[:, None, :] * v[None, :, :]).reshape(k * k, -1)
-    gram = (squares @ pairs.T).reshape(*s.shape[:-1], k, k)
-    # An example with fewer than k active units has a singular Gram matrix: a ridge far below any real eigenvalue.
-    wide = gram if gram.dtype is torch.float64 else gram.float()
-    ridge = 10 * torch.finfo(v.dtype).eps * torch.eye(k, dtype=wide.dtype, device=v.device)
-    return torch.linalg.cholesky_ex(wide + ridge)[0]
+        check_rank(self.k, type(self).k, sites)

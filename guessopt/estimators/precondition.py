@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from guessopt.estimators.base import Estimator, check_debias, check_noise, check_refresh, register_estimator
-from guessopt.estimators.perp import is_masked_linear, masked, masked_moment
-from guessopt.estimators.transpose import moment_through, pull_back_noise
+from guessopt.estimator import Estimator
+from guessopt.estimators.checks import check_choice, check_debias, check_noise, check_refresh
+from guessopt.estimators.masked import is_masked_linear, linear_weight, mask_of, w_perp_masked, w_perp_masked_moment
+from guessopt.estimators.transpose import Matrices, matrices, moment_through, pull_back_noise
 from guessopt.linalg import of_singular_values
-from guessopt.sites import Matrix, Site
-from guessopt.tracing.local import Local
+from guessopt.registry import register_estimator
+from guessopt.sites import Site
+from guessopt.tracing.context import SiteContext
+
+
+def w_preconditioned(W: Tensor) -> Tensor:
+    """``U V^T`` of ``W = U S V^T``, so that ``y = V U^T e`` (Wang 3.3, eqs. 11 to 16); ``[b, o, i]``.
+
+    The paper's ``(W_s^T W_s)^{-1/2} W_s^T`` with ``W_s = U (S^2 + sigma I)^{1/2} V^T`` equals ``V U^T`` for any
+    ``sigma``.
+    """
+    return of_singular_values(W, torch.ones_like)
 
 
 @register_estimator("w_preconditioned")
@@ -22,20 +33,20 @@ class WPreconditioned(Estimator):
     """``y = (W~_s^T W~_s)^{-1/2} W~_s^T e = V U^T e`` for ``W~_s = U (S^2 + sigma I)^{1/2} V^T`` (Wang eqs. 11 to 16).
     Last site: ``N(0, I)``.
 
-    ``E[y y^T] = V V^T``: the identity where ``W~`` has at least as many rows as columns; before a narrower layer (a
-    10-wide head) the projection on its row space. That holds the true cotangent ``W~^T g_{i+1}`` wherever the next
-    matrix site is the only way on: unbiased on a chain of layers, not beside a residual branch.
+    ``E[y y^T] = V V^T``. This is the identity where ``W~`` has at least as many rows as columns. Before a narrower
+    layer (a 10-wide head) it is the projection on the row space of ``W~``. That space holds the true cotangent
+    ``W~^T g_{i+1}`` if the next matrix site is the only way on: the estimate is unbiased on a chain of layers, not
+    beside a residual branch.
 
-    Neither an SVD nor ``sigma`` is needed for a linear layer behind an elementwise path: a square ``V`` has the same
-    noise for every rotation, so ``y ~ N(0, I)`` where ``W~`` is tall or square, and the row space of ``W M_n`` is
-    spanned by the few rows of a wide one. (Departure: where ``W M_n`` has fewer active units than rows, the paper
-    completes ``V`` at random; here the completion is left out.)
+    A linear layer behind an elementwise path needs no SVD. For a square ``V`` the noise ``V U^T e`` is ``N(0, I)``. The
+    row space of a wide ``W M_n`` is spanned by its few rows. Departure from the paper: where ``W M_n`` has fewer active
+    units than rows, the paper completes ``V`` at random, and this class does not.
 
     Args:
-        sigma: makes the paper's inverse exist; it cancels, any positive value gives the same guess.
+        sigma: makes the paper's inverse exist. It cancels: any positive value gives the same guess.
         basis: ``"example"``: the paper's, as above. ``"shared"``: ``y = M V U^T e`` from the SVD of ``W_{i+1}`` alone,
-            cached; less noise, since inactive units get none, and no bias from that where ``M`` is 0/1. Convolutions
-            and other paths have the shared form only.
+            cached. It has less noise, since inactive units get none, and where ``M`` is 0 or 1 that adds no bias.
+            Convolutions and other paths have the shared form only.
         refresh: steps between SVDs (shared form).
         noise: kind of ``e``'s entries.
         debias: see ``Estimator.correct``.
@@ -56,8 +67,7 @@ class WPreconditioned(Estimator):
     def __post_init__(self) -> None:
         if not self.sigma > 0:
             raise ValueError(f"sigma: must be positive, got {self.sigma}")
-        if self.basis not in ("shared", "example"):
-            raise ValueError(f"basis: {self.basis!r} is not one of shared, example")
+        check_choice("basis", self.basis, "shared", "example")
         check_refresh(self.refresh)
         check_noise(self.noise)
         check_debias(self.debias, self.noise)
@@ -66,52 +76,47 @@ class WPreconditioned(Estimator):
     def prepares(self) -> bool:
         return True
 
-    def prepare(
-        self, site: Site, weights: list[tuple[Matrix, Tensor]], previous: list[Tensor] | None = None
-    ) -> list[Tensor] | None:
-        """``U V^T`` of each next matrix, ``[b, o, i]``; None where it is not needed."""
-        if self._is_of_examples(site):
-            return None
-        return [of_singular_values(w, torch.ones_like) for _, w in weights]
+    def prepare(self, site: Site, weights: Matrices, previous: list[Tensor] | None = None) -> list[Tensor] | None:
+        """``U V^T`` of each next matrix, ``[b, o, i]``; None where the guess does not need it."""
+        return None if self._is_masked(site) else [w_preconditioned(w) for _, w in weights]
 
-    def sample(self, state: list[Tensor] | None, local: Local) -> Tensor:
-        if local.site.is_last or self._is_complete(local.site):
-            return local.noise(local.s.shape, self.noise)
-        if self._is_of_examples(local.site):
-            return masked(self._rows(local), local, self.noise)
-        return pull_back_noise(local, self._polar(state, local), self.noise)
+    def sample(self, state: list[Tensor] | None, ctx: SiteContext) -> Any:
+        if ctx.site.is_last or self._is_isotropic(ctx.site):
+            return ctx.noise(ctx.s.shape, self.noise)
+        if not self._is_masked(ctx.site):
+            return pull_back_noise(ctx, self._polar(state, ctx), self.noise)
+        M, V = mask_of(ctx), _unit_rows(linear_weight(ctx))
+        return w_perp_masked(ctx.noise((*M.shape[:-1], len(V)), self.noise), V, M)
 
-    def second_moment(self, state: list[Tensor] | None, local: Local, g: Tensor) -> Tensor | None:
-        if local.site.is_last or self._is_complete(local.site):
+    def second_moment(self, state: list[Tensor] | None, ctx: SiteContext, g: Any) -> Any:
+        if ctx.site.is_last or self._is_isotropic(ctx.site):
             return g
-        if self._is_of_examples(local.site):
-            return masked_moment(self._rows(local), local, g)
-        return moment_through(local, self._polar(state, local), g)
+        if not self._is_masked(ctx.site):
+            return moment_through(ctx, self._polar(state, ctx), g)
+        return w_perp_masked_moment(g, _unit_rows(linear_weight(ctx)), mask_of(ctx))
+
+    def _is_masked(self, site: Site) -> bool:
+        return self.basis == "example" and is_masked_linear(site)
+
+    def _is_isotropic(self, site: Site) -> bool:
+        """Whether ``V`` is square."""
+        if site.segment is None or not self._is_masked(site):
+            return False
+        m = site.segment.matrices[0]
+        return m.rule.rank(m) == m.x_shape[-1]
+
+    @staticmethod
+    def _polar(state: list[Tensor] | None, ctx: SiteContext) -> Matrices:
+        return matrices([w_preconditioned(w) for _, w in ctx.weights()] if state is None else state, ctx)
 
     def note(self, site: Site) -> str | None:
         if self.basis == "example" and site.segment is not None and not is_masked_linear(site):
             return "shared basis: basis='example' needs an elementwise path to a linear layer"
         return None
 
-    def _is_of_examples(self, site: Site) -> bool:
-        return self.basis == "example" and is_masked_linear(site)
 
-    def _is_complete(self, site: Site) -> bool:
-        """``V`` is square: the guess is isotropic."""
-        if site.segment is None or not self._is_of_examples(site):
-            return False
-        m = site.segment.matrices[0]
-        return m.rule.rank(m) == m.x_shape[-1]
-
-    @staticmethod
-    def _rows(local: Local) -> Tensor:
-        w = local.weights()[0][1][0]
-        size = w.norm(dim=1).mean().clamp_min(torch.finfo(w.dtype).tiny)  # a weight of zeros has no size
-        return w / size  # of the size of an orthonormal basis, for the ridge in the factor
-
-    @staticmethod
-    def _polar(state: list[Tensor] | None, local: Local) -> list[tuple[Matrix, Tensor]]:
-        assert local.site.segment is not None
-        if state is None:
-            state = [of_singular_values(w, torch.ones_like) for _, w in local.weights()]
-        return list(zip(local.site.segment.matrices, state, strict=True))
+def _unit_rows(W: Tensor) -> Tensor:
+    """``W`` with rows of mean length 1, as those of an orthonormal basis, so that the ridge in the factor fits."""
+    size = W.norm(dim=1).mean().clamp_min(torch.finfo(W.dtype).tiny)  # a weight of zeros has no size
+    result: Tensor = W / size
+    return result

@@ -1,208 +1,57 @@
 """A function mode that sees every torch call of a closure.
 
 Parameters are recognised by identity, so ``F.linear`` in a plain function is seen as well as ``nn.Linear``. A call
-whose tensors are all parameters, or computed from parameters alone, is a *parameter expression* (``W.t()``, ``1 + w``):
-it records an ordinary autograd graph, which never contains an activation.
+whose tensors are all parameters, or computed from parameters alone, is a *parameter expression* (``W.t()``, ``1 + w``).
+It records an ordinary autograd graph, which never contains an activation.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from numbers import Number
-from types import FunctionType
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _pop_mode, handle_torch_function
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import CheckpointFunction
+from torch.overrides import TorchFunctionMode, _pop_mode
 
 from guessopt.errors import ClosureError, refusal, refused
 from guessopt.exclusive import Interrupts, interrupts_now, running
-from guessopt.sites import is_differentiable
-
-
-def tensors_in(args: Any, kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """The tensors among arguments, in the order of ``torch.utils._pytree``, without its cost.
-
-    >>> [t.item() for t in tensors_in(([torch.tensor(1)], torch.tensor(2)), {"a": torch.tensor(3)})]
-    [1, 2, 3]
-    """
-    found: list[Tensor] = []
-    _collect(args, found)
-    if kwargs:
-        _collect(kwargs, found)
-    return found
-
-
-def _collect(node: Any, found: list[Tensor]) -> None:
-    if isinstance(node, Tensor):
-        found.append(node)
-    elif isinstance(node, (tuple, list)):
-        for item in node:
-            if isinstance(item, Tensor):
-                found.append(item)
-            elif isinstance(item, (tuple, list, dict)):
-                _collect(item, found)
-    elif isinstance(node, dict):
-        for item in node.values():
-            _collect(item, found)
-
-
-def results_of(out: Any, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors that a call has returned; without any, the one that it has written."""
-    if isinstance(out, Tensor):
-        return [out]
-    return tensors_in((out,)) if out is not None else tensors[:1]
-
-
-def map_tensors(node: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """``node`` with ``f(t)`` in place of each tensor ``t``, in nested tuples, lists and dicts."""
-    if isinstance(node, Tensor):
-        return f(node)
-    if isinstance(node, (tuple, list)):
-        items = [f(item) if isinstance(item, Tensor) else map_tensors(item, f) for item in node]
-        if type(node) is tuple:
-            return tuple(items)
-        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-    if isinstance(node, dict):
-        return {key: map_tensors(item, f) for key, item in node.items()}
-    return node
-
-
-def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], list[Any]]:
-    """The tensors among arguments, in order; and the arguments' outline: nested lists in which the class ``Tensor``
-    replaces each tensor, numbers and names stay, and the type replaces any other object.
-
-    >>> split((torch.zeros(1), (2, torch.ones(1))), {"dim": 0})
-    ([tensor([0.]), tensor([1.])], [<class 'torch.Tensor'>, [2, <class 'torch.Tensor'>], ['dim', 0]])
-    """
-    tensors: list[Tensor] = []
-    outline = _outline(args, tensors)
-    if kwargs:
-        outline.append(_outline_of_dict(kwargs, tensors))
-    return tensors, outline
-
-
-#: Kinds of arguments that are most often met, and that hold nothing else.
-_ATOMS: set[type] = {bool, int, float, str, type(None), torch.dtype, torch.device, type(...)}
-
-
-def _outline(node: Iterable[Any], tensors: list[Tensor]) -> list[Any]:
-    found: list[Any] = []
-    for item in node:
-        kind = type(item)
-        if kind is Tensor or (kind not in _ATOMS and isinstance(item, Tensor)):
-            tensors.append(item)
-            found.append(Tensor)
-        elif kind in _ATOMS:
-            found.append(item)
-        elif isinstance(item, (tuple, list)):
-            found.append(_outline(item, tensors))
-        elif isinstance(item, dict):
-            found.append(_outline_of_dict(item, tensors))
-        else:  # of other objects (an array of numpy, a profiler's record) the type: they may not be compared
-            found.append(item if kind in _COMPARED else _recorded(item))
-    return found
-
-
-def _recorded(item: Any) -> Any:
-    """What stands for an argument that is neither a tensor nor one of the usual kinds."""
-    kind = type(item)
-    if _is_number(kind):
-        return item
-    numpy = sys.modules.get("numpy")
-    return item.item() if numpy is not None and isinstance(item, numpy.generic) else kind
-
-
-def _outline_of_dict(node: Mapping[Any, Any], tensors: list[Tensor]) -> list[Any]:
-    found: list[Any] = []
-    for key, item in node.items():
-        found.append(key)
-        if type(item) in _ATOMS:
-            found.append(item)
-        else:
-            found += _outline((item,), tensors)
-    return found
-
-
-#: Kinds of arguments that are kept to be compared; of others only the kind is.
-_COMPARED: set[type] = {
-    bool, int, float, complex, str, type(None), type(...), slice,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-}  # fmt: skip
-
-
-def compared(outline: list[Any], recorded: list[Any]) -> bool | None:
-    """Whether a call has the recorded arguments: True; None if only numbers differ (a weight, an index); False if
-    anything else differs (a flag, a name, the number of arguments).
-
-    >>> compared([1, 0.5, True], [1, 0.5, True]), compared([1, 0.25, True], [1, 0.5, True])
-    (True, None)
-    >>> compared([1, 0.5, False], [1, 0.5, True])
-    False
-    """
-    if len(outline) != len(recorded):
-        return False
-    answer: bool | None = True
-    for given, known in zip(outline, recorded, strict=True):
-        found = _compared(given, known)
-        if found is False:
-            return False
-        if found is None:
-            answer = None
-    return answer
-
-
-def _compared(given: Any, known: Any) -> bool | None:
-    if given is known:
-        return True
-    kind = type(given)
-    if kind is list and type(known) is list:
-        return compared(given, known)
-    if kind is slice and type(known) is slice:
-        ends = [given.start, given.stop, given.step], [known.start, known.stop, known.step]
-        return compared(*ends)
-    if _is_number(kind) and _is_number(type(known)):
-        return True if given == known or (given != given and known != known) else None
-    if kind in _COMPARED:
-        return kind is type(known) and bool(given == known)
-    return False
-
-
-def _is_number(kind: type) -> bool:
-    return kind is not bool and issubclass(kind, Number)  # numpy's too
-
-
-class NoGrad:
-    """``torch.no_grad()`` at a fraction of its cost, which a pass would pay at every call."""
-
-    def __init__(self) -> None:
-        self._before: list[bool] = []
-
-    def __enter__(self) -> None:
-        self._before.append(torch.is_grad_enabled())
-        torch._C._set_grad_enabled(False)
-
-    def __exit__(self, *error: object) -> None:
-        torch._C._set_grad_enabled(self._before.pop())
-
-
-#: A context that does nothing: one object for all calls, for speed.
-AS_IT_IS = nullcontext[None]()
+from guessopt.tracing.answers import (
+    ANSWERS,
+    FREEZING,
+    GETTER,
+    GRAD_FN,
+    IN_NO_GRAPH,
+    IS_LEAF,
+    REQUIRES_GRAD,
+    VIEWS,
+    attention,
+    module_hook,
+    refuse_freezing,
+    uncompiled,
+    visible_functions,
+)
+from guessopt.tracing.functions import NoGrad
+from guessopt.tree import split
 
 
 class Interceptor(TorchFunctionMode):
-    """Hands each torch call to ``call``, with its tensors and the outline of its arguments.
+    """Hands each torch call of a closure to ``call``, with its tensors and the outline of its arguments.
 
     Args:
-        params: ``id`` of each trainable parameter handed to the optimizer, to its position there.
+        params: ``id`` of each trainable parameter -> its position in the optimizer.
+
+    Attributes:
+        expressions: ``id`` of each parameter expression -> the tensor, and the positions of its parameters.
+        count: calls so far.
+        enabled: whether gradients are enabled at this point of the closure.
+        delivering: whether the base is updating parameters in the middle of the run. An error is then none of the
+            closure's.
+        raised: whether the run has ended with an error of the closure's own, and not of a torch call.
+        refused: the ``ClosureError`` of a refused call. It ends the run even if the closure has caught it.
     """
 
     def __init__(self, params: Mapping[int, int]) -> None:
@@ -211,14 +60,11 @@ class Interceptor(TorchFunctionMode):
         self.expressions: dict[int, tuple[Tensor, frozenset[int]]] = {}
         self.count = 0
         self.enabled = True
-        #: Whether the base is updating parameters in the middle of the run: an error is then not the closure's.
         self.delivering = False
-        #: Whether the run has ended with an error of the closure's own, and not of a torch call.
         self.raised = False
-        self._failed: Exception | None = None
-        #: What was refused: it stands although the closure may have caught it.
         self.refused: ClosureError | None = None
         self.no_grad: AbstractContextManager[Any] = NoGrad()
+        self._failed: Exception | None = None
         self._interrupts: Interrupts | None = None
 
     def __torch_function__(
@@ -238,35 +84,23 @@ class Interceptor(TorchFunctionMode):
                 interrupts.free()
 
     def _handle(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if fn in _CONTROL:
+        if fn in ANSWERS:
             if fn is torch._C._set_grad_enabled:
                 self.enabled = args[0]
-            elif fn in _FREEZING and id(args[0]) in self.params and not (*args[1:], *kwargs.values(), True)[0]:
-                raise ClosureError(
-                    f"the closure sets requires_grad = False for a parameter of shape {list(args[0].shape)} that the "
-                    "optimizer trains; freeze it before the step"
-                )
-            out = _CONTROL[fn](fn, args, kwargs)
-            return _IN_NO_GRAPH if out is None and fn == _GRAD_FN and self.moves(args[0]) else out
+            elif fn in FREEZING and id(args[0]) in self.params:
+                refuse_freezing(args, kwargs)
+            out = ANSWERS[fn](fn, args, kwargs)
+            return IN_NO_GRAPH if out is None and fn == GRAD_FN and self.moves(args[0]) else out
         if fn is F.multi_head_attention_forward:
-            with self:  # its projections are ordinary calls
-                return _attention(*args, **kwargs)
-        getter = type(fn) is _GETTER and fn.__name__ == "__get__" and fn not in _VIEWS
+            with self:
+                return attention(*args, **kwargs)
+        getter = type(fn) is GETTER and fn.__name__ == "__get__" and fn not in VIEWS
         if getter and not isinstance(out := fn(*args), Tensor):
-            if fn == _IS_LEAF:
+            if fn == IS_LEAF:
                 return out and not self.moves(args[0])
-            return self._requires_grad(out) if fn == _REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
-        if torch.is_inference_mode_enabled():
-            raise ClosureError(
-                f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
-                "silently lost; use torch.no_grad() there, or move the call out of the closure"
-            )
-        if torch.is_grad_enabled() != self.enabled:
-            raise ClosureError(
-                f"{getattr(fn, '__name__', fn)} is called inside the forward of a torch.autograd.Function whose "
-                "apply was looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in "
-                "the closure"
-            )
+            return self._requires_grad(out) if fn == REQUIRES_GRAD else out  # x.shape, x.device: no tensor, no trace
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() != self.enabled:
+            raise _misplaced(fn)
         index = self.count
         self.count += 1
         try:
@@ -287,13 +121,19 @@ class Interceptor(TorchFunctionMode):
         tensors: list[Tensor],
         outline: list[Any],
     ) -> Any:
-        """One torch call: its number in the closure, its arguments, their tensors, and their outline (``split``)."""
+        """Make one torch call and return its result.
+
+        Args:
+            index: the call's number in the closure, from 0.
+            fn, args, kwargs: the call.
+            tensors, outline: of the arguments; see ``tree.split``.
+        """
         raise NotImplementedError
 
     def _requires_grad(self, answer: bool) -> bool:
         asks = sys._getframe(3)
         if asks.f_globals.get("__name__") == "torch.utils.hooks" and torch.is_grad_enabled():
-            raise _module_hook(getattr(asks.f_locals.get("self"), "module", None))
+            raise module_hook(getattr(asks.f_locals.get("self"), "module", None))
         return self.requires_grad(answer)
 
     def requires_grad(self, answer: bool) -> bool:
@@ -301,7 +141,7 @@ class Interceptor(TorchFunctionMode):
         return answer
 
     def moves(self, t: Tensor) -> bool:
-        """Whether derivatives reach the tensor, so that in ordinary training it would be no leaf of a graph."""
+        """Whether derivatives reach the tensor. In ordinary training it would then be no leaf of a graph."""
         return False
 
     def positions(self, tensor: Tensor) -> frozenset[int]:
@@ -314,7 +154,7 @@ class Interceptor(TorchFunctionMode):
         return t
 
     def express(self, results: list[Tensor], mine: list[Tensor]) -> None:
-        """Remember the results of a parameter expression."""
+        """Remember the results of a parameter expression; ``mine``: the parameters and expressions that it reads."""
         origin: frozenset[int] | None = None
         for t in results:
             if self.plain(t).requires_grad and id(t) not in self.params:
@@ -327,7 +167,7 @@ class Interceptor(TorchFunctionMode):
         self._interrupts = interrupts_now()
         modes = torch._C._len_torch_function_stack()
         try:
-            with torch.enable_grad(), _visible_functions(), _uncompiled(), self:
+            with torch.enable_grad(), visible_functions(), uncompiled(), self:
                 result = running(closure)
             if self.refused is not None:
                 raise self.refused
@@ -339,209 +179,25 @@ class Interceptor(TorchFunctionMode):
             raise
         finally:
             self._failed = None
-            while torch._C._len_torch_function_stack() > modes:  # an interrupt came as this one was to be left
+            while torch._C._len_torch_function_stack() > modes:  # an interrupt came while this mode was being left
                 _pop_mode()
 
 
 def _stems_from(error: BaseException | None, origin: BaseException | None) -> bool:
-    """Whether ``origin`` is the error, or what it was raised for."""
+    """Whether ``origin`` is the error, or one of the errors that led to it."""
     while error is not None and error is not origin:
         error = error.__cause__ or error.__context__
     return error is not None
 
 
-# ``F.multi_head_attention_forward`` without the handing over to a function mode, which would see one call in its place.
-_attention = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
-
-
-def _uncompiled() -> AbstractContextManager[Any]:
-    """Run modules of ``torch.compile`` uncompiled: a function mode does not see the calls of compiled code."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-@dataclass(frozen=True)
-class CustomFunction:
-    """``MyFunction.apply`` of a ``torch.autograd.Function``, as a call that a function mode sees."""
-
-    cls: Any
-
-    @property
-    def __name__(self) -> str:
-        return f"{self.cls.__name__}.apply"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._len_torch_function_stack():
-            return handle_torch_function(self, (), *args, **kwargs)
-        return _APPLY.__get__(None, self.cls)(*args, **kwargs)
-
-
-_APPLY = torch.autograd.Function.__dict__["apply"]
-
-
-def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if cls is CheckpointFunction and torch._C._len_torch_function_stack():
-        run, _, *inputs = args
-        return run(*inputs)  # nothing is stored for a backward pass, so there is nothing to compute again
-    return CustomFunction(cls)(*args, **kwargs)
-
-
-def _stores_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """In place of non-reentrant checkpointing around a function: nothing is stored for a backward pass."""
-    yield
-
-
-_CHECKPOINT = "_checkpoint_without_reentrant_generator"
-
-
-@contextmanager
-def _visible_functions() -> Iterator[None]:
-    """Let function modes see ``torch.autograd.Function.apply``, which torch hides from them, and run what is
-    checkpointed as it stands."""
-    checkpoint = getattr(torch.utils.checkpoint, _CHECKPOINT)
-    torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
-    try:
-        setattr(torch.utils.checkpoint, _CHECKPOINT, _stores_nothing)
-        yield
-    finally:
-        torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
-        setattr(torch.utils.checkpoint, _CHECKPOINT, checkpoint)
-
-
-def _plainly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return fn(*args, **kwargs)
-
-
-def _nothing(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0]
-
-
-def _refuse(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = getattr(fn, "__name__", "backward")
-    what = "Tensor.backward()" if fn is Tensor.backward else f"torch.autograd.{name}()"
-    raise ClosureError(
-        f"the closure calls {what}; it must only compute the loss: return it, and let step() or estimate() fill .grad"
-    )
-
-
-def _refuse_hook(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    raise ClosureError(
-        f"the closure calls {fn.__name__}() on a tensor of shape {list(args[0].shape)}: no gradient of the loss "
-        "passes through the network here, so that the hook would never be called; change the gradient by a "
-        "torch.autograd.Function with a jvp or a differentiable backward, and register hooks on parameters outside the "
-        "closure"
-    )
-
-
-def _module_hook(module: Any) -> ClosureError:
+def _misplaced(fn: Callable[..., Any]) -> ClosureError:
+    """The error for a call inside ``torch.inference_mode``, or inside a custom function that is not visible."""
+    if torch.is_inference_mode_enabled():
+        return ClosureError(
+            f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
+            "silently lost; use torch.no_grad() there, or move the call out of the closure"
+        )
     return ClosureError(
-        f"a module of the closure{'' if module is None else f' ({type(module).__name__})'} has a backward hook "
-        "(register_full_backward_hook, register_full_backward_pre_hook or register_backward_hook): no gradient of the "
-        "loss passes through the network here, so that it would never be called; remove it, or change the gradient by "
-        "a torch.autograd.Function with a jvp or a differentiable backward"
+        f"{getattr(fn, '__name__', fn)} is called inside the forward of a torch.autograd.Function whose apply was "
+        "looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in the closure"
     )
-
-
-def _grad_fn(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``grad_fn``, which torch itself asks for where it is about to hang a hook on it."""
-    asks = sys._getframe(3)
-    where = asks.f_globals.get("__name__") if torch.is_grad_enabled() else None
-    if where == "torch.nn.modules.module" and asks.f_code.co_name not in ("register_parameter", "__setattr__"):
-        raise _module_hook(asks.f_locals.get("self"))
-    if where == "torch.autograd.graph":
-        _refuse_hook(torch.autograd.graph.register_multi_grad_hook, args, kwargs)
-    return fn(*args)
-
-
-# Calls that a pass handles apart. Gradient checkpointing of transformers sets requires_grad on activations; hooks and
-# retain_grad need a graph of the network, and there is none.
-_CONTROL: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch._C._set_grad_enabled: _plainly,
-    Tensor.requires_grad_: _nothing,
-    Tensor.requires_grad.__set__: _nothing,  # type: ignore[attr-defined]
-    Tensor.retain_grad: _nothing,
-    Tensor.grad.__set__: _plainly,  # type: ignore[union-attr]
-    Tensor.register_hook: _refuse_hook,
-    Tensor.register_post_accumulate_grad_hook: _refuse_hook,
-    Tensor.grad_fn.__get__: _grad_fn,  # type: ignore[union-attr]
-    Tensor.backward: _refuse,
-    torch.autograd.backward: _refuse,
-    torch.autograd.grad: _refuse,
-    torch.ops.profiler._record_function_exit._RecordFunction: _plainly,
-}
-
-
-def autocast_of(t: Tensor) -> tuple[str, torch.dtype] | None:
-    """The autocast in force for the tensor's device, if any."""
-    if not torch._C._is_any_autocast_enabled():
-        return None
-    kind = t.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return (kind, torch.get_autocast_dtype(kind)) if enabled else None
-
-
-def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
-    """No autocast on the tensor's device."""
-    return torch.autocast(t.device.type, enabled=False) if autocast_of(t) else nullcontext()
-
-
-#: Of their second tensor these read only the dtype or the shape (``x.type_as(self.weight)``).
-_AFTER_ANOTHER: set[Callable[..., Any]] = {
-    Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as,
-}  # fmt: skip
-
-
-#: These make a sparse matrix of indices, which have no derivative, and values.
-_SPARSE: set[Callable[..., Any]] = {
-    torch.sparse_coo_tensor, torch.sparse_csr_tensor, torch.sparse_csc_tensor, torch.sparse_compressed_tensor,
-}  # fmt: skip
-
-
-def read_by(fn: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
-    """Those of a call's tensors on whose values its result depends."""
-    if fn in _SPARSE:
-        return [t for t in tensors if is_differentiable(t)]
-    return tensors[:1] if fn in _AFTER_ANOTHER else tensors
-
-
-def dense(w: Tensor) -> Tensor:
-    """The weight as an ordinary tensor; a quantised one, of a tensor class of its own, is dequantised."""
-    return w.dequantize() if is_traceable_wrapper_subclass(w) and hasattr(w, "dequantize") else w
-
-
-_FREEZING: set[Callable[..., Any]] = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
-
-_GETTER = type(Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
-
-
-class _InNoGraph:
-    """Stands for ``h.grad_fn`` of an activation, for code that asks whether there is one."""
-
-    def name(self) -> str:
-        return "none: guessopt keeps no graph of the network"
-
-
-_IN_NO_GRAPH = _InNoGraph()
-_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
-_IS_LEAF = Tensor.is_leaf.__get__  # type: ignore[attr-defined]
-_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
-#: Attributes that are tensors: operations like any other.
-_VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data"))
-
-_STOPPING: set[Callable[..., Any]] = {
-    Tensor.detach,
-    torch.detach,
-    Tensor.detach_,
-    Tensor.data.__get__,  # type: ignore[attr-defined]
-    Tensor.data.__set__,  # type: ignore[attr-defined]
-}
-
-
-def stops_gradient(fn: Callable[..., Any]) -> bool:
-    """``detach`` in its spellings."""
-    return fn in _STOPPING

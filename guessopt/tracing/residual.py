@@ -1,8 +1,8 @@
-"""The residual stream: states that everything passes through, and the blocks between them.
+"""A network as a chain of residual blocks.
 
-A *state* is a value through which every derivative from what comes before it reaches the loss, so that the network is a
-chain of blocks. In a residual network most blocks have a *skip*: a way from state to state without a matrix site (the
-identity, a rectifier after the addition, a strided slice with padding), or around the others through a single one (a
+A *state* is a value through which every derivative from earlier values reaches the loss. The states divide the network
+into a chain of blocks. In a residual network most blocks have a *skip*: a way from state to state without a matrix site
+(the identity, a rectifier after the addition, a strided slice with padding), or with a single one beside longer ways (a
 projection).
 """
 
@@ -14,44 +14,53 @@ from functools import reduce
 
 from torch import Tensor
 
-from guessopt.rules.drawing import draws_now
-from guessopt.rules.elementwise import ADDITION
-from guessopt.sites import Block, Call, Site, Stream
+from guessopt.chains import Block, ResidualChain
+from guessopt.ops.base import op_of
+from guessopt.ops.drawing import draws_now
+from guessopt.sites import Call, Site
 from guessopt.tracing.tape import Tape
 
-#: Matrix sites on the longest way through a block, at most: one that is deeper would be a network of its own.
-DEEPEST = 6
+#: Matrix sites on the longest way through a block, at most. A deeper block would be a network of its own.
+MAX_BLOCK_DEPTH = 6
 
 #: Additions that write into their first operand.
 _IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 
 
 @dataclass(frozen=True)
-class Chain:
-    """What the search reads off an analysis: the tape, the network's calls in order (those through which a derivative
-    reaches the loss, without the loss's own), the values that the loss reads, and which calls are matrix sites."""
+class Network:
+    """The part of a tape in which the blocks are searched.
+
+    Attributes:
+        calls: the network's calls in order: those through which a derivative reaches the loss, without the loss's own.
+        cuts: the values that the loss reads.
+        matrices: the calls that are matrix sites.
+    """
 
     tape: Tape
     calls: tuple[int, ...]
     cuts: tuple[int, ...]
     matrices: frozenset[int]
 
-    def stream(self, sites: tuple[Site, ...]) -> Stream | None:
-        """None where no block has a skip around a matrix site, where a block is too deep or the head holds more than
-        one matrix site, where a site lies outside the chain, or where the loss reads no activation in one piece."""
+    def chain(self, sites: tuple[Site, ...]) -> ResidualChain | None:
+        """The network as a chain of blocks.
+
+        None if no block has a skip around a matrix site, if a block is too deep, if the head has more than one matrix
+        site, if a site lies outside of the chain, or if the loss reads no activation.
+        """
         tape = self.tape
         if not self.cuts or any(tape.calls[c].aliases or tape.calls[c].held for c in self.calls):
             return None
         blocks = _merged(self._pieces())
         if len(blocks) < 2 or not any(block.matrices and self._is_free(block.skip) for block in blocks[:-1]):
             return None
-        if blocks[-1].matrices > 1 or any(block.matrices > DEEPEST for block in blocks):
+        if blocks[-1].matrices > 1 or any(block.matrices > MAX_BLOCK_DEPTH for block in blocks):
             return None
         inside = [{o for call in block.program for o in call.outputs} | set(block.entries) for block in blocks]
         own = [site for site in sites if site.shares is None]
         if not all(any(site.value in values for values in inside) for site in own):
             return None
-        return Stream(
+        return ResidualChain(
             tuple(
                 replace(_trimmed(block), sites=tuple(site.index for site in own if site.value in values))
                 for block, values in zip(blocks, inside, strict=True)
@@ -64,7 +73,7 @@ class Chain:
         return skip is not None and self.matrices.isdisjoint(call.index for call in skip)
 
     def _states(self) -> list[int]:
-        """Values that alone are alive after the call that makes them."""
+        """Values that are the only ones alive after the call that makes them."""
         tape = self.tape
         last = {v: c for c in self.calls for v in tape.calls[c].inputs if v in tape.active}
         last |= dict.fromkeys(self.cuts, len(tape.calls))
@@ -78,7 +87,7 @@ class Chain:
         return found
 
     def _pieces(self) -> list[Block]:
-        """The stretches between neighbouring states, and the last one to the cuts."""
+        """The parts between neighbouring states, and the last one to the cuts."""
         states = [v for v in self._states() if v not in self.cuts]
         found = []
         for source, goal in zip([None, *states], [*states, None], strict=True):
@@ -125,10 +134,17 @@ class Chain:
 
 
 def _merged(pieces: list[Block]) -> list[Block]:
-    """The head takes in all back to the last state before its only matrix site; all up to the first stretch with a skip
-    is one block, if it is not too deep (the first low-rank adapter of a frozen model is such a chain: what it adds to
-    is no state, since nothing before it is trained); elsewhere a stretch without a matrix site joins the one before
-    it."""
+    """Blocks from pieces.
+
+    | piece | joined with |
+    |---|---|
+    | after the last matrix site, and back to the last state before this site | the head |
+    | before the first piece with a skip | all of them are one block, if it is not too deep (see below) |
+    | any other piece without a matrix site | the piece before it |
+
+    The first low-rank adapter of a frozen model is such a beginning: nothing before it trains, so that the value to
+    which it adds is no state.
+    """
     *pieces, head = pieces
     while pieces and (
         not pieces[-1].matrices or (pieces[-1].skip is None and head.matrices + pieces[-1].matrices <= 1)
@@ -141,7 +157,7 @@ def _merged(pieces: list[Block]) -> list[Block]:
         else:
             blocks.append(piece)
     first = next((k for k, block in enumerate(blocks) if block.skip is not None), 0)
-    if first > 1 and sum(block.matrices for block in blocks[:first]) <= DEEPEST:
+    if first > 1 and sum(block.matrices for block in blocks[:first]) <= MAX_BLOCK_DEPTH:
         blocks[:first] = [reduce(_joined, blocks[:first])]
     return [*blocks, head]
 
@@ -154,7 +170,7 @@ def _joined(a: Block, b: Block) -> Block:
 
 
 def _trimmed(block: Block) -> Block:
-    """The skip without the additions that it begins with, which are the identity."""
+    """The block with its skip cut short: additions at the skip's beginning are the identity."""
     if not block.skip:
         return block
     skip, passed = list(block.skip), [block.source]
@@ -164,6 +180,6 @@ def _trimmed(block: Block) -> Block:
 
 
 def _is_identity(call: Call, passed: list[int | None]) -> bool:
-    """Whether it adds to what has passed so far, once, something else."""
-    addition = (call.fn in ADDITION or call.fn in _IN_PLACE) and not call.kwargs
+    """Whether the call adds another value to one of those that have ``passed``."""
+    addition = (op_of(call.fn).is_addition or call.fn in _IN_PLACE) and not call.kwargs
     return addition and len(call.inputs) == 2 and len([v for v in call.inputs if v in passed]) == 1

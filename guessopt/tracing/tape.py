@@ -10,27 +10,51 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from guessopt.errors import ClosureError
-from guessopt.rules.base import is_in_place
-from guessopt.sites import Call, Kind, Shape, Value, is_differentiable
-from guessopt.tracing.interceptor import Interceptor, autocast_of, read_by, results_of, stops_gradient
+from guessopt.graph import Kind
+from guessopt.layout import Shape, is_differentiable
+from guessopt.ops.base import is_in_place
+from guessopt.sites import Call, Value
+from guessopt.tracing.functions import AS_IT_IS, autocast_of, read_by, stops_gradient
+from guessopt.tracing.interceptor import Interceptor
 from guessopt.tracing.writes import Writes, plain
+from guessopt.tree import map_tensors, results_of
 
 
 class Tape(Interceptor):
     """Runs the closure without derivatives and records every call.
 
-    A *value* is the content of a tensor between two writes to its memory. A write gives every live tensor that shares
-    the memory a new value; a call that returns its argument untouched (``.to()`` of the same dtype) makes none.
+    A *value* is the content of a tensor between two writes to its memory. A write gives a new value to every live
+    tensor that shares the memory. A call that returns its argument untouched (``.to()`` of the same dtype) makes no
+    value.
 
     Args:
         params: as for ``Interceptor``.
         as_expression: indices of calls that are taken as parameter expressions although they read another tensor
             (``F.embedding(arange(T), W)``, which holds no examples).
         save: called with each tensor or generator that the closure has not made, before it is written or drawn from.
+
+    Attributes:
+        calls, kinds: the calls, and the kind of each.
+        mine: by call, the positions of trainable parameters and their expressions among its tensors.
+        origins: by call, the parameters (positions in the optimizer) that these are or are computed from.
+        shapes, dtypes: by value.
+        producer: by value, the call that makes it.
+        consumers: by value, the calls that derivatives reach from it.
+        first_use: by value from outside, (call, position) of the first reading.
+        outside: by value, the tensors that the closure reads and does not make.
+        weights: values of parameters (trainable or not) and parameter expressions.
+        parameters: by value, the position of the trainable parameter that it is.
+        writes: writes into memory that the closure did not allocate.
+        rewritten: positions of the trainable parameters that the closure writes.
+        stopped: positions of the parameters that calls without gradients read.
+        answers: the answers to ``activation.requires_grad``, in order.
+        compiled: whether a parameter was read inside compiled code.
+        active: the values that derivatives reach.
+        overwritten: the values into whose memory a later call writes.
+        aliased: values of tensors that a call changed and did not return.
     """
 
     def __init__(
@@ -76,39 +100,29 @@ class Tape(Interceptor):
     ) -> Any:
         if torch._C._are_functorch_transforms_active() or isinstance(fn, HigherOrderOperator):
             self._check_plain(fn, tensors)
-        mine = [t for t in read_by(fn, tensors) if id(t) in self.params or id(t) in self.expressions]
+        read = read_by(fn, tensors)
+        mine = [t for t in read if id(t) in self.params or id(t) in self.expressions]
         self.compiled = self.compiled or (bool(mine) and _within_compiled_code())
         reads = tuple(self._read(t, index, position, fn) for position, t in enumerate(tensors))
         inputs = tuple(v if v >= 0 else ~v for v in reads)
-        recorded_args, recorded_kwargs = tree_map_only(
-            Tensor, lambda t: Value(self.value(t)), (args, kwargs), is_leaf=lambda node: isinstance(node, torch.Size)
-        )  # a size stays a size: ``t.new(size)`` takes a tuple for data
-        if kwargs.get("out") is not None and (mine or any(v in self.active for v in inputs)):
-            raise ClosureError(
-                f"{getattr(fn, '__name__', fn)}(out=...) has no derivative; leave out= away and use what it returns"
-            )
-
+        recorded_args, recorded_kwargs = map_tensors((args, kwargs), lambda t: Value(self.value(t)))
+        moving = not self.active.isdisjoint(inputs)
+        if kwargs.get("out") is not None and (mine or moving):
+            raise ClosureError(f"{_name(fn)}(out=...) has no derivative; leave out= away and use what it returns")
         origins = frozenset().union(*(self.positions(m) for m in mine))
         versions = [version_of(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
-            kind = Kind.STOPPED
             self.stopped |= origins
-        elif mine and (len(mine) == len(read_by(fn, tensors)) or index in self.as_expression):
-            kind = Kind.EXPRESSION
-        else:
-            kind = Kind.SITE if mine else Kind.PLAIN
+        kind = self._kind(index, stopped, len(mine), len(read))
         if kind is Kind.SITE and is_in_place(fn) and id(tensors[0]) in self.params:
             raise ClosureError(
-                f"{getattr(fn, '__name__', fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} "
-                "with gradients enabled, which autograd refuses as well; write under torch.no_grad()"
+                f"{_name(fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} with gradients "
+                "enabled, which autograd refuses as well; write under torch.no_grad()"
             )
         self.writes.begin(index, fn, args, kwargs, tensors)
-        if kind in (Kind.EXPRESSION, Kind.STOPPED):
+        with AS_IT_IS if kind in (Kind.EXPRESSION, Kind.STOPPED) else self.no_grad:
             out = fn(*args, **kwargs)
-        else:
-            with self.no_grad:
-                out = fn(*args, **kwargs)
         self.writes.end()
         in_place = is_in_place(fn)
         written = [k for k, t in enumerate(tensors) if version_of(t) != versions[k] or (not k and in_place)]
@@ -118,7 +132,7 @@ class Tape(Interceptor):
             self.express(results, mine)
         moves: tuple[tuple[int, int], ...] = ()
         held: tuple[tuple[int, int], ...] = ()
-        flows = kind is Kind.SITE or (kind is Kind.PLAIN and any(v in self.active for v in inputs))
+        flows = kind is Kind.SITE or (kind is Kind.PLAIN and moving)
         if written:
             outputs, moves, held = self._write(index, kind, flows, [tensors[k] for k in written], results)
         else:
@@ -128,7 +142,7 @@ class Tape(Interceptor):
                 index, fn, recorded_args, recorded_kwargs, inputs, outputs, in_place,
                 aliases=(in_place and (len(outputs) > 1 or written != [0])) or any(v in self.active for _, v in moves),
                 autocast=autocast_of(tensors[0]) if tensors else None,
-                reads=reads, outline=outline, direct=len(results),
+                reads=reads, outline=outline, result_count=len(results),
                 target=next((k for k in written if results and tensors[k] is results[0]), None), moves=moves, held=held,
                 sources=(*inputs, *(old for old, new in (*moves, *held) if new in self.active)), stopped=stopped,
                 writes=self.writes.of(index)[0], hidden=self.writes.of(index)[1],
@@ -140,6 +154,14 @@ class Tape(Interceptor):
         self.mine.append(tuple(k for k, t in enumerate(tensors) if any(t is m for m in mine)))
         self.origins.append(origins)
         return out
+
+    def _kind(self, index: int, stopped: bool, mine: int, read: int) -> Kind:
+        """The call's kind; ``mine`` of the ``read`` tensors that matter are parameters or their expressions."""
+        if stopped:
+            return Kind.STOPPED
+        if not mine:
+            return Kind.PLAIN
+        return Kind.EXPRESSION if mine == read or index in self.as_expression else Kind.SITE
 
     def _read(self, t: Tensor, index: int, position: int, fn: Callable[..., Any]) -> int:
         """The tensor's value ``v``; ``~v`` if no call has made or read it before."""
@@ -160,7 +182,7 @@ class Tape(Interceptor):
     def _made(
         self, index: int, kind: Kind, flows: bool, results: list[Tensor], tensors: list[Tensor]
     ) -> tuple[int, ...]:
-        """The values of the results of a call that wrote nothing."""
+        """New values for the results of a call that wrote nothing."""
         places = {memory_of(t): self._views[self.value(t)] for t in reversed(tensors) if t.numel()}
         outputs: list[int] = []
         for t in results:
@@ -246,8 +268,11 @@ class Tape(Interceptor):
         return answer
 
     def _activate(self, t: Tensor, v: int, *, mark: bool = True) -> None:
-        """Note that derivatives reach the value. Its tensor is made to require grad: a call that the mode cannot see
-        then leaves a ``grad_fn``, by which it is found. Tensors of the user stay as they are."""
+        """Note that derivatives reach the value.
+
+        ``mark``: make the tensor require grad (not a tensor of the user's). A call that the mode cannot see then leaves
+        a ``grad_fn``, by which ``_check_seen`` finds it.
+        """
         if is_differentiable(t):
             self.active.add(v)
             if mark and not t.requires_grad:
@@ -255,7 +280,7 @@ class Tape(Interceptor):
 
     def _check_plain(self, fn: Callable[..., Any], tensors: list[Tensor]) -> None:
         """Raise ``ClosureError`` if derivatives pass through a call inside a transform, or a higher-order operation."""
-        name = getattr(fn, "__name__", str(fn))
+        name = _name(fn)
         for t in tensors:
             t = plain(t)
             if id(t) in self.params or id(t) in self.expressions or self._values.get(t) in self.active:
@@ -280,7 +305,7 @@ class Tape(Interceptor):
             seen.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and (id(leaf) in self.params or self._values.get(leaf) in self.active):
-                where = "the closure returns" if fn is None else f"{getattr(fn, '__name__', fn)} reads"
+                where = "the closure returns" if fn is None else f"{_name(fn)} reads"
                 raise ClosureError(
                     f"{where} a tensor that depends on trainable parameters through an operation which cannot be seen "
                     f"({t.grad_fn.name()}): TorchScript (torch.jit) hides its operations, so use the original module; "  # type: ignore[union-attr]
@@ -303,6 +328,10 @@ class Tape(Interceptor):
         if producer is not None:
             self.producer[v] = producer
         return v
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return str(getattr(fn, "__name__", fn))
 
 
 def _within_compiled_code() -> bool:

@@ -1,7 +1,8 @@
-"""Finds, in one run, the memory that a closure writes and did not allocate.
+"""Finds, in one run, the memory that a closure writes and did not allocate; saves memory and puts it back.
 
 A function mode sees the closure's calls, but not the memory that they write: ``row = buffer[0]; row += 1`` writes a
-buffer, ``F.instance_norm`` its running statistics. The schemas of torch's low-level operations tell.
+buffer, ``F.instance_norm`` its running statistics. The schemas of torch's low-level operations name the written
+arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 
 from guessopt.errors import ClosureError
-from guessopt.tracing.interceptor import map_tensors, tensors_in
+from guessopt.tree import map_tensors, tensors_in
 
 
 class Writes(TorchDispatchMode):
@@ -36,7 +37,7 @@ class Writes(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, save: Callable[[Any], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.save = save
         self.found: dict[int, tuple[int, ...]] = {}
         self.hidden: dict[int, tuple[Tensor, ...]] = {}
@@ -133,7 +134,7 @@ _NO_GENERATORS: set[type] = {Tensor, torch.nn.Parameter, bool, int, float, str, 
 
 
 def copied(args: tuple[Any, ...], kwargs: dict[str, Any], positions: Collection[int]) -> Any:
-    """A call's arguments with copies of some tensors, to make the call once more without side effects on them."""
+    """A call's arguments with copies of the tensors at some positions. Calls with them leave the originals alone."""
     tensors = tensors_in(args, kwargs)
     own = {id(tensors[k]) for k in positions}
 
@@ -182,7 +183,7 @@ _PLAIN = {Tensor, torch.nn.Parameter}
 
 
 class Memory:
-    """The memory of tensors, as it was when each was saved."""
+    """Copies of the memory of tensors, each made when the tensor was saved."""
 
     def __init__(self) -> None:
         self._memory: dict[int, tuple[torch.UntypedStorage, int, Tensor]] = {}
@@ -190,7 +191,7 @@ class Memory:
         self._names: dict[int, tuple[Tensor, Tensor]] = {}
 
     def save(self, t: Tensor) -> None:
-        """Keep a copy of all the memory that ``t`` lies in, and where in it it lies."""
+        """Keep a copy of the whole storage of ``t``, and ``t``'s place in the storage."""
         if id(t) in self._names:
             return
         ordinary = type(t) in _PLAIN and not torch._C._functorch.is_functorch_wrapped_tensor(t)
@@ -233,7 +234,7 @@ class Memory:
                 self._memory.pop(part.untyped_storage()._cdata, None)
 
     def restore(self) -> None:
-        """Put everything back, the last saved first, since two tensors may share memory of a numpy array."""
+        """Put everything back. The last saved comes first, since two tensors may share memory of a numpy array."""
         with quietly():
             for storage, size, value in reversed(self._memory.values()):
                 if storage.nbytes() != size:

@@ -1,7 +1,7 @@
-"""One step that fails, at a place of choice; what it must leave as it was, and how the next step must come out.
+"""Make one step fail at a chosen place; check that the failure changes nothing and that the next step is right.
 
 A ``World`` is a small network whose closure has all kinds of state: buffers, dropout, numpy's and Python's random
-states. ``walk`` lets every step fail in several ways before it is made, and lists what is lost.
+states. ``walk`` lets every step fail in several ways before it makes the step, and lists the state that was lost.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ APPLY = torch.autograd.Function.__dict__["apply"]
 
 
 class Injected(RuntimeError):
-    """The error that is put in."""
+    """The error that a fault raises."""
 
 
 class World:
-    """A network, its optimizer and all that a step may touch."""
+    """A network, its optimizer and everything that a step may change."""
 
     def __init__(self, memory: str = "store", estimator: Any = "w_perp", base: Any = torch.optim.AdamW, **options: Any):
         seeded(0)
@@ -68,7 +68,7 @@ class World:
         return loss
 
     def state(self) -> dict[str, Any]:
-        """All that a failed step must leave as it was."""
+        """Everything that a failed step must leave unchanged."""
         found: dict[str, Any] = {f"parameter or buffer {k}": v for k, v in self.model.state_dict().items()}
         found |= {f"gradient {k}": p.grad for k, p in self.model.named_parameters()}
         found |= {f"requires_grad {k}": p.requires_grad for k, p in self.model.named_parameters()}
@@ -90,7 +90,7 @@ def random_states() -> dict[str, Any]:
 
 
 def torch_states() -> dict[str, Any]:
-    """What torch keeps for the whole process."""
+    """The settings that torch keeps for the whole process."""
     return {
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
@@ -109,7 +109,7 @@ def torch_states() -> dict[str, Any]:
 
 
 def tidy() -> None:
-    """Put back what ``torch_states`` tells of, so that one lost state does not make everything after it fail."""
+    """Reset the settings of ``torch_states``, so that one lost setting does not make all later tests fail."""
     level = torch.autograd.forward_ad
     with suppress(RuntimeError):  # none was left
         torch._C._exit_dual_level(level=0)
@@ -146,7 +146,7 @@ def same(a: Any, b: Any, near: float = 0.0) -> bool:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], near: float = 0.0) -> list[str]:
-    """Names of what is no longer the same: bit for bit, or tensors within ``near``."""
+    """The keys whose values differ: bit for bit, or by more than ``near``."""
     keys = dict.fromkeys([*before, *after])
     return [k for k in keys if k not in before or k not in after or not same(before[k], after[k], near)]
 
@@ -171,7 +171,7 @@ class _Counter:
 
 
 class FunctionFault(_Counter, TorchFunctionMode):
-    """At the k-th torch call."""
+    """Raises at the k-th torch call."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count(func)
@@ -179,7 +179,7 @@ class FunctionFault(_Counter, TorchFunctionMode):
 
 
 class DispatchFault(_Counter, TorchDispatchMode):
-    """At the k-th operation below autograd."""
+    """Raises at the k-th operation below autograd."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count(func)
@@ -196,14 +196,14 @@ Errors = type[BaseException] | tuple[type[BaseException], ...]
 
 
 class Attempt(NamedTuple):
-    """``lost``: names of state that changed; ``moved``: whether the world is no longer before the step."""
+    """``lost``: names of the state that changed. ``moved``: whether the world has left the state before the step."""
 
     lost: list[str]
     moved: bool
 
 
 class Walk(NamedTuple):
-    """Faults tried, and by place the state that was lost."""
+    """``tried``: the number of faults. ``lost``: the state that was lost, by fault."""
 
     tried: int
     lost: dict[str, list[str]]
@@ -215,7 +215,7 @@ PLACES = ("closure", "engine", "update")
 
 @contextmanager
 def only_in(world: World, where: str, mode: Any) -> Iterator[None]:
-    """The mode counts in one of ``PLACES``."""
+    """The mode counts calls in one of ``PLACES`` only."""
     closure, update = world.closure, type(world.opt.base).step
 
     def inside() -> Tensor:
@@ -306,7 +306,7 @@ def _stems_from(raised: BaseException | None, error: Errors) -> bool:
 
 
 def every(kind: str, where: str, calls: Sequence[int], most: int) -> Callable[[int], Iterable[tuple[str, Fault]]]:
-    """Faults for ``walk``: at every k-th call of a step, with k such that there are about ``most``; at the last too."""
+    """Faults for ``walk``: at about ``most`` calls of a step, evenly spaced, and at the last call."""
 
     def faults(step: int) -> Iterable[tuple[str, Fault]]:
         n = calls[step]
@@ -319,7 +319,7 @@ def every(kind: str, where: str, calls: Sequence[int], most: int) -> Callable[[i
 def walk(
     make: Make, reference: Reference, faults: Callable[[int], Iterable[tuple[str, Fault]]], error: Errors = Injected
 ) -> Walk:
-    """Each step fails in several ways before it is made undisturbed, and must then come out as if nothing had been."""
+    """Let each step fail in several ways, then make it. The result must equal that of a run without failures."""
     world, found = make(), Walk(0, {})
     tried = 0
     for step, after in enumerate(reference.states):
@@ -342,7 +342,7 @@ def walk(
 
 
 def _finished(world: World, before: dict[str, Any], after: dict[str, Any], partial: PartialUpdateError) -> list[str]:
-    """Half the parameters are updated, and the error says so: the rest is as before, and ``finish`` does the rest."""
+    """After a partial update: all other state is as before, and ``finish`` updates the remaining parameters."""
     allowed = ("parameter or buffer", "optimizer", "gradient")
     buffers = {f"parameter or buffer {name}" for name, _ in world.model.named_buffers()}
     lost = [k for k in differences(before, world.state()) if not k.startswith(allowed) or k in buffers]
@@ -357,7 +357,7 @@ def _finished(world: World, before: dict[str, Any], after: dict[str, Any], parti
 
 @contextmanager
 def interrupted(delay: float) -> Iterator[None]:
-    """Ctrl-C after ``delay`` seconds, wherever the interpreter then is; nothing once this is left."""
+    """Ctrl-C after ``delay`` seconds, anywhere in the block. No interrupt comes after the block."""
 
     def interrupt(number: int, frame: Any) -> None:
         signal.raise_signal(signal.SIGINT)

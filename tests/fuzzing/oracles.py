@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from guessopt import ClosureError, GuessGradOptimizer
+from guessopt.step.modes import estimate_alone
 from tests.fuzzing.networks import Built, Network, Unfit, build
 from tests.problems import seeded
 from tests.test_exactness import OneHot, one_hots
@@ -210,14 +211,14 @@ class Steered(OneHot):
 
 def one_run(opt: GuessGradOptimizer, built: Built, guess: OneHot, at: tuple[int, int]) -> dict[str, Tensor]:
     guess.at = at
-    opt._refresh()
-    if opt._estimators[0] is not guess:
-        opt._estimators = [guess] * len(opt._names)
-        for plan in opt._plans:
-            plan.guesses = None
+    opt.estimation.refresh()
+    if opt.estimation.estimators[0] is not guess:
+        opt.estimation.estimators = [guess] * len(opt.estimation.names)
+        for plan in opt.estimation.plans:
+            plan.assignments = None
     seeded()
-    gradients = opt._estimate(built.closure)[1]
-    return {opt._names[k]: g for k, g in gradients.items()}
+    gradients = estimate_alone(opt.estimation, built.closure)[1]
+    return {opt.estimation.names[k]: g for k, g in gradients.items()}
 
 
 def expectation(opt: GuessGradOptimizer, built: Built) -> dict[str, Tensor]:
@@ -226,7 +227,7 @@ def expectation(opt: GuessGradOptimizer, built: Built) -> dict[str, Tensor]:
     for _ in range(3):
         guess.batch = 1
         none = one_run(opt, built, guess, (-1, 0))
-        graph = opt._plans[0].graph
+        graph = opt.estimation.plans[0].graph
         guess.batch = graph.batch
         places: list[tuple[tuple[int, int], complex]] = [(at, 1) for at in one_hots(opt)]
         places += [(at, 1j) for at, _ in places if graph.sites[at[0]].dtype.is_complex]
@@ -237,7 +238,7 @@ def expectation(opt: GuessGradOptimizer, built: Built) -> dict[str, Tensor]:
             for name, g in one_run(opt, built, guess, at).items():
                 total[name] += g - none[name] if name in none else g
         guess.turn = 1
-        if opt._plans[0].graph is graph:
+        if opt.estimation.plans[0].graph is graph:
             return total
     raise Wrong("the plan changes in every step although the closure does not")
 
@@ -414,7 +415,7 @@ def changes(network: Network) -> None:
 
 def _layouts(opt: GuessGradOptimizer) -> tuple[Any, ...]:
     """Where the optimizer takes the examples to lie."""
-    graph = opt._plans[0].graph
+    graph = opt.estimation.plans[0].graph
     return graph.batch, *(site.layout for site in graph.sites), *(cut.layout for cut in graph.cuts)
 
 

@@ -11,15 +11,16 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from guessopt import GuessGradOptimizer
-from guessopt.sites import Layout
+from guessopt.layout import Layout
+from guessopt.step import modes
+from guessopt.step.estimation import Estimation
 from tests.fuzzing.networks import FAMILY_NAMES, LOSS_NAMES, Network, Op, alone, build, from_seed, networks
 from tests.fuzzing.oracles import CHANGES, ORACLES, Finding, check, optimizer, seeded
 from tests.fuzzing.parts import LOSSES, OPERATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, about losses and layers that people seldom use
 
-NETWORKS = int(os.environ.get("GUESSOPT_FUZZ", "200"))
+NETWORKS = int(os.environ.get("GUESSOPT_FUZZ", "100"))
 BLOCK = 10
 OTHERS = tuple(name for name in ORACLES if name not in ("exact", "changes"))
 TRIES = settings(
@@ -93,25 +94,25 @@ def test_a_seed_makes_one_network_and_its_repr_makes_it_again() -> None:
 
 def off_by_a_little(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
     """Every estimate of an optimizer for which ``when`` is true is 1% too long."""
-    right = GuessGradOptimizer._estimated
+    right = modes.estimate
 
-    def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        wrong = when(self)
-        loss, gradients = right(self, *args, **kwargs)
+    def estimate(est: Estimation, *args: Any) -> Any:
+        wrong = when(est)
+        loss, gradients = right(est, *args)
         return loss, {k: g * 1.01 for k, g in gradients.items()} if wrong else gradients
 
-    monkeypatch.setattr(GuessGradOptimizer, "_estimated", estimate)
+    monkeypatch.setattr(modes, "estimate", estimate)
 
 
 @pytest.mark.parametrize(
     ("name", "when"),
     [
-        ("exact", lambda opt: True),
-        ("engines", lambda opt: opt.engine == "func"),
-        ("modes", lambda opt: opt.memory == "replay"),
-        ("stacked", lambda opt: opt.stack_guesses is False),
-        ("changes", lambda opt: opt._steps > 1),
-        ("past", lambda opt: len(opt._plans) > 0),
+        ("exact", lambda est: True),
+        ("engines", lambda est: est.engine == "func"),
+        ("modes", lambda est: est.memory == "replay"),
+        ("stacked", lambda est: est.stack_guesses is False),
+        ("changes", lambda est: est.steps > 1),
+        ("past", lambda est: len(est.plans) > 0),
     ],
 )
 def test_an_oracle_notices_a_wrong_estimate(monkeypatch: pytest.MonkeyPatch, name: str, when: Any) -> None:
@@ -124,14 +125,14 @@ def test_an_oracle_notices_a_wrong_estimate(monkeypatch: pytest.MonkeyPatch, nam
 def test_the_oracles_of_scale_and_of_state_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network((Op("linear", "module"), Op("activation", "tanh")), ("mse",))
     assert check(network, "scaling", "plain") == []
-    right, made = GuessGradOptimizer._estimated, []
+    right, made = modes.estimate, []
 
-    def estimate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made.append(self)
-        loss, gradients = right(self, *args, **kwargs)
+    def estimate(*args: Any) -> Any:
+        made.append(args)
+        loss, gradients = right(*args)
         return loss + 1, {k: g + 0.1 for k, g in gradients.items()}
 
-    monkeypatch.setattr(GuessGradOptimizer, "_estimated", estimate)
+    monkeypatch.setattr(modes, "estimate", estimate)
     found = check(network, "scaling", "plain")
     assert made and [finding.oracle for finding in found] == ["scaling", "plain"]
     assert "the loss is" in found[1].message
@@ -153,5 +154,5 @@ def test_every_memory_mode_finds_the_same_layouts(seed: int) -> None:
         opt = optimizer(built, "activation_perturbation", memory=memory)
         seeded(0)
         opt.step(built.closure)
-        found[memory] = [site.layout for site in opt._plans[0].graph.sites]
+        found[memory] = [site.layout for site in opt.estimation.plans[0].graph.sites]
     assert found["store"] == found["replay"] == found["stream"]

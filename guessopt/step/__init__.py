@@ -1,0 +1,1 @@
+"""One step: closure -> plan -> guesses -> gradients."""
