@@ -41,49 +41,50 @@ class GuessGradOptimizer(Optimizer):
         params: parameters, named parameters, or groups. A group may carry its own ``"estimator"``.
         base: an optimizer class (built with ``base_kwargs``), a callable from groups to an optimizer, or an optimizer
             built on the same parameters.
-        estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names to any of
-            these, of which the first that matches decides.
+        estimator: an estimator, its class or its registered name; or a dict from patterns of parameter names to
+            estimators. The first pattern that matches decides.
         guesses: K independent guesses per step, averaged. They share one run of the closure, with K tangents in memory.
-        stack_guesses: None: guesses share a run where they can. False: one run for each guess, in the memory of one.
-            True: share a run, or raise. The guesses are equal either way. They cannot share a run with another engine
-            than ``"fast"``, with estimators that learn, or where the network writes into memory that tensors share.
-        orthogonal: in place of the mean, project the cotangent on the span of the guesses:
-            ``g^ = c Y (Y^T Y)^{-1} D``, with ``c = mean_k |y_k|^2 / K`` and ``Y`` an example's K guesses at all sites.
+        stack_guesses: None: guesses share a run where they can. False: one run for each guess, with the memory of one
+            guess. True: share a run, or raise. The guesses are equal either way. Guesses cannot share a run with an
+            engine other than ``"fast"``, with estimators that learn, or where the network writes into shared memory.
+        orthogonal: project the cotangent on the span of the guesses instead of taking their mean:
+            ``g^ = c Y (Y^T Y)^{-1} D``, with ``c = mean_k |y_k|^2 / K``. The K columns of ``Y`` are an example's
+            guesses at all sites.
             Unbiased for isotropic normal guesses; equal to the mean for orthogonal guesses of one length.
-        exact_last: whether sites that the loss reads take their exact error. None leaves it to the estimator.
-        memory: what a step keeps (table below). ``"auto"`` takes the fastest mode within ``budget`` in the first step;
-            the attribute ``memory`` then has its name.
-        budget: for ``memory="auto"``: bytes that a step may take above parameters and base state, as an integer or a
+        exact_last: whether sites that the loss reads take their exact error. None: the estimator decides.
+        memory: the memory mode (table below). ``"auto"``: the first step takes the fastest mode within ``budget``, and
+            sets the attribute ``memory`` to its name.
+        budget: for ``memory="auto"``: bytes that a step may take beyond parameters and base state, as an integer or a
             string such as ``"8GB"``. None: the GPU's free memory, or no limit on a CPU.
         engine: how tangents are computed. ``"fast"``: this package's rules where there are any. ``"dual"``: torch's
             rules on dual tensors. ``"func"``: ``torch.func.jvp``, the reference. All give the same numbers.
-        seed: of the guesses. None follows ``torch.manual_seed``.
-        check_finite: refuse a step on a loss that is not finite. This waits for the device once a step.
-        batch_norm: ``"exact"`` differentiates through the batch statistics of batch normalisation in training mode,
-            which couple the examples: layers before it take one derivative for the whole batch.
-            ``"frozen_statistics"`` takes the statistics for constants: one derivative per example, far less noise, and
-            a bias, since the influence of the examples on each other is left out.
-        audit: check, in steps 1, 2, 4, 8, ..., that the loss moves as the tangents say (``guessopt.audit``). This takes
-            a few more runs of the closure.
+        seed: seed of the guesses. None follows ``torch.manual_seed``.
+        check_finite: refuse a loss that is not finite. The check waits for the device once a step.
+        batch_norm: ``"exact"`` differentiates through the batch statistics of batch normalisation in training mode.
+            These couple the examples: layers before it take one derivative for the whole batch.
+            ``"frozen_statistics"`` treats the statistics as constants: one derivative per example and far less noise,
+            but a bias, since the influence of the examples on each other is left out.
+        audit: in steps 1, 2, 4, 8, ..., check that the loss moves as the tangents predict (``guessopt.audit``). An
+            audit takes a few more runs of the closure.
         foreign_gradients: ``"refuse"``: ``step()`` without a closure raises ``RuntimeError`` where ``.grad`` holds a
-            gradient that ``estimate`` did not make, so that nobody trains by ``backward()`` unawares. A tensor that
+            gradient that ``estimate`` did not make, so that nobody trains by ``backward()`` unnoticed. A tensor that
             replaces an estimate in ``.grad`` (a clipped copy) is accepted. ``"allow"`` applies any gradient.
 
     ============ ======= ==========================================================================================
     ``memory``   runs    what is kept
     ============ ======= ==========================================================================================
     ``"store"``  1       inputs and guesses of every site, until the directional derivatives are known
-    ``"replay"`` 2       nothing; the second run makes inputs and guesses again, from the same random states
-    ``"stream"`` 2       as ``"replay"``; ``step(closure)`` updates each parameter as soon as its gradient is whole, and
-                         frees the gradient. ``estimate`` fills ``.grad`` as ever. ``torch.optim`` bases are built with
-                         ``fused=True`` where possible
+    ``"replay"`` 2       nothing; the second run makes inputs and guesses again, from equal random states
+    ``"stream"`` 2       nothing; ``step(closure)`` also updates each parameter as soon as its gradient is whole, and
+                         frees the gradient. ``estimate`` fills ``.grad`` as in other modes. ``torch.optim`` bases are
+                         built with ``fused=True`` where possible
     ============ ======= ==========================================================================================
 
-    A failed step leaves everything as it was: parameters, base state, buffers, ``.grad``, random states. For this, the
-    first 8 updates copy gradients, parameters and base state, if the copies take at most 64 MiB (``"stream"``: of one
-    parameter at a time). A later update makes no copies. If the base fails there before it has written anything,
-    everything is put back; if it has written, ``PartialUpdateError`` names the parameters. Ctrl-C takes effect in the
-    closure or after the step, never in an update.
+    A failed step restores everything: parameters, base state, buffers, ``.grad``, random states. For this, the first 8
+    updates copy gradients, parameters and base state, if the copies take at most 64 MiB (``"stream"``: of one parameter
+    at a time). Later updates make no copies. If the base fails in a later update before it writes anything, everything
+    is restored; if it has written, ``PartialUpdateError`` names the parameters. Ctrl-C takes effect in the closure or
+    after the step, never in an update.
 
     Hooks on parameters (``register_hook``, ``register_post_accumulate_grad_hook``) act on estimated gradients as
     they would on gradients of ``backward()``. Steps of several threads take turns.
@@ -93,7 +94,7 @@ class GuessGradOptimizer(Optimizer):
             not allow: ``stack_guesses=True`` where guesses cannot share a run, ``orthogonal`` with estimators that
             learn or undo their bias, ``memory="stream"`` with a base that cannot update parameter by parameter or with
             learned feedback along a residual stream.
-        AuditError: from ``step`` and ``estimate``, with ``audit=True``: the loss moves in another way.
+        AuditError: from ``step`` and ``estimate``, with ``audit=True``: the loss does not move as predicted.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
 
@@ -175,18 +176,18 @@ class GuessGradOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:
-        """With a closure: zero the gradients, estimate them, update; returns the loss (before the update). Without:
-        update from the gradients that ``estimate`` has added.
+        """With a closure: zero the gradients, estimate them, update; return the loss before the update, a scalar.
+        Without a closure: update from the gradients that ``estimate`` has added; return None.
 
         Args:
-            closure: computes the loss and nothing else: a scalar, or losses ``[N]``, of which the mean is taken. It may
-                run more than once. Between two runs, random states, buffers and attributes are put back
-                (``docs/closures.md``).
+            closure: computes the loss and nothing else. It returns a scalar, or losses ``[N]``; the step takes their
+                mean. The closure may run more than once. Between two runs, random states, buffers and attributes are
+                restored (``docs/closures.md``).
 
         Raises:
             ClosureError: no gradient can be estimated; everything is as before.
-            RuntimeError: nothing estimated, gradients that were not estimated, or estimated gradients pending. With a
-                closure, gradients that were not estimated are dropped.
+            RuntimeError: without a closure: ``.grad`` holds no gradient, or one that ``estimate`` did not make. With a
+                closure: estimated gradients wait in ``.grad``. (A closure's step drops other gradients.)
             PartialUpdateError: see the class.
         """
         refuse_in_closure("step()")
@@ -212,8 +213,8 @@ class GuessGradOptimizer(Optimizer):
         return loss
 
     def estimate(self, closure: Callable[[], Any]) -> Tensor:
-        """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; returns the loss.
-        ``step()`` applies them."""
+        """Add estimated gradients to ``.grad``, as ``loss.backward()`` would; return the loss, a scalar. ``step()``
+        applies the gradients."""
         refuse_in_closure("estimate()")
         self._settle(closure)
         est = self.estimation
@@ -242,7 +243,7 @@ class GuessGradOptimizer(Optimizer):
             self.memory = choose(self.estimation, closure, self._budget)
 
     def _hooked(self, closure: Callable[[], Any], transaction: Transaction) -> tuple[Tensor, dict[int, Tensor]]:
-        """An estimate after the hooks on parameters."""
+        """The loss, and the estimated gradients by position after the hooks on parameters."""
         est = self.estimation
         loss, gradients = modes.estimate(est, closure, transaction)
         if est.hooks:
@@ -250,21 +251,21 @@ class GuessGradOptimizer(Optimizer):
         return loss, gradients
 
     def finish(self, journal: Journal, closure: Callable[[], Any]) -> None:
-        """Complete a step of ``memory="stream"`` that failed half-way: update the parameters that it had not reached.
+        """Complete a step of ``memory="stream"`` that failed half-way: update the remaining parameters.
 
         Args:
             journal: the ``journal`` of the ``PartialUpdateError``; completed in place.
             closure: the closure of the failed step.
 
         Raises:
-            PartialUpdateError: it failed again.
+            PartialUpdateError: an update failed again.
         """
         with exclusive("finish()"):
             finish_early(self.estimation, journal, closure)
         self._updated()
 
     def _updated(self) -> None:
-        """The update is final. Then the base's hooks after a step are called; an error of theirs does not undo it."""
+        """The update is final. Call the base's hooks after a step; an error in a hook does not undo the update."""
         self._pending = False
         self._estimated_ids.clear()
         call_hooks(self.estimation, self.base._optimizer_step_post_hooks)
@@ -273,7 +274,7 @@ class GuessGradOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base's."""
+        """The base's parameter groups."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -290,7 +291,7 @@ class GuessGradOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base's."""
+        """The base's state."""
         return self.base.state
 
     @state.setter
@@ -300,7 +301,7 @@ class GuessGradOptimizer(Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The base's."""
+        """The base's defaults."""
         return self.base.defaults
 
     @defaults.setter
@@ -319,13 +320,13 @@ class GuessGradOptimizer(Optimizer):
         return getattr(self.base, name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As for any optimizer; pending estimates are dropped."""
+        """Clear ``.grad``, as for any optimizer. This drops estimates that ``step()`` has not applied."""
         self.base.zero_grad(set_to_none)
         self._pending = False
         self._estimated_ids.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As for any optimizer; the group may carry its own ``"estimator"``."""
+        """Add a group, as for any optimizer. The group may carry its own ``"estimator"``."""
         if not self._is_built:
             return  # Optimizer.__init__ adds groups that the base has already
         refuse_in_closure("add_param_group()")
@@ -339,9 +340,9 @@ class GuessGradOptimizer(Optimizer):
         self.estimation.refresh()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state. The entry ``"guessopt"`` holds the stream of guesses, the prepared and learned states with
-        their age, and a description (base class, shapes, dtypes) that ``load_state_dict`` checks. Plain data:
-        ``torch.load(..., weights_only=True)`` reads it."""
+        """The base's state, with an entry ``"guessopt"``. The entry holds the random stream of the guesses, the
+        prepared and learned states with their age, and a description (base class, shapes, dtypes) that
+        ``load_state_dict`` checks. All is plain data: ``torch.load(..., weights_only=True)`` reads it."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         found = packed(self.estimation)

@@ -1,4 +1,4 @@
-"""The audit of a run: whether the loss moves as the run's tangents say (see ``engine.audit``)."""
+"""The audit of a run: does the loss move as the run's tangents predict (see ``engine.audit``)?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from guessopt.step.plan import Plan
 
 
 def is_audited(est: Estimation, plan: Plan) -> bool:
-    """Whether the next run is a plan's first, second, fourth, eighth, ... or somebody has asked for a report."""
+    """Whether the next run is audited: run 1, 2, 4, 8, ... of a plan, or any run if ``guessopt.audit`` waits."""
     uses = plan.uses + 1
     return est.asked is not None or (est.audit and uses & (uses - 1) == 0)
 
@@ -35,14 +35,14 @@ def audit_run(
     transaction: Transaction,
     light: bool,
 ) -> None:
-    """Audit a run. Buffers and random states are then as the run has left them.
+    """Audit a run. The audit leaves buffers and random states as the run has left them.
 
     Args:
         before: the state of the guesses' random stream before the run.
-        light: audit a run with white noise in place of the run's guesses, of which nothing was kept.
+        light: the run kept none of its guesses: audit another run, with white noise for guesses.
 
     Raises:
-        AuditError: the loss moves in another way, and nobody has asked for a report.
+        AuditError: the loss does not move as predicted, and ``guessopt.audit`` does not wait for a report.
     """
     if why := _why_not(est, plan, record):
         report = AuditReport(float(record.d.sum()), skipped=(why,))
@@ -71,7 +71,7 @@ def audit_run(
 
 
 def _why_not(est: Estimation, plan: Plan, record: ForwardRecord) -> str | None:
-    """Why a run is not audited."""
+    """Why a run is not audited; None if it is."""
     reasons = {
         "batch_norm='frozen_statistics' leaves a part of the derivative out by design": (
             est.frozen_statistics and plan.normalises_batch

@@ -1,4 +1,4 @@
-"""What a closure may return and must repeat; the errors say what to change."""
+"""Checks of the closure (its loss, its repeatability) and of the options against a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from guessopt.tracing.analysis import Analysis
 
 
 def check_loss(loss: Any) -> None:
-    """Raise ``ClosureError`` unless it is a scalar or ``[N]`` floating tensor."""
+    """Raise ``ClosureError`` unless the loss is a real floating-point tensor, a scalar or ``[N]``."""
     if not isinstance(loss, Tensor):
         raise ClosureError(
             f"the closure must return the loss as a tensor, scalar or one per example [N]; it returned "
@@ -61,8 +61,8 @@ def check_finite(loss: Tensor, d: Tensor | None = None) -> None:
 
 
 def check_examples(sites: Sequence[Site], analysis: Analysis) -> None:
-    """Raise ``ClosureError`` if the batch is empty, that is, if every tensor that the loss reads is. A single empty
-    output is allowed: an expert to which no token goes, an image in which nothing was found."""
+    """Raise ``ClosureError`` if the batch is empty: if every tensor that the loss reads has no entries. A single empty
+    output is allowed: an expert that receives no token, an image in which nothing was found."""
     shapes = [analysis.tape.shapes[v] for v in analysis.cut_values]
     if shapes and all(0 in shape for shape in shapes):
         empty = next((f"{site.op} gave an output" for site in sites if 0 in site.shape), "the loss reads a tensor")
@@ -88,8 +88,8 @@ def unstable(departure: GraphMismatch) -> ClosureError:
 
 
 def precision(analysis: Analysis) -> float:
-    """Relative difference that rounding may make between two runs by different kernels, in the closure's lowest
-    precision."""
+    """The relative difference of the loss that rounding may cause between two runs by different kernels, in the
+    closure's lowest precision."""
     dtypes = {analysis.tape.dtypes[v] for v in analysis.active}
     return max(1e-4, *(4 * torch.finfo(dtype).eps for dtype in dtypes)) if dtypes else 1e-4
 
@@ -98,9 +98,9 @@ def check_repeats(first: Tensor, second: Tensor, tolerance: float, again: Callab
     """Raise ``ClosureError`` if runs from the same random state give different losses.
 
     Args:
-        tolerance: relative, for other kernels.
-        again: the loss of one more run. It decides where two differ: other kernels alone may move the loss of an
-            ill-conditioned network (a batch norm over two nearly equal numbers magnifies every last bit).
+        tolerance: the relative difference that other kernels may cause.
+        again: makes one more run and returns its loss. If two runs differ, this loss must equal one of theirs: other
+            kernels alone may move the loss of an ill-conditioned network (a batch norm over two nearly equal numbers).
     """
     a, b = first.double(), second.detach().double()
 
@@ -122,7 +122,7 @@ def check_repeats(first: Tensor, second: Tensor, tolerance: float, again: Callab
 
 
 def check_plan(est: Estimation, plan: Plan) -> None:
-    """Raise ``ValueError`` for options that this model does not allow; warn, once, of surprises."""
+    """Raise ``ValueError`` for options that this model does not allow. Warn once of each surprise."""
     own = [site for site in plan.graph.sites if site.shares is None]
     if why := est.refused(est.memory, plan.graph):
         raise ValueError(f"memory: {why}")

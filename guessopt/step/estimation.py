@@ -1,7 +1,7 @@
-"""``Estimation``: the options of an optimizer, and everything that it keeps from one step to the next.
+"""``Estimation``: the options of an optimizer, and everything that the optimizer keeps from step to step.
 
-The other modules of this package work on it: ``modes`` has the algorithm, ``runs`` the runs of the closure,
-``guessing`` the guesses, ``learning`` the estimators that learn, ``checks`` the refusals and the warnings.
+The other modules of this package work on an ``Estimation``: ``modes`` has the algorithm, ``runs`` the runs of the
+closure, ``guessing`` the guesses, ``learning`` the estimators that learn, ``checks`` the refusals and the warnings.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ class Estimation:
 
     Args:
         base: the optimizer that makes the updates; its groups hold the parameters and their estimators.
-        seed: of the guesses; None follows ``torch.manual_seed``.
+        seed: seed of the guesses; None follows ``torch.manual_seed``.
 
     The other arguments are those of ``GuessGradOptimizer``.
 
     Attributes:
         params, names: every parameter in the optimizer's order, and its name.
-        by_position: the parameters that train, by position in that order; ``ids``: their positions by ``id``.
+        by_position, ids: the parameters that train, by position in that order; their positions by ``id``.
         estimators: the estimator of each parameter.
-        amplitudes: by estimator in use, the factor of its guesses for parameters.
+        amplitudes: by estimator in use, the factor of its guesses for parameters (directional descent).
         devices: indices of the CUDA devices in use.
         noise: the random stream of the guesses.
         cache: prepared and learned states, by site.
-        steps: steps made.
+        steps: number of steps made.
         plans: the plans in use, the last used first.
-        asked: the reports that ``guessopt.audit`` waits for; None outside of it.
-        updates: the base's updates, whole or not at all.
+        asked: the list that takes the reports for ``guessopt.audit``; None if no audit was asked for.
+        updates: makes the base's updates, whole or not at all.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Estimation:
         self.trainable: tuple[bool, ...] = ()
 
     def refresh(self) -> bool:
-        """Look again at which parameters train; start over if that has changed. Returns whether it has.
+        """Find the parameters that train. If they have changed, start over. Returns whether they have changed.
 
         Raises:
             ValueError: no parameter trains, no estimator is given for one, or the memory mode cannot be used.
@@ -161,11 +161,11 @@ class Estimation:
 
     @contextmanager
     def transaction(self, closure: Callable[[], Any], started: Transaction | None = None) -> Iterator[Transaction]:
-        """Within, an exception undoes everything. After a ``PartialUpdateError`` with a journal the updates stay, and
-        ``GuessGradOptimizer.finish`` makes the rest.
+        """An exception inside the block undoes everything. After a ``PartialUpdateError`` with a journal the updates
+        stay, and ``GuessGradOptimizer.finish`` makes the remaining updates.
 
         Args:
-            started: a transaction that is under way; None begins one.
+            started: a transaction that is already open; None opens one.
         """
         if not callable(closure):
             raise TypeError(f"closure: expected a function that returns the loss, got {type(closure).__name__}")
@@ -210,7 +210,7 @@ class Estimation:
 
     @property
     def frozen_statistics(self) -> bool:
-        """Whether batch statistics are taken for constants."""
+        """Whether batch statistics are treated as constants."""
         return self.batch_norm == "frozen_statistics"
 
     @property
@@ -219,16 +219,17 @@ class Estimation:
         return len(set(self.estimators)) == 1 and self.estimators[0].streams
 
     def choice_of(self, site: Site) -> Estimator:
-        """The first parameter's. Estimators that guess parameters (directional descent) come last."""
+        """The estimator that the user chose for the site's parameters: of several, the first that guesses activations;
+        if none does, the first."""
         estimators = [self.estimators[position] for position in site.params]
         return next((e for e in estimators if e.space == "activations"), estimators[0])
 
     def estimator_of(self, site: Site) -> Estimator:
-        """The estimator that serves the site: the choice itself, unless it leaves the site to another."""
+        """The estimator that serves the site: the user's choice, or the estimator that replaces it here."""
         return self.choice_of(site).for_site(site)
 
     def is_served(self, graph: SiteGraph, site: Site) -> bool:
-        """Whether the site shares a later site's guess."""
+        """Whether the site shares a later site's guess (``a(x) + b(x)``: one guess for the sum)."""
         while site.shares is not None:
             site = graph.sites[site.shares]
             if self.estimator_of(site).space == "activations":
@@ -241,8 +242,8 @@ class Estimation:
         return wanted and site.cut is not None
 
     def assignments(self, plan: Plan) -> dict[int, Assignment]:
-        """By site, who guesses there. A site is absent if its error is known exactly, if it shares a later site's
-        guess, or if its parameters themselves are guessed."""
+        """By site index, the estimator that guesses there. A site is absent if its error is known exactly, if it shares
+        a later site's guess, or if its parameters themselves are guessed."""
         if plan.assignments is None:
             plan.assignments = {}
             for site in plan.graph.sites:
@@ -254,10 +255,11 @@ class Estimation:
         return plan.assignments
 
     def prepared(self, site: Site, estimator: Estimator, ctx: SiteContext, key: str | None = None) -> Any:
-        """The estimator's prepared state at a site, made again every ``refresh`` steps; None if it prepares nothing.
+        """The estimator's prepared state at a site, made again every ``refresh`` steps; None if the estimator prepares
+        nothing.
 
         Args:
-            key: the state's name, if it is known.
+            key: the state's name in ``cache``; None: find the name.
         """
         key = _prepared_key(site, estimator) if key is None else key
         if not key:
@@ -272,7 +274,7 @@ class Estimation:
     # --- what the user should know ------------------------------------------------------------------------------------
 
     def warn(self, message: str) -> None:
-        """A ``GuessWarning``, once for each message, that points at the user's line."""
+        """Issue a ``GuessWarning`` that points at the user's line, once for each message."""
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, GuessWarning, stacklevel=_users_frame())
@@ -287,13 +289,13 @@ def _prepared_key(site: Site, estimator: Estimator) -> str:
 
 
 def _learned_key(graph: SiteGraph, site: Site, estimator: Estimator) -> str:
-    """Names a site across traces of the same model: its parameters, and which of their uses it is."""
+    """A site's name, equal in all traces of a model: its parameters, and the number of this use of them."""
     use = sum(other.params == site.params for other in graph.sites[: site.index])
     return f"{describe(estimator)} at {site.params} {use}"
 
 
 def _joins(assignments: dict[int, Assignment], joint: ParallelSites) -> bool:
-    """Whether one estimator guesses at all of these sites, and at all of them at once."""
+    """Whether one estimator serves all of these sites, and can make one guess for all of them."""
     estimators = {assignments[k].estimator if k in assignments else None for k in joint.sites}
     return len(estimators) == 1 and all(e is not None and e.joint for e in estimators)
 

@@ -1,4 +1,4 @@
-"""The guesses of a run: made site by site, when the run reaches the site."""
+"""The guesses of a run. Each guess is made when the run reaches its site."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from guessopt.tracing.subgraph import Random
 
 @dataclass
 class DrawContext:
-    """What the guesses of one run have in common.
+    """The guesses of one run: how many, and from which random stream.
 
     Attributes:
         count: K, guesses at each site.
-        source: the random stream that they are drawn from.
-        known: by call, results computed before the closure makes the call; None if the run cannot use them.
+        source: the random stream of the guesses.
+        known: by call, results of calls evaluated early; None if the run cannot use them.
         joined: by site, guesses that were made together with the guess of an earlier parallel site.
-        contexts: by site, its surroundings, for estimators that learn.
-        random: by call, the random states before the network's own draws, for estimators that learn.
+        contexts: by site, its ``SiteContext``, for estimators that learn.
+        random: by call, the random state before the network draws there, for estimators that learn.
     """
 
     count: int
@@ -49,7 +49,11 @@ def guesses_of(est: Estimation, plan: Plan, drawing: DrawContext) -> GuessAt:
 def guess_at(
     est: Estimation, plan: Plan, drawing: DrawContext, site: Site, s: Tensor, values: dict[int, Tensor]
 ) -> Guess | None:
-    """The guess for a site whose output is ``s``; None if the site needs none."""
+    """The guess for a site whose output is ``s`` (``[K, *shape]`` for K > 1); None if the site gets no guess.
+
+    Args:
+        values: by value, the tensors that the run has kept.
+    """
     found = est.assignments(plan).get(site.index)
     if found is None:
         return None
@@ -62,7 +66,7 @@ def guess_at(
         drawing.contexts[site.index] = ctx.replaying(drawing.random) if drawing.random else ctx
         if not estimator.injects(est.steps, plan.graph):
             return None
-    if 0 in site.shape:  # an expert to which no token goes
+    if 0 in site.shape:  # an expert that receives no token
         return Guess(s.new_zeros((drawing.count, *site.shape) if several else site.shape))
     if site.by_parameter and estimator.per_example_parameters:
         return Guess(directions=_directions_at(drawing, estimator.noise, site, ctx))
@@ -85,7 +89,7 @@ def _context(
 
 
 def _directions_at(drawing: DrawContext, noise: str, site: Site, ctx: SiteContext) -> list[Tensor]:
-    """A direction for each parameter of the site, example by example."""
+    """A direction for each parameter of the site: ``[N, *shape]``, or ``[K, N, *shape]`` for K > 1."""
     kind, count = centred(noise), drawing.count
     drawn = [[ctx.noise(shape, kind) for shape in site.direction_shapes] for _ in drawing.source.guess_indices(count)]
     return [stacked(each, count) for each in zip(*drawn, strict=True)]
@@ -99,7 +103,7 @@ def _sampled(
     site: Site,
     ctx: SiteContext,
 ) -> Guess:
-    """What the estimator samples, K times."""
+    """K samples of the estimator, as one ``Guess``."""
     estimator, count = found.estimator, drawing.count
     state = est.prepared(site, estimator, ctx, found.prepared)
     if estimator.learns:
@@ -117,7 +121,7 @@ def _sampled(
 
 
 def directions(est: Estimation, count: int, source: NoiseSource) -> dict[int, Tensor]:
-    """By position, guesses for the parameters whose estimator guesses parameters."""
+    """Guesses for the parameters whose estimator guesses parameters, by position; ``[K, ...]`` for K > 1."""
     found: dict[int, Tensor] = {}
     for position, p in est.by_position.items():
         estimator = est.estimators[position]
@@ -132,12 +136,15 @@ def directions(est: Estimation, count: int, source: NoiseSource) -> dict[int, Te
 
 
 def again(est: Estimation, noise: Any, count: int = 1, index: int = 0) -> tuple[NoiseSource, dict[int, Tensor]]:
-    """The random stream as an earlier run began with it, after the draws for parameters; and these guesses.
+    """Begin to make the guesses of an earlier run again.
 
     Args:
-        noise: the stream's state before that run.
+        noise: the random stream's state before the earlier run.
         count: K.
-        index: the number of its first guess.
+        index: the number of the earlier run's first guess.
+
+    Returns:
+        The random stream, ready for the first site; and the guesses for parameters, by position.
     """
     source = NoiseSource(est.noise.seed)
     source.restore(noise)
@@ -148,8 +155,8 @@ def again(est: Estimation, noise: Any, count: int = 1, index: int = 0) -> tuple[
 def guessed_again(
     est: Estimation, plan: Plan, record: ForwardRecord, before: Any, index: int
 ) -> tuple[GuessAt, Mapping[int, Tensor]]:
-    """The guesses of a run from its start, and the guesses for parameters. Guesses that were kept are used; others are
-    made once more. Of K guesses, the first."""
+    """The guesses of a run once more: at the sites, and for parameters by position. Of K guesses, the first. Guesses
+    that the record has kept are used; if some are missing, all are made again."""
     directed = {saved.call.index: saved.directions for saved in record.saved_calls if saved.directions is not None}
     covered = {s.index for c in directed for s in plan.graph.sites_at[c]} | record.guesses.keys()
     if covered >= est.assignments(plan).keys() and not any(e.debias for e in est.estimators):
@@ -171,7 +178,7 @@ def guessed_again(
 def white_noise(
     est: Estimation, plan: Plan, record: ForwardRecord, before: Any, index: int
 ) -> tuple[GuessAt, Mapping[int, Tensor]]:
-    """White noise in place of a run's guesses: equal in every run, whatever the network computes."""
+    """White noise in place of a run's guesses. The noise is equal in every run: it does not depend on the network."""
     source, found = again(est, before, 1, index)
     guessed = est.assignments(plan).keys()
 
@@ -185,7 +192,7 @@ def white_noise(
 
 
 def forgetting(guess: GuessAt, drawing: DrawContext) -> GuessAt:
-    """The guess, without the surroundings that it leaves in ``drawing.contexts``."""
+    """``guess``, followed by clearing the contexts that it leaves in ``drawing.contexts``."""
 
     def forgetting(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
         made = guess(site, s, values)
@@ -199,7 +206,7 @@ def forgetting(guess: GuessAt, drawing: DrawContext) -> GuessAt:
 
 
 def lasting(ctx: SiteContext, values: dict[int, Tensor], source: NoiseSource) -> SiteContext:
-    """The surroundings of a site, with copies of tensors that the closure may yet write in place."""
+    """A site's context, with copies of the tensors that the closure may later write in place."""
     site, segment = ctx.site, ctx.site.segment
     if segment is not None and any(call.in_place for call in segment.program):
         needed = {v for call in segment.program for v in call.inputs if v in values}
@@ -210,7 +217,7 @@ def lasting(ctx: SiteContext, values: dict[int, Tensor], source: NoiseSource) ->
 
 
 def _typed(y: Any, s: Tensor) -> Any:
-    """The guess in the dtype of the site's output: the next weight may have another one."""
+    """The guess in the dtype of the site's output. (The next weight may have another dtype.)"""
     return y.to(s.dtype) if isinstance(y, Tensor) and y.dtype is not s.dtype else y
 
 

@@ -1,4 +1,4 @@
-"""Estimators that learn: their ``LearningStep`` in a step, extra runs, and what they keep for the next step."""
+"""Estimators that learn: their ``LearningStep``, their extra runs, and the states that they keep for the next step."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from guessopt.tracing.context import SiteContext, draw
 from guessopt.tracing.functions import without_autocast
 from guessopt.tracing.subgraph import Random, walked
 
-#: A method of a ``LearningStep`` that is shown a site and its guess.
+#: A method of a ``LearningStep`` that takes a site's context and guess (None: no guess).
 Shown = Callable[[SiteContext, Any], Any]
 
 
 def begin_learning(est: Estimation, plan: Plan) -> dict[Estimator, LearningStep]:
-    """The step of each estimator that learns, with the states that it has learned so far."""
+    """A ``LearningStep`` for each estimator that learns, with the states that the estimator has learned so far."""
     assigned = est.assignments(plan)
     sites: dict[Estimator, list[Site]] = {}
     for index, found in assigned.items():
@@ -53,8 +53,8 @@ def begin_learning(est: Estimation, plan: Plan) -> dict[Estimator, LearningStep]
 
 
 def learn(est: Estimation, plan: Plan, record: ForwardRecord) -> None:
-    """Keep what the estimators have learned in this step. From a batch with numbers that are not finite they learn
-    nothing."""
+    """Store the states that the estimators have learned in this step. A batch with numbers that are not finite changes
+    no state."""
     assigned = est.assignments(plan)
     finite = None if est.check_finite or not record.learning_steps else _all_finite(record)
     for learning_step in record.learning_steps.values():
@@ -67,7 +67,7 @@ def learn(est: Estimation, plan: Plan, record: ForwardRecord) -> None:
 
 
 def _all_finite(record: ForwardRecord) -> Tensor:
-    """Whether the loss, the errors and the directional derivatives are finite: a number on the loss's device."""
+    """Whether the loss, the errors and the directional derivatives are finite: a boolean scalar tensor."""
     parts = (record.loss, record.d, *record.errors)
     return torch.isfinite(torch.stack([t.detach().sum().to(record.loss) for t in parts]).sum())
 
@@ -75,8 +75,11 @@ def _all_finite(record: ForwardRecord) -> Tensor:
 def learned_cotangents(
     est: Estimation, plan: Plan, record: ForwardRecord, consume: Callable[[dict[int, Tensor]], None] | None = None
 ) -> dict[int, Tensor]:
-    """The cotangents that estimators form themselves, by site, without those that ``consume`` has taken. What is
-    learned here serves from the next step on."""
+    """The cotangents that learning estimators form, by site index. The states learned here serve from the next step on.
+
+    Args:
+        consume: takes cotangents as soon as they are formed; the result is then without them. None: return all.
+    """
     formed: dict[int, Tensor] = {}
     assigned = est.assignments(plan)
     for estimator, learning_step in record.learning_steps.items():
@@ -94,8 +97,8 @@ def learned_cotangents(
 def observed(
     est: Estimation, plan: Plan, learning_steps: Mapping[Estimator, LearningStep], drawing: DrawContext
 ) -> GuessAt:
-    """The guesses of a run in which each ``LearningStep`` observes its sites. An estimator that makes no guess in this
-    step observes nothing."""
+    """The guesses of a run in which each ``LearningStep`` observes its sites. If an estimator makes no guess in this
+    step, its ``LearningStep`` observes nothing."""
     methods = {e: step.observe for e, step in learning_steps.items() if e.injects(est.steps, plan.graph)}
     show = _showing(est, plan, learning_steps, methods, drawing)
 
@@ -112,8 +115,8 @@ def served(
     methods: Mapping[Estimator, Shown],
     drawing: DrawContext,
 ) -> GuessAt:
-    """The guesses of a run in which each learning estimator's method takes a site's guess. The cotangents that it
-    answers stand in the place of the guess."""
+    """The guesses of a run in which each learning estimator's method takes a site's guess. The cotangents that the
+    method returns replace the guess."""
     show = _showing(est, plan, learning_steps, methods, drawing)
 
     def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
@@ -132,8 +135,8 @@ def _showing(
     methods: Mapping[Estimator, Shown],
     drawing: DrawContext,
 ) -> Callable[[Site, Tensor, dict[int, Tensor]], tuple[Guess | None, bool, Any]]:
-    """A site's guess; whether the site was shown to a method; and the method's answer. What surrounds the site is then
-    dropped. A learning estimator without a method is not asked for a guess."""
+    """A function that returns a site's guess, whether a method was called for the site, and the method's result. The
+    site's context is dropped after the call. A learning estimator without a method makes no guess."""
     assigned, guess = est.assignments(plan), guesses_of(est, plan, drawing)
     for learning_step in learning_steps.values():
         learning_step.open()
@@ -162,7 +165,7 @@ def show_sites(
     transaction: Transaction,
     random: Random,
 ) -> None:
-    """An extra run for estimators that must see all sites before they can guess, or predict, at one."""
+    """An extra run, for estimators that must see all sites before they can guess or predict at any of them."""
     source, found = again(est, noise)
     guess = served(est, plan, learning_steps, methods, DrawContext(1, source, random=random))
     plain_run(est, plan, transaction, guess, found).run(closure)
@@ -175,7 +178,7 @@ def find_draws(
     transaction: Transaction,
     random: dict[int, RandomState | None],
 ) -> None:
-    """An extra run that notes, in ``random``, the random states before the network's own draws."""
+    """An extra run that fills ``random``: by call, the random state before the network draws there."""
     run = plain_run(est, plan, transaction)
     run.random = random
     run.run(closure)
@@ -189,7 +192,7 @@ def plain_run(
     guess: GuessAt = lambda *_: None,
     directions: Mapping[int, Tensor] | None = None,
 ) -> ForwardRun:
-    """A run without tangents, which keeps nothing."""
+    """A run without tangents. It keeps no inputs and no guesses."""
     engine = PrimalRun(frozen_statistics=est.frozen_statistics)
     return ForwardRun(est.ids, plan.graph, engine, guess, directions or {}, transaction, keeps=False)
 
@@ -198,13 +201,13 @@ def plain_run(
 
 
 def makes_no_guess(est: Estimation, plan: Plan) -> bool:
-    """Whether every estimator learns, and predicts without a guess in this step."""
+    """Whether this step needs no guess: every estimator learns, and predicts without a guess in this step."""
     return all(e.learns and not e.injects(est.steps, plan.graph) for e in est.amplitudes)
 
 
 def engine_without_guesses(est: Estimation, plan: Plan) -> JvpEngine:
-    """The engine of a step without guesses: it takes the exact errors. Along a residual stream it keeps the blocks'
-    reverse graphs, unless they are made again later."""
+    """The engine of a step without guesses. It finds the loss and the exact errors. Along a residual chain it also
+    keeps a reverse graph for each block, unless the blocks are run once more later."""
     frozen, chain = est.frozen_statistics, plan.graph.chain
     lacks = not plan.keeps_graphs or any(cut.shared for cut in plan.graph.cuts)
     if chain is None or lacks or not est.mode.keeps:
@@ -213,7 +216,7 @@ def engine_without_guesses(est: Estimation, plan: Plan) -> JvpEngine:
 
 
 def direct_calls(est: Estimation, plan: Plan, learning_steps: Mapping[Estimator, LearningStep]) -> frozenset[int]:
-    """Calls whose gradients come from the reverse graphs of a chain's blocks: no guess corrects them in this step."""
+    """Calls whose gradients come from the blocks' reverse graphs. Empty if guesses correct these in this step."""
     corrected = any(step.keeps_guesses and e.injects(est.steps, plan.graph) for e, step in learning_steps.items())
     return frozenset() if corrected else plan.graph.block_calls
 
@@ -222,7 +225,7 @@ def direct_calls(est: Estimation, plan: Plan, learning_steps: Mapping[Estimator,
 
 
 def redrawn(graph: SiteGraph) -> frozenset[int]:
-    """Calls that draw random numbers and that estimators which learn run once more."""
+    """Calls that draw random numbers, and that a learning estimator runs once more."""
 
     def found() -> frozenset[int]:
         segments = [site.segment for site in graph.sites if site.segment is not None]

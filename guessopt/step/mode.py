@@ -1,4 +1,4 @@
-"""A memory mode: what a step keeps between the runs of the closure."""
+"""A memory mode: its algorithm, and whether a step keeps inputs and guesses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Mode:
         run: ``run(estimation, closure, transaction)`` gives the loss (a detached scalar) and the gradients by position.
         keeps: whether one run keeps inputs and guesses until the directional derivatives are known. If not, the closure
             runs twice, and estimators that learn see their sites one by one.
-        early: whether ``step(closure)`` has the base optimizer update each parameter as soon as its gradient is whole.
+        early: whether ``step(closure)`` updates each parameter as soon as its gradient is whole.
     """
 
     run: Callable[..., Any]

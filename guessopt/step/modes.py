@@ -1,7 +1,7 @@
 """The algorithm: closure -> plan -> guesses ``y_i`` -> one forward-mode run -> ``D_n`` -> cotangents -> gradients.
 
-``store`` is the whole of it in one run. ``replay`` keeps nothing in its first run, and makes inputs and guesses again
-in a second one. ``stream`` is replay in which each gradient is applied and freed as soon as it is whole.
+``store`` does all of this in one run. ``replay`` keeps nothing in its first run, and makes inputs and guesses again in
+a second run. ``stream`` is ``replay`` that applies and frees each gradient as soon as the gradient is whole.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def estimate(est: Estimation, closure: Closure, transaction: Transaction) -> tup
 
 
 def estimate_alone(est: Estimation, closure: Closure, started: Transaction | None = None) -> tuple[Tensor, ByPosition]:
-    """``estimate`` in a transaction of its own, or in one that is under way; hooks on parameters do not apply."""
+    """``estimate`` in a new transaction, or in ``started``. Hooks on parameters are not called."""
     with est.transaction(closure, started) as transaction:
         return estimate(est, closure, transaction)
 
@@ -53,7 +53,7 @@ def estimate_alone(est: Estimation, closure: Closure, started: Transaction | Non
 
 
 def store(est: Estimation, closure: Closure, transaction: Transaction) -> tuple[Tensor, ByPosition]:
-    """One run, or one for each guess where guesses cannot share it."""
+    """One run; or one run for each guess, if guesses cannot share a run."""
     loss, gradients, count = _store_once(est, closure, transaction, est.guesses)
     runs = est.guesses // count
     for index in range(1, runs):
@@ -67,7 +67,7 @@ def store(est: Estimation, closure: Closure, transaction: Transaction) -> tuple[
 def _store_once(
     est: Estimation, closure: Closure, transaction: Transaction, guesses: int
 ) -> tuple[Tensor, ByPosition, int]:
-    """The loss, an estimate, and the number of guesses in it: all of them, or 1 if guesses run in turn."""
+    """The loss, the gradients by position, and the number of guesses in them: all, or 1 if they run in turn."""
     plan, record = forward(est, closure, transaction, guesses)  # e = dL/dv and D_n = <e[n], v'[n]>, at the cuts v
     if est.orthogonal and record.d.dim() == 1:
         record = run_others(est, plan, record, closure, transaction)
@@ -86,7 +86,7 @@ def _store_once(
 
 
 def gradients_of(est: Estimation, plan: Plan, record: ForwardRecord) -> ByPosition:
-    """Gradients from the record of a run with one guess or none: ``g^_i = D_n y_i[n]``, or as learned."""
+    """Gradients from a record with one guess or none. A site's cotangent is ``g^_i[n] = D_n y_i[n]``, or learned."""
     gradients = Gradients(plan.graph, est.by_position, est.ids, directed=record.params)
     learned = learned_cotangents(est, plan, record, partial(gradients.consume, record))
     cotangents = estimated_cotangents(plan.graph, record, learned)
@@ -113,8 +113,8 @@ def _forgo_graphs(est: Estimation, plan: Plan) -> None:
 
 
 def replay(est: Estimation, closure: Closure, transaction: Transaction) -> tuple[Tensor, ByPosition]:
-    """A run that finds ``D_n`` and keeps nothing, and one that forms the gradients. Along a residual stream the record
-    of the first suffices: each block is run once more by itself."""
+    """Two runs: the first finds ``D_n`` and keeps nothing, the second forms the gradients. Along a residual chain the
+    first run suffices: each block is run once more by itself."""
     plan, records = first_run(est, closure, transaction)
     if plan.graph.chain is not None:
         return records[0].loss, gradients_of(est, plan, records[0])
@@ -124,8 +124,8 @@ def replay(est: Estimation, closure: Closure, transaction: Transaction) -> tuple
 
 
 def first_run(est: Estimation, closure: Closure, transaction: Transaction) -> tuple[Plan, list[ForwardRecord]]:
-    """The first run; one for each guess if guesses run in turn. The records hold ``D_n``, the loss, the state of the
-    guesses' random stream, and the exact errors where a site takes them."""
+    """The first run, or a first run for each guess if guesses run in turn; one record for each run. A record holds
+    ``D_n``, the loss, the random state of the guesses before the run, and the exact errors if a site takes them."""
     records: list[ForwardRecord] = []
     plan: Plan | None = None
     while sum(record.count for record in records) < est.guesses:
@@ -147,7 +147,7 @@ def first_run(est: Estimation, closure: Closure, transaction: Transaction) -> tu
 
 
 def _subtract(est: Estimation, plan: Plan, record: ForwardRecord, closure: Closure, transaction: Transaction) -> None:
-    """An extra run: take from ``D_n`` what the predictions explain of it."""
+    """An extra run: subtract from ``D_n`` the part that the predictions explain."""
     methods = {e: step.subtract for e, step in record.learning_steps.items()}
     try:
         show_sites(est, plan, record.learning_steps, methods, record.noise, closure, transaction, record.random)
@@ -164,7 +164,7 @@ def second_run(
     deliver: Deliver | None = None,
     done: Collection[int] = (),
 ) -> ByPosition:
-    """The second run: the gradients, without those that ``deliver`` has taken and without the positions in ``done``."""
+    """The second run. Returns the gradients by position, except those that ``deliver`` took or that ``done`` names."""
     transaction.rewind()
     guesses, known = [], dict[int, CachedCall]()
     for index, record in enumerate(records):
@@ -197,7 +197,7 @@ MODES |= {
 
 
 def audited(est: Estimation, closure: Closure) -> AuditReport:
-    """The report for ``guessopt.audit``. Everything is as before, afterwards."""
+    """The report for ``guessopt.audit``. Everything is then put back as it was before."""
 
     class Enough(Exception):
         pass

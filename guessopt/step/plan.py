@@ -1,4 +1,4 @@
-"""A plan: the graph of a closure, and what the runs by it have shown so far."""
+"""A plan: the graph of a closure, with counts and findings of earlier runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from guessopt.graph import SiteGraph
 from guessopt.sites import ParallelSites, Site
 from guessopt.tracing.analysis import Analysis
 
-#: Plans kept: one for each branch that the closure takes and each shape that it meets.
+#: Largest number of plans kept. Each branch of the closure and each input shape needs its own plan.
 MAX_PLANS = 16
 
 
 class Assignment(NamedTuple):
-    """Who guesses at a site, and the names of its prepared ("": none) and of its learned state."""
+    """The estimator that guesses at a site, and the names of its prepared state ("": none) and of its learned state."""
 
     estimator: Estimator
     prepared: str
@@ -33,31 +33,32 @@ class Plan:
     """A graph in use.
 
     Attributes:
-        analysis: what later probes need; None where there is one example.
-        sites: the sites as the analysis has them, without layouts.
-        given: the number of losses, where the closure returns several.
+        analysis: the analysis of the trace, for later probes; None if the batch has one example.
+        sites: the sites of the analysis, without layouts.
+        given: the number of losses, if the closure returns several.
         loss: the loss of the trace, until a run has confirmed it within ``tolerance``; then None.
-        uses: runs so far.
-        changes: how often a tensor that the closure reads, or a number, has changed from one run to the next: by the
-            tensor's value, or by ``-1 - index`` of the call that takes the number.
-        last: by value, the tensor that the last run read, and its version.
-        due: whether such a change asks for a probe.
+        tolerance: the relative difference of the loss that rounding may cause.
+        uses: number of runs so far.
+        changes: how often a tensor or a number that the closure reads has changed between two runs. The key is the
+            tensor's value, or ``-1 - index`` of the call that takes the number.
+        last: by value, a weak reference to the tensor that the last run read, and the tensor's version.
+        due: whether a change in ``changes`` asks for a probe.
         stale: whether the last run made a guess from tensors or numbers that the closure then did not use.
         volatile: how many runs were stale.
-        assignments: by site, who guesses there; None as long as nobody has asked.
+        assignments: the ``Assignment`` of each site, by site index; None until ``Estimation.assignments`` makes them.
         normalises_batch: whether batch normalisation couples the examples.
-        found: where the examples lie, and through which calls no tangent has come yet.
+        found: where the examples lie, and the calls through which no tangent has come yet.
         mixing: the operation in which examples interact; "" if there is none.
         routes: whether the network picks rows by indices that it computes.
         compiled: whether the closure calls compiled code.
         stacks: whether K guesses share a run; None: not known yet.
         failures: how many attempts to share a run failed.
         ways: see ``StackedEngine``.
-        stream: whether the graph has the residual stream as a chain of blocks.
+        stream: whether the graph was built to have the residual chain.
         together: whether probes may carry several tangents in one run.
-        keeps_graphs: whether a run may keep the reverse graphs of the chain's blocks.
-        joints: by first site, parallel sites that get one guess.
-        modules, elsewhere: modules and tensors that a ``Transaction`` must watch beside those that it finds itself.
+        keeps_graphs: whether a run may keep the reverse graphs of the blocks.
+        joints: by index of their first site, parallel sites that get one guess.
+        modules, elsewhere: further modules and tensors that a ``Transaction`` must watch; it finds the others itself.
     """
 
     graph: SiteGraph
@@ -90,12 +91,12 @@ class Plan:
 
     @property
     def alive(self) -> bool:
-        """Whether each site's tangent has been seen to arrive, on every way to the loss."""
+        """Whether the probes have seen each site's tangent reach the loss, on every path to the loss."""
         return self.found is None or self.found.alive
 
     def observe(self, run: ForwardRun) -> None:
-        """Compare the tensors and numbers that a run has read with those of the last run. The first, second, fourth,
-        eighth, ... change of a tensor or a number asks for a probe."""
+        """Compare the tensors and numbers that a run has read with those of the last run. Change 1, 2, 4, 8, ... of a
+        tensor or a number asks for a probe."""
         changed = list(run.changed)
         for value, t in run.met.items():
             version = -1 if t.is_inference() else t._version
@@ -110,8 +111,11 @@ class Plan:
 
 
 def is_due_for_probe(plan: Plan) -> bool:
-    """Whether the next pass needs a probe before it: after 1, 2, 4, 8, ... passes; more often while the tangent of some
-    site has not been seen to reach the loss; always where the data decide which rows go where."""
+    """Whether the next run needs a probe before it.
+
+    A probe comes after 1, 2, 4, 8, ... runs. While some site's tangent has not reached the loss, it comes before each
+    of the first 64 runs and each 16th later run. Where the data decide which rows go where, it comes before every run.
+    """
     uses = plan.uses
     if plan.analysis is None or uses == 0:
         return False

@@ -1,8 +1,8 @@
-"""The second pass of ``memory="replay"`` and ``"stream"``: inputs and guesses made again, used on the spot, forgotten.
+"""The second run of ``memory="replay"`` and ``"stream"``: inputs and guesses are made again, used at once, forgotten.
 
-The first pass finds the directional derivatives and keeps nothing. From the same random states this one makes each
-site's input ``x_i`` and guess ``y_i`` again and turns ``D_n y_i[n]`` into parameter gradients at once; ``"stream"``
-hands each gradient to the base optimizer as soon as it is whole.
+The first run finds the directional derivatives ``D_n`` and keeps nothing. The second run starts from equal random
+states. It makes each site's input ``x_i`` and guess ``y_i`` again, and turns ``D_n y_i[n]`` into parameter gradients at
+once. ``"stream"`` hands each gradient to the base optimizer as soon as the gradient is whole.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ Deliver = Callable[[dict[int, Tensor]], None]
 
 @dataclass
 class Journal:
-    """What it takes to complete a second pass: the random states before the step, what the first passes left (``D_n``
-    and where the guesses' stream stood), and the positions of the parameters that are done."""
+    """All that ``GuessGradOptimizer.finish`` needs to complete a second run.
+
+    Attributes:
+        random: the random states before the step.
+        records: one for each first run: ``D_n``, and the random state of the guesses before that run.
+        done: positions of the parameters that are updated.
+    """
 
     random: RandomState
     records: tuple[ForwardRecord, ...]
@@ -38,14 +43,13 @@ class Journal:
 
 
 class Replay(ForwardRun):
-    """A pass without tangents that forms each site's cotangent, and from it the gradients, as the site is reached.
+    """A run without tangents. When it reaches a site, it forms the site's cotangent and, from the cotangent, gradients.
 
     Args:
-        guesses: one for each first pass that was made: what it guessed, from its random state on; K guesses that shared
-            the pass stacked.
-        records: what these passes left: ``d`` ``[N]`` or ``[K, N]``, and the exact errors of sites that take theirs.
-        deliver: called with gradients as soon as they are whole (and the closure reads their parameters no more); None:
-            all are returned at the end.
+        guesses: for each first run, the function that makes its guesses again; ``[K, ...]`` if K guesses shared it.
+        records: for each first run, its record: ``d`` ``[N]`` or ``[K, N]``, and the exact errors if a site takes them.
+        deliver: called with gradients by position, as soon as they are whole and the closure no longer reads their
+            parameters. None: all gradients are returned at the end.
         done: positions of parameters whose gradients are not wanted.
     """
 
@@ -76,7 +80,7 @@ class Replay(ForwardRun):
         self.whole: list[tuple[int, ...]] = []
 
     def replay(self, closure: Callable[[], object]) -> dict[int, Tensor]:
-        """The gradients by position that have not been delivered.
+        """Run the closure. Returns the gradients that have not been delivered, by position.
 
         Raises:
             GraphMismatch: the closure made other calls.
@@ -96,19 +100,19 @@ class Replay(ForwardRun):
         return out
 
     def _deliver(self) -> None:
-        """Hand over the gradients that no call which waits will add to."""
+        """Hand over the whole gradients, except those to which a call in ``waiting`` will add."""
         assert self.deliver is not None
         open_ = {p for saved in self.waiting for site in self.graph.sites_at[saved.call.index] for p in site.params}
         ready = [group for group in self.whole if open_.isdisjoint(group)]
         self.whole = [group for group in self.whole if not open_.isdisjoint(group)]
         positions = [p for group in ready for p in group if p not in self.done]
         if positions and (found := self.gradients.take(positions)):
-            self.delivering = True  # and so it stays if this fails
+            self.delivering = True  # stays True if ``deliver`` fails
             self.deliver(found)
             self.delivering = False
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
-        """Nothing is injected: the site's cotangent is formed."""
+        """Form the site's cotangent. Nothing is injected: ``s`` is returned as it is."""
         primal = self.engine.primal(s)
         found: Tensor | None = None
         for guess, rates in self.sources:
@@ -134,18 +138,18 @@ class Replay(ForwardRun):
 
     def _exact(self, site: Site) -> Tensor | None:
         assert site.cut is not None
-        errors = self.records[0].errors  # every pass had the same
+        errors = self.records[0].errors  # equal in every first run
         return errors[site.cut] if errors else None
 
     def _add_directed(self, directions: list[Tensor], rates: Tensor) -> None:
-        """``sum_n D_n v[n]`` of parameters that were guessed example by example."""
+        """Add ``sum_n D_n v[n]`` to the gradients of parameters that were guessed example by example."""
         assert self.saved is not None
         for k, rate in enumerate(rates):
             self.saved.directions = [v[k] for v in directions] if len(rates) > 1 else directions
             self.gradients.direct(self.saved, rate)
 
     def leave(self, saved: SavedCall) -> None:
-        """Gradients in the order of the calls: a call whose cotangent a later one brings holds up those after it."""
+        """Add gradients in the order of the calls. A call that lacks a cotangent holds up the calls after it."""
         if saved.directions is not None:
             return
         self.waiting.append(saved)
@@ -167,11 +171,11 @@ class Replay(ForwardRun):
 
 
 def due(graph: SiteGraph, params: Collection[int]) -> dict[int, list[tuple[int, ...]]]:
-    """After which call each parameter's gradient is whole and its value read no more, but by calls that wait; by call,
-    groups of positions.
+    """By call index, the groups of parameters (positions) that are due after the call: their gradients are whole and
+    their values are read no more, except by calls that wait.
 
-    Parameters of one expression (a weight norm's two factors) fall due together: its own reverse pass reads them all.
-    Those that the closure reads without derivative, or in its loss, stay to the end."""
+    Parameters of one expression (a weight norm's two factors) form a group: the expression's reverse pass reads them
+    all. Parameters that the closure reads without derivative, or in its loss, are never due: they stay to the end."""
     group: dict[int, set[int]] = {p: {p} for p in params}
     for reads, kind in zip(graph.reads, graph.kinds, strict=True):
         if kind is Kind.EXPRESSION:

@@ -1,4 +1,4 @@
-"""Runs of the closure: by a plan that fits, again where something has changed, with all guesses or with one."""
+"""Runs of the closure: by a plan that fits, with all guesses or with one; repeated if a plan or a guess was stale."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def forward(
     """One run by the first plan that the closure follows; by a new plan if it follows none.
 
     Args:
-        guesses: K. The run carries all of them if they can share it, else one.
+        guesses: K. The run carries all K guesses if they can share a run, else one guess.
         keeps: whether the record keeps inputs and guesses until the directional derivatives are known.
 
     Raises:
@@ -62,7 +62,7 @@ def forward(
         except GraphMismatch:
             transaction.rewind()
             est.noise.restore(noise)
-    for last in (False, True):  # a first run may have filled caches that later ones read
+    for last in (False, True):  # a first run may have filled caches that later runs read
         plan = new_plan(est, closure, transaction)
         noise = est.noise.snapshot()
         try:
@@ -77,7 +77,7 @@ def forward(
 
 
 def new_plan(est: Estimation, closure: Closure, transaction: Transaction) -> Plan:
-    """Trace the closure; the new plan is the first of ``est.plans``."""
+    """Trace the closure, and put the new plan first in ``est.plans``."""
     together = est.mode.keeps  # several tangents in one probe take memory
     plan = trace(est, closure, transaction, finite=est.check_finite, together=together)
     check_plan(est, plan)
@@ -91,8 +91,8 @@ def new_plan(est: Estimation, closure: Closure, transaction: Transaction) -> Pla
 def _run_by(
     est: Estimation, plan: Plan, closure: Closure, transaction: Transaction, guesses: int, keeps: bool
 ) -> ForwardRecord:
-    """A run. It is repeated if a guess was made from tensors that the closure then did not read, or if what the
-    closure reads has changed so often that the layouts must be probed again."""
+    """A run. It is repeated for two reasons: a guess was made from tensors that the closure then did not read; or the
+    tensors and numbers that the closure reads have changed so often that the layouts must be probed again."""
     probes = is_due_for_probe(plan)
     if probes:
         probe_again(est, plan, closure, transaction)
@@ -116,7 +116,7 @@ def _run_by(
 
 
 def look(est: Estimation, plan: Plan, closure: Closure, transaction: Transaction) -> Tensor:
-    """Run the closure to find the tensors that guesses need before the closure reads them; returns the loss."""
+    """Run the closure to find the tensors that guesses need before the closure reads them. Returns the scalar loss."""
     run = plain_run(est, plan, transaction)
     loss = run.run(closure)
     run.check_end(loss)
@@ -132,7 +132,7 @@ def look(est: Estimation, plan: Plan, closure: Closure, transaction: Transaction
 def _run_shared(
     est: Estimation, plan: Plan, closure: Closure, transaction: Transaction, guesses: int, keeps: bool
 ) -> ForwardRecord:
-    """A run with all guesses if they can share it, else with one. A failed attempt is undone."""
+    """A run with all guesses if they can share a run, else with one. A failed attempt is undone."""
     if guesses == 1 or not _may_share(est, plan):
         return run_once(est, plan, closure, transaction, keeps=keeps)
     noise, cached = est.noise.snapshot(), est.cache.copy()
@@ -159,7 +159,7 @@ def _may_share(est: Estimation, plan: Plan) -> bool:
     """Whether guesses may share a run, as far as is known.
 
     Raises:
-        ValueError: they cannot, and ``stack_guesses=True``.
+        ValueError: guesses cannot share a run, and ``stack_guesses=True``.
     """
     if est.stack_guesses is False:
         return False
@@ -178,13 +178,13 @@ def _may_share(est: Estimation, plan: Plan) -> bool:
             plan.stacks = False
             if shared:
                 est.warn(f"guesses do not share a pass but run in turn, which takes longer: {why}")
-    return plan.stacks is not False or plan.failures == 1  # one failure may be a passing one
+    return plan.stacks is not False or plan.failures == 1  # a first failure may be temporary: try once more
 
 
 def run_others(
     est: Estimation, plan: Plan, first: ForwardRecord, closure: Closure, transaction: Transaction
 ) -> ForwardRecord:
-    """Make a run for each of the other guesses; return one record, as if all guesses had shared a run."""
+    """Make a run for each guess after the first. Returns one record, as if all guesses had shared a run."""
     records = [first]
     for index in range(1, est.guesses):
         est.noise.guess_index = index
@@ -202,7 +202,7 @@ def run_others(
 def run_once(
     est: Estimation, plan: Plan, closure: Closure, transaction: Transaction, count: int = 1, keeps: bool = True
 ) -> ForwardRecord:
-    """A run with ``count`` guesses at each site. The record says what it found."""
+    """One run with ``count`` guesses at each site, and its record. Audits the run if an audit is due."""
     learning_steps = begin_learning(est, plan)
     keeps = keeps or plan.graph.chain is not None
     audited = is_audited(est, plan)
@@ -249,7 +249,7 @@ def _initialise(
     transaction: Transaction,
     random: dict[int, RandomState | None],
 ) -> None:
-    """Extra runs for estimators that have to see the sites before they can begin."""
+    """Extra runs for estimators that must see the sites before they can begin."""
     while any(step.needs_init for step in learning_steps.values()):
         if None in random.values():  # first find the random states before the network's draws
             find_draws(est, plan, closure, transaction, random)
@@ -286,8 +286,8 @@ def _executed(est: Estimation, plan: Plan, run: ForwardRun, closure: Closure) ->
 
 
 def _let_go(est: Estimation, plan: Plan, record: ForwardRecord) -> None:
-    """Keep of a run that keeps nothing what the second run needs: ``D_n``, and the exact errors of sites that take
-    theirs."""
+    """Drop from the record all that the second run does not need. It needs ``D_n``, and the exact errors if a site
+    takes them."""
     with torch.no_grad():
         for learning_step in record.learning_steps.values():
             learning_step.close(record)
@@ -299,7 +299,7 @@ def _let_go(est: Estimation, plan: Plan, record: ForwardRecord) -> None:
 
 
 def _confirm(est: Estimation, plan: Plan, record: ForwardRecord, closure: Closure, transaction: Transaction) -> None:
-    """The plan has served: check its first loss against the trace's, count the run, and put the plan first."""
+    """After a run by the plan: check the plan's first loss against the trace's, count the run, put the plan first."""
     if plan.loss is not None:
 
         def again() -> Tensor:

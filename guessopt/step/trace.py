@@ -1,4 +1,4 @@
-"""Closure to plan: record the closure, find its examples, and say where they interact."""
+"""From a closure to a plan: record the closure, find where its examples lie, and find where they interact."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from guessopt.tracing.tape import Tape
 
 @dataclass
 class _Recording:
-    """One run of the closure, recorded; and where its examples lie.
+    """One recorded run of the closure, and where its examples lie.
 
     Attributes:
-        given: the number of losses, where the closure returns several.
+        given: the number of losses, if the closure returns several.
         modules: the modules whose attributes the closure changes, by ``id``.
     """
 
@@ -52,11 +52,11 @@ class _Recording:
 def trace(
     est: Estimation, closure: Callable[[], Any], transaction: Transaction, *, finite: bool, together: bool = True
 ) -> Plan:
-    """Make a plan: run the closure once to record it, and again to probe it. Everything is as before, afterwards.
+    """Make a plan: run the closure once to record it, and again to probe it. Then put everything back.
 
     Args:
         finite: refuse a loss that is not finite.
-        together: whether probes may carry several tangents in one run, for the memory that they take.
+        together: whether probes may carry several tangents in one run. This takes more memory.
 
     Raises:
         ClosureError: the closure returns no loss, or no parameter has a part in the loss.
@@ -91,8 +91,8 @@ def trace(
 def _recorded(
     est: Estimation, closure: Callable[[], Any], transaction: Transaction, finite: bool, together: bool
 ) -> _Recording:
-    """Record and probe the closure. It is recorded again where a call turns out to be an expression of parameters, and
-    once more where the probe's runs make other calls: a first run may fill caches that later runs read."""
+    """Record and probe the closure. Record it again when a call turns out to be an expression of parameters. Record it
+    once more if the probe's runs make other calls: a first run may fill caches that later runs read."""
     as_expression: frozenset[int] = frozenset()
     found: Found | None = None
     departed = False
@@ -130,11 +130,11 @@ def _tape_of(
     as_expression: frozenset[int],
     modules: dict[int, torch.nn.Module],
 ) -> tuple[Tape, Tensor]:
-    """Run the closure and record its calls; returns its loss too. Modules that it changes are added to ``modules``."""
+    """Run the closure and record its calls. Returns the tape and the loss. Adds changed modules to ``modules``."""
     tape = Tape(est.ids, as_expression, transaction.save)
     with transaction.finding() as changed:
         loss = tape.run(closure)
-    # F.embedding scales the rows that it reads to max_norm. To scale them again changes nothing: no rewriting.
+    # F.embedding scales the rows that it reads to max_norm. A second scaling changes nothing: ignore it.
     tape.rewritten = frozenset(p for p, t in est.by_position.items() if tape.writes.written(t) - {F.embedding})
     modules |= {id(module): module for module in changed}
     check_loss(loss)
@@ -152,7 +152,7 @@ def layouts_of(
     known: Found | None = None,
     together: bool = True,
 ) -> Found:
-    """Probe the closure for where its examples lie. ``known``: see ``find_layouts``."""
+    """Probe the closure to find where its examples lie. ``known``: see ``find_layouts``."""
     graph = site_graph(analysis, sites, {}, 1, segments=False)
     frozen, witness = est.frozen_statistics, Witness(analysis)
     together = together and not graph.shared_writes
@@ -181,7 +181,7 @@ def layouts_of(
             raise _Carried(error) from None
 
     def pushed(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
-        """All lanes in one run; each in its own run if they cannot share one."""
+        """All tangents (lanes) in one run; or each in its own run, if they cannot share a run."""
         nonlocal together
         if together and count > 1:
             watched = prepared(tangents, StackedEngine(count, {}, frozen_statistics=frozen), range(count))
@@ -241,8 +241,8 @@ def mixing_of(
     found: Found,
     transaction: Transaction,
 ) -> str:
-    """The operation after which the examples of the last coupled site interact; "" if none was found. Takes one run of
-    the closure, except for batch normalisation."""
+    """The operation after which the examples of the last coupled site interact; "" if none was found. The search takes
+    one run of the closure; batch normalisation is found without a run."""
     coupled = [site for site in graph.sites if site.layout is Layout.COUPLED and site.shares is None]
     if found.batch == 1 or not coupled:
         return ""
@@ -278,9 +278,9 @@ def mixing_of(
 
 
 def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> frozenset[int]:
-    """Calls that read a parameter and another tensor but hold no examples, such as ``F.embedding(arange(T), W)``. They
-    are parameter expressions. Their shape tells; where T = N, the values made from them do, which hold the examples
-    apart."""
+    """Calls that read a parameter and another tensor but hold no examples, such as ``F.embedding(arange(T), W)``. Such
+    calls are expressions of parameters. Their shape has no batch dimension. If T = N, the shape cannot tell; then the
+    values computed from the call decide: all of them must hold the examples apart."""
     if found.batch <= 1:
         return frozenset()
     apart = {v for v, layout in (found.ends | found.layouts).items() if layout is not Layout.COUPLED}
@@ -293,13 +293,13 @@ def constant_calls(analysis: Analysis, sites: Sequence[Site], found: Found) -> f
 
 
 def may_hold_no_examples(analysis: Analysis, site: Site) -> bool:
-    """Whether nothing but parameters, and indices or a mask beside them, make the site's output."""
+    """Whether the site's output depends on parameters, indices and masks alone."""
     reads_network = any(v in analysis.active for v in site.call.inputs)
     return not reads_network and site.cut is None and _is_about_parameters(analysis.tape, site)
 
 
 def _is_about_parameters(tape: Tape, site: Site) -> bool:
-    """Whether the call looks parameters up by index, or masks them: its other tensors are then no batch of inputs."""
+    """Whether the call looks up parameters by index, or masks them. Its other tensors are then no batch of inputs."""
     mine = tape.mine[site.call.index]
     others = [v for k, v in enumerate(site.call.inputs) if k not in mine]
     masked = any(tape.shapes[site.call.inputs[k]] == site.shape for k in mine)
@@ -307,7 +307,7 @@ def _is_about_parameters(tape: Tape, site: Site) -> bool:
 
 
 def probe_again(est: Estimation, plan: Plan, closure: Callable[[], Any], transaction: Transaction) -> None:
-    """Probe again: tangents of a site that could not reach the loss (a zero-initialised head) may reach it now."""
+    """Probe again. A tangent that could not reach the loss before (a zero-initialised head) may reach the loss now."""
     assert plan.analysis is not None
     graph = plan.graph
     assert plan.found is not None
@@ -325,7 +325,7 @@ def probe_again(est: Estimation, plan: Plan, closure: Callable[[], Any], transac
 
 
 def _forget_tensors(tape: Tape) -> None:
-    """Let go of the batch: later probes need the analysis, and not the tensors."""
+    """Free the batch: later probes need the analysis, not the tensors."""
     tape.expressions.clear()
     tape.writes.let_go()
     tape.outside = {v: t for v, t in tape.outside.items() if isinstance(t, torch.nn.Parameter)}

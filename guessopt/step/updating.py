@@ -1,4 +1,4 @@
-"""The updates: the base optimizer's step for all parameters at once, or one by one as their gradients become whole."""
+"""The updates: the base's step for all parameters at once, or for each parameter when its gradient is whole."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def call_hooks(est: Estimation, hooks: Mapping[int, Callable[..., Any]]) -> None
 
 
 def update(est: Estimation, arrived: Iterable[Tensor] = ()) -> None:
-    """The base's step, without the closure, whole or not at all (see ``Updates``). The base's hooks before a step are
-    called; the global ones have been called for the ``GuessGradOptimizer``.
+    """The base's step, without the closure, whole or not at all (see ``Updates``). The base's own hooks before a step
+    are called. Torch's global hooks are not: they have been called for the ``GuessGradOptimizer``.
 
     Args:
-        arrived: parameters whose hooks wait for the gradient that is now in ``.grad``.
+        arrived: parameters whose hooks are called after their gradient has been written to ``.grad``.
     """
     call_hooks(est, est.base._optimizer_step_pre_hooks)
     with est.updates.whole(est.base, est.params, est.names):
@@ -44,7 +44,7 @@ def update(est: Estimation, arrived: Iterable[Tensor] = ()) -> None:
 
 
 def update_by(est: Estimation, gradients: Mapping[int, Tensor]) -> None:
-    """Write gradients, by position, to ``.grad`` (None where there is none), and update."""
+    """Write gradients, by position, to ``.grad``, and update. A parameter without a gradient gets ``.grad = None``."""
     for position, p in enumerate(est.params):
         p.grad = gradients.get(position)
         if p.grad is not None:
@@ -59,7 +59,7 @@ def apply_gradients(est: Estimation, estimated: Collection[int]) -> None:
         estimated: the ``id`` of each parameter to which ``estimate`` has added.
 
     Raises:
-        RuntimeError: there is no gradient, or one that ``estimate`` did not make.
+        RuntimeError: ``.grad`` holds no gradient, or a gradient that ``estimate`` did not make.
     """
     est.refresh()
     found = [(k, p) for k, p in enumerate(est.params) if p.grad is not None]
@@ -90,11 +90,11 @@ def apply_gradients(est: Estimation, estimated: Collection[int]) -> None:
 
 
 def step_early(est: Estimation, closure: Closure, transaction: Transaction) -> Tensor:
-    """A step in which each gradient is applied and freed as soon as it is whole; returns the loss."""
+    """A step that applies and frees each gradient as soon as the gradient is whole. Returns the loss, a scalar."""
     for p in est.params:
         p.grad = None
     plan, records = first_run(est, closure, transaction)
-    if plan.uses == len(records):  # a plan's first step: see the second run through before anything moves
+    if plan.uses == len(records):  # a plan's first step: try the second run before any update
         second_run(est, plan, records, closure, transaction, deliver=lambda gradients: None)
     update_early(est, plan, Journal(transaction.random, tuple(records)), closure, transaction)
     est.steps += 1
@@ -102,10 +102,10 @@ def step_early(est: Estimation, closure: Closure, transaction: Transaction) -> T
 
 
 def update_early(est: Estimation, plan: Plan, journal: Journal, closure: Closure, transaction: Transaction) -> None:
-    """The second run, in which the base updates each parameter as soon as its gradient is whole.
+    """The second run. The base updates each parameter as soon as the parameter's gradient is whole.
 
     Raises:
-        PartialUpdateError: it failed after some parameters had been updated; the journal says which.
+        PartialUpdateError: the run failed after some parameters had been updated; the journal names them.
     """
 
     def deliver(gradients: dict[int, Tensor]) -> None:
@@ -130,7 +130,7 @@ def update_early(est: Estimation, plan: Plan, journal: Journal, closure: Closure
 
 
 def _update_one(est: Estimation, position: int, gradient: Tensor, done: set[int]) -> None:
-    """The base's step for one parameter. Its position is then ``done``, whatever fails later; its gradient is freed."""
+    """The base's step for one parameter; its gradient is then freed. Its position enters ``done`` and stays there."""
     p, name = est.params[position], est.names[position]
     p.grad = hooked(gradient, p, est.hooks, name)
     try:
@@ -143,7 +143,7 @@ def _update_one(est: Estimation, position: int, gradient: Tensor, done: set[int]
 
 
 def finish_early(est: Estimation, journal: Journal, closure: Closure) -> None:
-    """Make the updates that ``update_early`` left; see ``GuessGradOptimizer.finish``."""
+    """Make the updates that ``update_early`` did not reach; see ``GuessGradOptimizer.finish``."""
     transaction = Transaction(est.devices)
     now, transaction.random = transaction.random, journal.random
     est.refresh()
