@@ -1,4 +1,4 @@
-"""Per-site state: prepared, with its age (the leading singular vectors of a weight), or learned."""
+"""States of estimators at sites: prepared (the leading singular vectors of a weight) or learned; each with its age."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LEARNED = "learned: "
 
 
 class SiteCache:
-    """States by key, each made anew once it is ``refresh`` steps old. Refreshes of different sites are spread over
-    time, so that no step pays for all of them.
+    """States by key. A prepared state is made again when it is ``refresh`` steps old. Refreshes of different sites are
+    spread over time, so that no step pays for all of them.
 
     >>> cache = SiteCache()
     >>> cache.get("a", step=0, refresh=50, make=lambda old: "first")
@@ -30,7 +30,7 @@ class SiteCache:
         self._states: dict[str, tuple[int, Any]] = {}
 
     def get(self, key: str, *, step: int, refresh: int, make: Callable[[Any], Any]) -> Any:
-        """The state, made by ``make`` (from the previous one, or None) if it is missing or due."""
+        """The prepared state. If the state is missing or due, ``make(previous state or None)`` makes it."""
         found = self._states.get(key)
         if found is None:
             # The n-th site is refreshed first after refresh - 7n (mod refresh) steps: sites take turns.
@@ -42,25 +42,25 @@ class SiteCache:
         return found[1]
 
     def peek(self, key: str) -> Any:
-        """A state that ``put`` left; None if there is none."""
+        """The learned state of a key; None if there is none."""
         found = self._states.get(LEARNED + key)
         return None if found is None else found[1]
 
     def put(self, key: str, step: int, state: Any) -> None:
-        """A state that was learned, in place of the last one (which a snapshot may still hold)."""
+        """Replace the learned state of a key. The old state is left unchanged: a snapshot may hold it."""
         self._states[LEARNED + key] = (step, state)
 
     def learned(self) -> dict[str, tuple[int, Any]]:
-        """A snapshot of what ``put`` left, for ``relearn``."""
+        """A snapshot of the learned states, for ``relearn``."""
         return {key: entry for key, entry in self._states.items() if key.startswith(LEARNED)}
 
     def relearn(self, states: dict[str, tuple[int, Any]]) -> None:
-        """Back to a snapshot by ``learned``; prepared states stay as they are."""
+        """Go back to a snapshot made by ``learned``. Prepared states stay as they are."""
         kept = {key: entry for key, entry in self._states.items() if not key.startswith(LEARNED)}
         self._states = {**kept, **states}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data, tensors included; each state with its age and its device."""
+        """All states as plain data and tensors; each with the step that made it and its device."""
         return {
             key: {"step": step, "state": state, "device": device_of(state)}
             for key, (step, state) in self._states.items()
@@ -71,7 +71,7 @@ class SiteCache:
 
         Args:
             state: returned by ``state_dict``.
-            place: from the name of a device at the time of saving to the device for its tensors now.
+            place: gives, for the name of a device at the time of saving, the device for its tensors now.
         """
         self._states = {
             key: (entry["step"], copied(entry["state"], None if entry["device"] is None else place(entry["device"])))
@@ -83,7 +83,7 @@ class SiteCache:
         return dict(self._states)
 
     def restore(self, states: dict[str, tuple[int, Any]]) -> None:
-        """Back to a snapshot."""
+        """Go back to a snapshot made by ``copy``."""
         self._states = states
 
 

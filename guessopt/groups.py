@@ -1,4 +1,4 @@
-"""From what a user hands over to parameter groups and a base optimizer; what makes no sense is refused by name."""
+"""From the user's arguments to parameter groups and a base optimizer. Bad arguments are refused by name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensors_of(params: Any) -> Iterable[Any]:
 
 
 def groups_of(params: Any, default: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameters, named parameters or groups, as groups that each name their estimator."""
+    """Parameters, named parameters or groups, as a list of groups. Each group has an ``"estimator"``."""
     if isinstance(params, Tensor):
         raise TypeError("params: expected an iterable of parameters or groups, got a single tensor; wrap it in a list")
     if isinstance(params, torch.nn.Module):
@@ -44,7 +44,7 @@ def groups_of(params: Any, default: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def listed(params: Any) -> list[Any]:
-    """A group's parameters: one, or several."""
+    """A group's parameters as a list. A group may also hold a single tensor."""
     return [params] if isinstance(params, Tensor) else list(params)
 
 
@@ -78,7 +78,7 @@ def check_tensors(tensors: Sequence[Any]) -> None:
 
 
 def build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], default: dict[str, Any]) -> Optimizer:
-    """The base. Its groups name their estimators only once it is built: some bases refuse keys that are not theirs."""
+    """Build the base. Estimators enter its groups after that, since some bases refuse keys that they do not know."""
     own = {id(p): group["estimator"] for group in groups for p in tensors_of(group["params"])}
     bare = [{key: value for key, value in group.items() if key != "estimator"} for group in groups]
     if isinstance(base, Optimizer):
@@ -111,8 +111,8 @@ def build(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any], defau
 
 
 def with_fused(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Options with ``fused=True`` where a base of torch offers it and nobody has chosen: an update that makes no
-    temporary copies of a parameter, of which the others make up to three."""
+    """Options of the base, with ``fused=True`` if a base of torch offers it and the user has not chosen. A fused update
+    makes no temporary copies of a parameter; other updates make up to three."""
     native = isinstance(base, type) and base.__module__.startswith("torch.optim.")
     if not native or "fused" not in inspect.signature(base).parameters or kwargs.keys() & {"fused", "foreach"}:
         return kwargs
@@ -122,7 +122,7 @@ def with_fused(base: Any, groups: list[dict[str, Any]], kwargs: dict[str, Any]) 
         t.grad = torch.zeros_like(t)
     try:
         made = base(trials, **kwargs, fused=True)
-        base_step(made)  # without the hooks that users have set for every optimizer
+        base_step(made)  # without torch's global optimizer hooks
     except RuntimeError:  # not on this device, not for this dtype (complex), or not with these options
         return kwargs
     return {**kwargs, "fused": True}

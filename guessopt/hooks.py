@@ -1,4 +1,4 @@
-"""Hooks on parameters, as autograd would call them; and who made a gradient."""
+"""Hooks on parameters, called as autograd would call them; and marks on gradients: estimated or by ``backward()``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Hooks = dict[int, dict[int, Callable[[Tensor], "Tensor | None"]]]
 
 @contextmanager
 def lifted(params: Iterable[Tensor], hooks: Hooks) -> Iterator[None]:
-    """Within, the parameters have no gradient hooks; ``hooks`` holds them. A step computes parts of gradients by
-    autograd, and hooks apply to whole gradients only."""
+    """Inside the block, ``hooks`` holds the parameters' gradient hooks, and the parameters have none. A step computes
+    parts of gradients by autograd; hooks must see whole gradients only."""
     taken = [(p, p._backward_hooks) for p in params if p._backward_hooks]
     try:
         for p, own in taken:
@@ -36,7 +36,7 @@ def lifted(params: Iterable[Tensor], hooks: Hooks) -> Iterator[None]:
 
 
 def hooked(g: Tensor, p: Tensor, hooks: Hooks, name: str) -> Tensor:
-    """The gradient after the hooks of ``register_hook``, in their order.
+    """The gradient after the hooks of ``register_hook``, called in their order.
 
     Raises:
         TypeError: a hook returned something other than a tensor or None.
@@ -69,7 +69,7 @@ def accumulates(p: Tensor) -> bool:
 
 
 def fire(p: Tensor) -> None:
-    """Call the hooks of ``register_post_accumulate_grad_hook``; the gradient is in ``.grad``."""
+    """Call the hooks of ``register_post_accumulate_grad_hook``. The gradient must be in ``.grad``."""
     with torch.no_grad():
         for hook in list((p._post_accumulate_grad_hooks or {}).values()):
             if hook is not _by_backward:
@@ -89,17 +89,17 @@ def watch(p: Tensor) -> None:
 
 
 def mark(g: Tensor, made: bool = True) -> None:
-    """Note whether ``estimate`` or ``step`` made the gradient."""
+    """Mark the gradient: whether ``estimate`` or ``step`` made it."""
     setattr(g, _MADE, made)
 
 
 def is_made(p: Tensor, estimated: bool) -> bool:
-    """Whether ``estimate`` or ``step`` made all of ``.grad``. A gradient of zeros counts as made; the search for other
-    numbers costs one host sync.
+    """Whether ``estimate`` or ``step`` made all of ``.grad``. No gradient and a gradient of zeros count as made. If the
+    marks do not decide, the test for zeros costs one host sync.
 
     Args:
-        estimated: whether ``estimate`` has added to this ``.grad`` since the last update. Another tensor in its place
-            (a clipped copy) then counts as made.
+        estimated: whether ``estimate`` has added to this ``.grad`` since the last update. If so, an unmarked tensor
+            that has replaced the estimate (a clipped copy) counts as made.
     """
     g = p.grad
     if g is None:
@@ -112,8 +112,8 @@ def is_made(p: Tensor, estimated: bool) -> bool:
 
 
 def apart(gradients: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Give each gradient memory of its own, so that an in-place operation on one leaves the others alone. The gradients
-    of both terms of ``a + b`` are one tensor at first."""
+    """Give each gradient its own memory, so that an in-place operation on one gradient does not change another. Before,
+    the gradients of both terms of ``a + b`` are one tensor."""
     seen = set[int]()
     for k, g in gradients.items():
         if g.layout is torch.strided:

@@ -1,4 +1,4 @@
-"""Random states: what a closure may draw from, recorded and replayed; and the guesses' own stream."""
+"""Random states: the generators that a closure may use, recorded and replayed; and the random stream of the guesses."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RandomState:
 
     @classmethod
     def before(cls, args: Any, kwargs: dict[str, Any], *fns: Callable[..., Any]) -> RandomState:
-        """The generators from which a call may draw: the global ones, and those among its arguments.
+        """Record the generators from which a call may draw: the global generators, and those among its arguments.
 
         Args:
             fns: the functions that are called. If all are torch's own, only torch's generators are recorded.
@@ -70,7 +70,7 @@ class RandomState:
         devices, generators = set[int](), list[torch.Generator]()
         _sources((args, kwargs), devices, generators)
         if torch.cuda.is_initialized() and (not devices or torch.get_default_device().type == "cuda"):
-            devices.add(torch.cuda.current_device())  # it may name no device, and take the default
+            devices.add(torch.cuda.current_device())  # a call without a device argument takes the default
         return cls.capture(tuple(devices), generators, torch_alone=bool(fns) and all(map(_is_of_torch, fns)))
 
     def restore(self) -> None:
@@ -94,7 +94,7 @@ def cuda_devices(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 @contextmanager
 def replayed(state: RandomState | None) -> Iterator[None]:
-    """Within, the generators are as in ``state`` (None: nothing happens). Afterwards they are as before."""
+    """Inside the block, the generators are as in ``state``; afterwards as before. None: do nothing."""
     if state is None:
         yield
         return
@@ -108,7 +108,7 @@ def replayed(state: RandomState | None) -> Iterator[None]:
 
 
 def _sources(node: Any, devices: set[int], generators: list[torch.Generator]) -> None:
-    """The CUDA devices and the generators among a call's arguments."""
+    """Add the CUDA devices and the generators among a call's arguments to ``devices`` and ``generators``."""
     if isinstance(node, Tensor):
         if node.is_cuda:
             devices.add(node.device.index)
@@ -129,8 +129,8 @@ def _sources(node: Any, devices: set[int], generators: list[torch.Generator]) ->
 def draws(fn: Callable[..., Any]) -> bool:
     """Whether a torch function may draw random numbers.
 
-    Torch's own operations have a tag that says so. A Python function of torch draws if an operation that its code names
-    draws. For other functions (a custom operation, a ``torch.autograd.Function``) the answer is True.
+    Torch's own operations have a tag for random draws. A Python function of torch draws if its code names an operation
+    that draws. For other functions (a custom operation, a ``torch.autograd.Function``) the answer is True.
 
     >>> draws(torch.rand_like), draws(torch.nn.functional.gumbel_softmax), draws(torch.relu)
     (True, True, False)
@@ -157,14 +157,14 @@ def _is_drawing_operation(name: str) -> bool:
 
 
 def _is_of_torch(fn: Callable[..., Any]) -> bool:
-    """Whether it is one of torch's own functions: built in, or written in Python."""
+    """Whether a function is one of torch's own: built in, or written in Python."""
     if isinstance(fn, FunctionType):
         return fn.__module__.partition(".")[0] == "torch"
     return not isinstance(fn, type) and type(fn).__module__ in _BUILT_IN
 
 
 def _names_drawing(fn: FunctionType, seen: frozenset[FunctionType] = frozenset()) -> bool:
-    """Whether a function of torch's names an operation that draws, or another function that does."""
+    """Whether a Python function of torch names an operation that draws, directly or through functions it names."""
     seen |= {fn}
     if any(_is_drawing_operation(name) for name in fn.__code__.co_names):
         return True
@@ -181,14 +181,14 @@ def _names_drawing(fn: FunctionType, seen: frozenset[FunctionType] = frozenset()
 
 
 class NoiseSource:
-    """The stream that guesses are drawn from: separate from the closure's, so that dropout sees what it always saw.
+    """The random stream of the guesses. It is separate from the closure's generators, so guesses do not change dropout.
 
     With ``seed=None`` it follows ``torch.manual_seed``: a new global seed starts a new stream.
 
     Attributes:
-        means: True, for diagnostics: callers take the mean of each draw in place of the draw.
-        guess_index: k, the number of the guess that is drawn. Each k has an independent stream of its own, so that K
-            guesses in one run equal K guesses in K runs.
+        means: for diagnostics: if True, callers replace each draw by its mean.
+        guess_index: k, the number of the guess that is drawn. Each k has its own independent stream. Thus K guesses in
+            one run equal K guesses in K runs.
 
     >>> a, b = NoiseSource(0), NoiseSource(0)
     >>> a.follow(); b.follow()
@@ -200,7 +200,7 @@ class NoiseSource:
     def __init__(self, seed: int | None) -> None:
         self.seed, self.means = seed, False
         self._seen: int | None = None
-        self._awaited: int | None = None  # the global seed at the time of saving, which the user may yet bring back
+        self._awaited: int | None = None  # the global seed when saved: the user may restore it
         self._stream = 0
         self.guess_index = 0
         self._generators: dict[tuple[torch.device, int], torch.Generator] = {}
@@ -217,7 +217,7 @@ class NoiseSource:
         self._seen, self._awaited = seed, None
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The stream on a device."""
+        """The generator of guess ``guess_index`` on a device."""
         found = self._generators.get((device, self.guess_index))
         if found is None:
             # The closure's own generator starts at the seed. Odd constants give each k another start.
@@ -227,7 +227,7 @@ class NoiseSource:
         return found
 
     def guess_indices(self, count: int) -> Iterator[int]:
-        """Set ``guess_index`` to 0, ..., ``count - 1`` in turn, then as it was; for one guess, leave it as it is."""
+        """Set ``guess_index`` to 0, ..., ``count - 1`` in turn, then back. For one guess, leave it as it is."""
         if count == 1:
             yield self.guess_index
             return
@@ -235,7 +235,7 @@ class NoiseSource:
         for index in range(count):
             self.guess_index = index
             yield index
-        self.guess_index = before  # after an error ``restore`` does it: an iterator that was left may be closed late
+        self.guess_index = before  # after an error, ``restore`` sets it: Python may close an iterator late
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=self.generator(device))
@@ -244,8 +244,8 @@ class NoiseSource:
         return torch.rand(shape, dtype=dtype, device=device, generator=self.generator(device))
 
     def state(self) -> dict[str, Any]:
-        """Plain data for ``load``: the stream's seed, the global seed, and the generators' states by device and lane
-        (``"cpu"``, ``"cpu lane 1"``)."""
+        """Plain data for ``load``: the stream's seed, the global seed, and the generators' states by device and guess
+        index (``"cpu"``, ``"cpu lane 1"``)."""
         seed = self._seed_now()
         if seed not in (self._seen, self._awaited):  # the next step starts anew
             return {"stream": seed, "seed": seed, "generators": {}}
@@ -261,7 +261,7 @@ class NoiseSource:
 
         Args:
             state: returned by the method ``state``.
-            moved: from the name of a device at the time of saving to the name of the device that replaces it.
+            moved: name of a device at the time of saving -> name of the device that replaces it.
 
         Returns:
             The devices whose generators cannot continue here. They start again from the stream's seed.
@@ -287,12 +287,12 @@ class NoiseSource:
         return list(dict.fromkeys(left))
 
     def snapshot(self) -> Any:
-        """For ``restore``."""
+        """The stream's present state, for ``restore``."""
         states = [(k, g.get_state()) for k, g in self._generators.items()]
         return self._seen, self._awaited, self._stream, states, self.guess_index
 
     def restore(self, snapshot: Any) -> None:
-        """Undo everything since the snapshot."""
+        """Go back to a snapshot."""
         self._seen, self._awaited, self._stream, states, lane = snapshot
         self._generators = {}
         for (device, self.guess_index), state in states:

@@ -1,6 +1,6 @@
 """``FollowingRun``: does the closure make the calls of the graph?
 
-Every call is compared with the graph's call of the same number.
+Call number k of the closure is compared with call number k of the graph.
 
 | compared | may differ from the graph |
 |---|---|
@@ -27,12 +27,12 @@ from guessopt.tracing.functions import stops_gradient
 from guessopt.tracing.interceptor import Interceptor
 from guessopt.tree import compared, map_tensors
 
-#: Calls whose numbers decide which entries meet. Other numbers make another graph.
+#: Calls whose number arguments decide which entries meet. Other numbers make another graph.
 _STRUCTURAL = {torch.cat, torch.concat, torch.concatenate, F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.dropout}
 
 
 class GraphMismatch(BaseException):
-    """The closure departs from the graph. It is no ``Exception``, so that a closure cannot swallow it.
+    """The closure departs from the graph. Not an ``Exception``, so that a closure cannot catch it by accident.
 
     Args:
         index: number of the call, from 0.
@@ -49,14 +49,14 @@ class FollowingRun(Interceptor):
 
     Args:
         params: ``id`` of each trainable parameter to its position.
-        graph: of an earlier run.
+        graph: the graph of an earlier run.
         same_objects: whether an operation that returns its argument unchanged returns the same object.
-        repeats: raise also if the run reads other numbers or tensors than the last run.
+        repeats: raise also if the run reads numbers or tensors other than those of the last run.
 
     Attributes:
         seen: ``id`` of each tensor that the run has met -> (a weak reference to it, its value).
-        met: the tensors that the closure has not made, by value, without the trainable parameters.
-        changed: calls (``-1 - index``) whose numbers differ from the graph's. The graph has taken over the new ones.
+        met: by value, the tensors that the closure reads and has not made, without the trainable parameters.
+        changed: calls (``-1 - index``) whose number arguments differ from the graph's. The graph takes the new ones.
         stale: whether a result was computed early from numbers or tensors that the closure then did not use.
     """
 
@@ -93,7 +93,7 @@ class FollowingRun(Interceptor):
     # --- before a call ------------------------------------------------------------------------------------------------
 
     def check_function(self, index: int, fn: Callable[..., Any]) -> Handling:
-        """The graph's entry for call number ``index``, whose function must be ``fn``."""
+        """The graph's entry for call number ``index``. The entry's function must be ``fn``."""
         if index >= len(self.handling):
             raise GraphMismatch(index, f"{name_of(fn)} is called after the last call of the earlier run")
         handling = self.handling[index]
@@ -106,7 +106,7 @@ class FollowingRun(Interceptor):
         return handling
 
     def check_tensors(self, call: Call, tensors: list[Tensor]) -> None:
-        """Each tensor must be the value that the trace found in its place."""
+        """Raise ``GraphMismatch`` unless each tensor has the value that the trace found at its position."""
         reads = call.reads
         if len(tensors) != len(reads):
             raise GraphMismatch(call.index, f"{call.op} takes {len(tensors)} tensors in place of {len(call.reads)}")
@@ -123,7 +123,7 @@ class FollowingRun(Interceptor):
                 raise GraphMismatch(call.index, f"{call.op} reads another tensor")
 
     def _meet(self, call: Call, value: int, t: Tensor) -> None:
-        """Check and note a tensor that the closure has not made."""
+        """Check a tensor that the closure has not made, and add it to ``met``."""
         known, graph = self.graph.outside[value], self.graph
         if t.shape != known.shape or t.dtype != known.dtype:
             made = f"{described(t.shape, t.dtype)} in place of {described(known.shape, known.dtype)}"
@@ -147,7 +147,7 @@ class FollowingRun(Interceptor):
             graph.constants[value] = t
 
     def check_arguments(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], outline: list[Any]) -> None:
-        """Compare the arguments that are no tensors: numbers may differ, nothing else."""
+        """Compare the arguments that are not tensors. Numbers may differ, nothing else."""
         same = compared(outline, call.outline)
         if same:
             return
@@ -184,8 +184,8 @@ class FollowingRun(Interceptor):
             self._moved.update(call.moves)
 
     def _is_argument(self, value: int, t: Tensor, tensors: list[Tensor]) -> bool:
-        """Whether a call that returned its argument unchanged in the trace has done so. A copy is accepted too, since
-        another kernel may have laid the argument out differently, unless a later call writes into the value."""
+        """Whether a call that returned its argument in the trace has returned it again. A copy is accepted too, since
+        another kernel may give the argument another layout; but not if a later call writes into the value."""
         if any(t is argument for argument in tensors):
             return True
         if self.same_objects and value in self.graph.overwritten:

@@ -1,13 +1,13 @@
 """``ForwardRun``: run the closure once in forward mode, guesses in, directional derivatives out.
 
-The graph says what each of the closure's calls is, and the run handles it so (``Kind``):
+The graph gives each call of the closure a ``Kind``. The run handles the call by its kind:
 
-| call | handled |
+| kind | handled |
 |---|---|
 | plain | with its derivative |
 | site | with its derivative; its outputs then get their guesses as tangents, and its arguments are saved |
 | expression of parameters | in reverse mode: it records an ordinary autograd graph |
-| loss | in reverse mode, on leaves in place of the network's values: their gradients are the exact errors |
+| loss | in reverse mode, on leaves that replace the network's values: the leaves' gradients are the exact errors |
 | stopped, idle | without derivatives |
 """
 
@@ -47,24 +47,23 @@ class ForwardRun(FollowingRun):
 
     Args:
         params: ``id`` of each trainable parameter to its position.
-        graph: of an earlier run. A run that departs from it raises ``GraphMismatch``.
+        graph: the graph of an earlier run. A run that departs from the graph raises ``GraphMismatch``.
         engine: computes the derivatives.
-        guess: the tangent for a site, from its output without tangent and the values kept aside. None: no tangent. A
-            list: one direction ``[N, *shape]`` for each parameter that the site reads. A pair: the tangent, and the
-            guess that the estimate takes in its place.
+        guess: called as ``guess(site, s, values)`` at each site, with the site's output ``s`` without tangent and the
+            kept tensors by value. Returns the site's ``Guess``; None: no tangent.
         directions: tangents for parameters, by position.
-        transaction: saves each tensor that the closure is about to write and has not made.
-        keeps: whether to keep what parameter gradients need: the sites' arguments and the guesses.
+        transaction: saves each tensor that the closure has not made, before the closure writes the tensor.
+        keeps: whether to keep the sites' arguments and the guesses, from which parameter gradients are formed.
         left: called with every ``SavedCall`` that is kept, after its call.
         direct: calls whose gradients come from a block's own reverse graph. Their arguments are not saved.
         repeats: raise ``GraphMismatch`` if the run reads other numbers or tensors than the last run.
 
     Attributes:
-        known: by call, results that were computed before the closure makes the call.
-        values: by value, the tensors without tangent that the graph wants kept.
-        guessing: whether a guess is being made: an error is then none of the closure's.
-        duals: ``id`` of a parameter or expression of parameters -> the same with a tangent, for the sites.
-        random: by call, the random state before it.
+        known: by call, results of calls evaluated early.
+        values: by value, the tensors without tangent that the graph asks the run to keep.
+        guessing: whether the run is making a guess. An error is then not the closure's fault.
+        duals: ``id`` of a parameter or an expression of parameters -> its copy with a tangent, for the sites.
+        random: by call, the random state before the call.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class ForwardRun(FollowingRun):
     # --- the whole run ------------------------------------------------------------------------------------------------
 
     def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
-        """Run the closure.
+        """Run the closure, and return the record of the run.
 
         Args:
             params: the trainable parameters, by position.
@@ -132,7 +131,7 @@ class ForwardRun(FollowingRun):
             self.transaction.raised = self.raised
 
     def _loss_of(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> Tensor:
-        """The closure's loss, a function of the leaves; within ``engine.run``."""
+        """The closure's loss, as a function of the leaves. Called inside ``engine.run``."""
         self.duals = {id(params[p]): self.engine.substitute(params[p], v) for p, v in self.directions.items()}
         loss = self.run(closure)
         self.check_end(loss)
@@ -185,7 +184,7 @@ class ForwardRun(FollowingRun):
         return out
 
     def perform(self, op: OpCall) -> Any:
-        """Run the operation as the graph says."""
+        """Run the operation by its kind."""
         return self._BY_KIND[op.kind](self, op)
 
     def differentiate(self, op: OpCall) -> Any:
@@ -205,10 +204,10 @@ class ForwardRun(FollowingRun):
         return self.loss_calls.call(op, self.no_grad)
 
     def _apart(self, op: OpCall) -> Any:
-        """Run an operation without derivatives, on the tensors' numbers. Tensors that it writes or returns are the
-        closure's own, and keep their tangents."""
+        """Run an operation without derivatives, on tensors without tangents. If the operation writes or returns one of
+        its arguments, the closure gets its own tensor back, with its tangent."""
         moving = [op.tensors[k] for k in self.graph.moving[op.index]]
-        if op.fn in BINDING:  # it must reach the tensor itself
+        if op.fn in BINDING:  # the operation must reach the tensor itself
             moving = [t for t in moving if t is not op.tensors[0]]
         writes = op.fn in BINDING or op.index in self.graph.mutations
         if not moving:
@@ -232,12 +231,12 @@ class ForwardRun(FollowingRun):
         results = results_of(out, op.tensors)
         self.express(results, [op.tensors[k] for k in self.graph.mine[op.index]])
         if self.duals and any(self.plain(t).requires_grad for t in results):
-            with replayed(state):  # the same noise in both
+            with replayed(state):  # equal noise in both evaluations
                 self._express_duals(op, out)
         return out
 
     def _express_duals(self, op: OpCall, out: Any) -> None:
-        """The same expression with tangents, for the sites; the loss reads the plain one."""
+        """Evaluate the expression again, with tangents, for the sites. The loss reads ``out``, without tangents."""
         with self.no_grad:
             duals = tensors_in((self.differentiate(op.replaced(self._dual)),))
         for plain, dual in zip(tensors_in((out,)), duals, strict=True):
@@ -247,7 +246,7 @@ class ForwardRun(FollowingRun):
         return self.duals.get(id(t), t)
 
     def _is_written(self, op: OpCall) -> bool:
-        """Whether an operation writes in place, or a later one into its results."""
+        """Whether an operation writes in place, or a later operation writes into its results."""
         return op.call.in_place or not self.graph.overwritten.isdisjoint(op.call.outputs)
 
     # --- sites --------------------------------------------------------------------------------------------------------
@@ -279,7 +278,7 @@ class ForwardRun(FollowingRun):
             raise GraphMismatch(site.call.index, f"{site.op} gave {made}")
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
-        """The site's output ``s`` with its guess for tangent."""
+        """The site's output ``s``, with the site's guess as its tangent."""
         primal = self.engine.primal(s)
         with self.engine.outside():
             self.guessing = True
@@ -295,7 +294,7 @@ class ForwardRun(FollowingRun):
         return self.engine.inject(s, y.clone() if site.overwritten else y, in_place)
 
     def _by_parameter(self, site: Site, directions: list[Tensor]) -> Tensor:
-        """The output's tangent as each example's own parameters move along ``directions``; these are kept."""
+        """The output's tangent if each example's own parameters move along ``directions``, which are kept."""
         saved = self.saved
         assert saved is not None
         saved.directions = directions
@@ -304,19 +303,19 @@ class ForwardRun(FollowingRun):
             found = site.rule.parameter_tangent(
                 saved.call.fn, saved.args, saved.kwargs, saved.wanted, vs, lambda v: site.layout.place(v, site.shape)
             )
-            return found.expand(site.shape)  # a stack of smaller ones would not broadcast against the output's
+            return found.expand(site.shape)  # a stack of smaller tangents would not broadcast to the output
 
         return self.engine.each(tangent, directions)
 
     def leave(self, saved: SavedCall) -> None:
-        """A site's call is over, and its outputs have their guesses."""
+        """Called at the end of a site's call, after its outputs have their guesses."""
         if self.keeps:
             self.saved_calls.append(saved)
             if self.left is not None:
                 self.left(saved)
 
     def _saved_call(self, op: OpCall, site: Site) -> SavedCall | None:
-        """The call's record for its parameter gradients; None if no parameter needs one."""
+        """The ``SavedCall`` for the call's parameter gradients; None if no parameter needs it."""
         wanted = list(self.graph.mine[op.index])
         if self.directions:
             wanted = [k for k in wanted if not self._is_directed(op.tensors[k])]
@@ -335,7 +334,7 @@ class ForwardRun(FollowingRun):
             return bare(t).clone() if id(t) in later else bare(t)
 
         args, kwargs = op.arguments(primal)
-        if site.call.writes and not moves_statistics(op.fn):  # the call may be made once more for the gradients
+        if site.call.writes and not moves_statistics(op.fn):  # the rule may make the call again
             args, kwargs = copied(args, kwargs, [k for k in site.call.writes if k not in wanted])
         if site.call.in_place:
             args = (args[0].clone(), *args[1:])
@@ -373,8 +372,8 @@ class ForwardRun(FollowingRun):
         return chain is not None and value in chain.overwritten_later
 
     def _copied(self, op: OpCall, out: Any, results: list[Tensor]) -> Any:
-        """``out`` with a copy in place of the first argument, where the operation has returned this argument and made a
-        new tensor when traced (another kernel may have laid the argument out as wanted). Each value has its tensor."""
+        """``out`` with a copy of the first argument, if the operation has returned this argument but made a new tensor
+        in the trace (another kernel may already have given the argument its layout). Two values need two tensors."""
         argument = op.tensors[0]
         for k, t in enumerate(results):
             if t is argument and op.call.outputs[k] not in op.call.inputs and op.kind is not Kind.EXPRESSION:

@@ -19,8 +19,8 @@ from guessopt.tracing.writes import kept
 def estimated_cotangents(
     graph: SiteGraph, record: ForwardRecord, formed: Mapping[int, Tensor] | None = None
 ) -> dict[int, Tensor]:
-    """The cotangents by site index: ``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2), or a cut's exact error for a
-    site that has no guess. Each guess is taken out of the record.
+    """The cotangents by site index: ``g^_i[n] = D_n y_i[n]`` (Singhal eq. 13; Wang 2). A site without a guess takes its
+    cut's exact error. Guesses are removed from the record, to free their memory.
 
     Args:
         formed: cotangents that estimators have formed themselves, by site index.
@@ -39,8 +39,8 @@ def estimated_cotangents(
 
 
 def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
-    """``D_n y[n]``, in memory of its own: two sites may hold one guess (``a(x) + b(x)``), and a guess may be expanded.
-    For a float16 guess in float32, since the product may leave float16's range.
+    """``D_n y[n]``, ``[*shape]``, in new memory: two sites may hold one guess (``a(x) + b(x)``), and a guess may be
+    expanded. The product of a float16 guess is float32, since it may leave float16's range.
 
     Args:
         y: the site's guess, ``[*shape]``.
@@ -60,9 +60,9 @@ def parameter_gradients(
     ids: Mapping[int, int],
     gradients: Gradients | None = None,
 ) -> dict[int, Tensor]:
-    """Gradients by position. Parameters without one are absent.
+    """Gradients by position. Parameters without a gradient are absent.
 
-    A site's own transposed rule turns its cotangent into gradients of the tensors that its call reads. Gradients of
+    A site's transposed rule turns its cotangent into gradients of the tensors that the site's call reads. Gradients of
     expressions of parameters (``W.t()``) then go back to the parameters in reverse mode.
 
     Args:
@@ -81,13 +81,13 @@ def parameter_gradients(
 
 
 class Gradients:
-    """Sums of parameter gradients, by the parameter's position, to which one call after the other is added.
+    """Sums of parameter gradients, by the parameter's position. Calls are added one by one.
 
     Args:
         params: trainable parameters by position; ids: ``id`` to position.
         directed: positions of parameters that have guesses of their own.
-        origin: the positions of the parameters that an expression is computed from. It is needed to ``take`` the
-            gradients of some parameters before the others.
+        origin: gives the positions of the parameters that an expression is computed from. ``take`` needs ``origin`` to
+            give the gradients of some parameters before the others.
 
     Attributes:
         found: the sums.
@@ -110,8 +110,8 @@ class Gradients:
         self.known: dict[int, Tensor] = {}
 
     def add(self, position: int, gradient: Tensor) -> None:
-        """Add to one parameter's gradient; a sum of low precision goes on in float32."""
-        if position in self.found:  # a sum in bfloat16 would lose what is a hundred times smaller
+        """Add to one parameter's gradient. Sums of float16 or bfloat16 gradients are float32."""
+        if position in self.found:  # a sum in bfloat16 would lose terms a hundred times smaller
             low = gradient.dtype in (torch.float16, torch.bfloat16)
             gradient = self.found[position] + (gradient.float() if low else gradient)
         self.found[position] = gradient
@@ -124,7 +124,7 @@ class Gradients:
             self._expressions.append((variable, gradient.to(variable.dtype)))
 
     def saved(self, saved: SavedCall, cotangents: Mapping[int, Tensor]) -> None:
-        """Add a site's call, by its own transposed rule.
+        """Add the gradients of a site's call, by the site's transposed rule.
 
         Args:
             cotangents: by site index.
@@ -136,7 +136,7 @@ class Gradients:
             unit: Tensor | None = None
             if site.dtype is torch.float16 and g.dtype is torch.float32:
                 unit = g.abs().amax().clamp_min(torch.finfo(g.dtype).tiny)
-                g = (g / unit).half()  # the largest entry one: the rule's products stay within range
+                g = (g / unit).half()  # the largest entry is 1: the rule's products stay in range
             autocast = torch.autocast(*saved.autocast) if saved.autocast else AS_IT_IS
             hidden = kept(saved.call.hidden) if saved.call.hidden else AS_IT_IS
             state = replayed(saved.random) if saved.random is not None else AS_IT_IS
@@ -154,10 +154,10 @@ class Gradients:
                     self._keep(variable, gradient if unit is None else gradient.float() * unit)
 
     def consume(self, record: ForwardRecord, cotangents: Mapping[int, Tensor]) -> None:
-        """Take the calls out of the record, and add those of them whose cotangents are known.
+        """Take the calls out of the record. Add the calls whose cotangents are all known.
 
         Args:
-            cotangents: by site index. They are kept for calls that need more of them.
+            cotangents: by site index. A call with several sites waits until it has all its cotangents.
         """
         if record.saved_calls:
             self.saved_calls, record.saved_calls = {saved.call.index: saved for saved in record.saved_calls}, []
@@ -179,11 +179,11 @@ class Gradients:
             self._keep(variable, sum_over_examples(d, v))
 
     def close(self, record: ForwardRecord, share: float = 1.0) -> None:
-        """Add the gradients that come from no site: of blocks' own reverse graphs, of parameters with guesses of their
-        own, and of parameters that the loss reads itself.
+        """Add the gradients that come from no site. Their sources: blocks' reverse graphs; parameters with guesses of
+        their own; parameters that the loss reads itself.
 
         Args:
-            share: the weight of one guess in the mean of all.
+            share: the weight of one guess in the mean of all guesses.
         """
         for variable, gradient in record.gradients:
             self._keep(variable, gradient)
@@ -198,8 +198,8 @@ class Gradients:
             self.add(position, gradient if part == 1 else gradient * part)
 
     def take(self, positions: Collection[int]) -> dict[int, Tensor]:
-        """The gradients of these parameters, by position, with those that come through expressions. They leave the
-        sums."""
+        """Remove the gradients of these parameters from the sums, and return them by position. Gradients that come
+        through expressions are included."""
         through = [p for p in positions if p not in self.directed]
         ready, later = self._expressions, list[tuple[Tensor, Tensor]]()
         if self.origin is not None and ready:

@@ -37,7 +37,7 @@ from guessopt.registry import register_estimator
 from guessopt.sites import Site
 from guessopt.tracing.context import SiteContext
 
-#: Basis vectors kept beyond k: subspace iteration converges with the ratio of singular values that far apart.
+#: Basis vectors kept beyond k. The ratio of singular values k + 11 and k sets how fast subspace iteration converges.
 OVERSAMPLING = 10
 
 
@@ -47,8 +47,8 @@ def w_perp(z: Sequence[Tensor], V: Matrices, M: Jacobian) -> Any:
     The paper draws ``e ~ N(0, I_o)`` and forms ``V_k U_k^T e``. Here ``z = U_k^T e``, which is ``N(0, I_k)``.
 
     Args:
-        z: noise for each matrix site, k entries at each position.
-        V: the vectors as rows, ``[b, k, i]``.
+        z: noise for each next matrix site, k entries at each position.
+        V: the singular vectors of each next matrix as rows, ``[b, k, i]``.
         M: as in ``w_transpose``.
     """
     return w_transpose(z, V, M)
@@ -63,20 +63,20 @@ class WPerp(Estimator):
 
     Args:
         k: dimension of the guess; clipped to the site's rank.
-        basis: whose singular vectors. ``M`` is the derivative of the activation after the site.
+        basis: the matrix whose singular vectors are taken. ``M`` is the derivative of the activation after the site.
 
-            - ``"shared"``: those of ``W_{i+1}`` alone, cached, then pulled back: ``y = M V_k z`` (a departure, for
-              speed).
+            - ``"shared"``: ``W_{i+1}`` alone. Its vectors are cached, then pulled back: ``y = M V_k z`` (a departure
+              from the paper, for speed).
             - ``"masked"``: ``y = M V_k (V_k^T M^2 V_k)^{-1/2} z``: orthonormal for each example where ``M`` is 0 or 1.
-            - ``"example"``: the paper's, those of ``W M_n`` for each example, from the weights as they are now. The
-              captured energy ``||W M V||^2`` is within 5e-3 of the exact one (``linalg.masked_right_basis``).
+            - ``"example"``: ``W M_n`` for each example n, as in the paper, from the current weights. The captured
+              energy ``||W M V||^2`` is within 5e-3 of the exact one (``linalg.masked_right_basis``).
         select: ``"top"``, or ``"bottom"`` for the smallest singular values (the control of Wang Table 2). With
             ``basis="example"`` these are units where ``M`` is 0, exactly in the null space. An example with fewer than
             k such units needs an eigendecomposition, which is slow.
-        refresh: steps between updates of the cached basis: the first takes an eigendecomposition, later ones take
-            subspace iteration from the basis before.
-        noise: kind of ``z``'s entries.
-        debias: see ``Estimator.correct``; changes nothing where the guess is orthonormal.
+        refresh: steps between updates of the cached basis. The first update is an eigendecomposition; later updates
+            are subspace iterations that start from the last basis.
+        noise: distribution of ``z``'s entries.
+        debias: see ``Estimator.correct``. It changes nothing if the guess is orthonormal.
 
     Raises:
         ValueError: options out of range; ``k`` other than the default above the rank of every site.
@@ -108,7 +108,7 @@ class WPerp(Estimator):
         return True
 
     def prepare(self, site: Site, weights: Matrices, previous: list[Tensor] | None = None) -> list[Tensor]:
-        """``V_k`` of each next matrix as rows, ``[b, k, i]``, and a few more for the next refresh to start from."""
+        """``V_k`` of each next matrix as rows ``[b, k, i]``, and ``OVERSAMPLING`` more rows for the next refresh."""
         if self.select == "bottom":
             return [right_singular_basis(w, self.k, smallest=True) for _, w in weights]
         if previous is None:
@@ -145,7 +145,7 @@ class WPerp(Estimator):
         return matrices([rows[:, : self.k] for rows in state], ctx)
 
     def _basis_of_examples(self, state: list[Tensor], ctx: SiteContext) -> tuple[Tensor | None, Tensor | None]:
-        """Marked units, and rows ``[n, k, i]``: together an orthonormal basis for each example."""
+        """A mask of units, and rows ``[n, k, i]``. Both together are an orthonormal basis for each example."""
         W, M = linear_weight(ctx), mask_of(ctx)
         if self.select == "bottom":
             return bottom_of_examples(W, M, self.k)
