@@ -1,4 +1,4 @@
-"""What each memory mode costs on a user's own closure, measured; and what backpropagation would, estimated."""
+"""The cost of each memory mode on a user's closure, measured; the cost of backpropagation, estimated."""
 
 from __future__ import annotations
 
@@ -37,8 +37,13 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
 
 @dataclass(frozen=True)
 class ModeCost:
-    """One way to train. ``peak``: bytes at the peak of a step above the parameters and the base optimizer's state;
-    ``seconds``: of a step without the update. Both None where memory ran out. ``fits``: within the budget."""
+    """The cost of one way to train.
+
+    Attributes:
+        peak: bytes at a step's peak, beyond the parameters and the base's state; None: out of memory.
+        seconds: duration of a step without the update; None: out of memory.
+        fits: whether the peak is within the budget.
+    """
 
     mode: str
     peak: int | None
@@ -48,13 +53,13 @@ class ModeCost:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What ``plan`` found; ``print`` it for a table.
+    """The result of ``plan``; ``print`` it for a table.
 
     Attributes:
         modes: measured, one for each mode that the estimators allow.
-        backprop: estimated: what autograd would save, the gradients, and three forward passes.
-        checkpointed: estimated: the same, cut where a single value connects the two sides, with the spacing of cuts
-            that needs least; four forward passes.
+        backprop: estimated: peak of the tensors that autograd saves plus gradients; time of three forward passes.
+        checkpointed: estimated: backpropagation with checkpoints where a single value connects both sides, at the
+            spacing that needs least memory; time of four forward passes.
         budget: bytes, or None.
         recommended: the fastest mode that fits; None if none does.
     """
@@ -67,8 +72,8 @@ class MemoryPlan:
 
     @property
     def exact(self) -> ModeCost | None:
-        """Backpropagation, with checkpoints if it must be, where its estimate fits: the better choice wherever it can
-        be used, as its gradients are exact."""
+        """Backpropagation if its estimate fits, else checkpointed backpropagation if that fits, else None. Prefer it
+        where it can be used: its gradients are exact."""
         return next((each for each in (self.backprop, self.checkpointed) if each.fits), None)
 
     def __str__(self) -> str:
@@ -89,21 +94,21 @@ class MemoryPlan:
 def plan(opt: HasEstimation, closure: Closure, budget: int | str | None = None) -> MemoryPlan:
     """Try each memory mode on the closure, and recommend the fastest that fits.
 
-    Nothing is changed: gradients are estimated and discarded, buffers, random states, ``.grad`` and the optimizer are
-    as before. Each mode runs twice, from scratch for its peak (decompositions included) and again for its time; where
-    only some steps make a forward-mode pass, the peak is that of such a step, the time a step's mean. The peak comes
-    from the CPU allocator's events, or on a GPU from CUDA's counters, whose peak statistics are reset.
+    Nothing is changed: gradients are discarded; buffers, random states, ``.grad`` and the optimizer are restored. Each
+    mode steps twice: from scratch for its peak (decompositions included), and again for its time. If only some steps
+    make a forward-mode run, the peak is that of such a step, and the time is the mean over steps. The peak comes from
+    the CPU allocator's events; on a GPU from CUDA's counters, whose peak statistics are reset.
 
     Args:
-        opt: in any mode.
+        opt: an optimizer in any mode.
         closure: as for ``step``.
-        budget: bytes that a step may take above the parameters and the base optimizer's state: an integer, or a string
+        budget: bytes that a step may take beyond the parameters and the base optimizer's state: an integer, or a string
             such as ``"8GB"`` or ``"512MiB"``; None: no limit.
 
     Raises:
         ValueError: ``budget`` is not a positive number of bytes.
         ClosureError: as ``step`` would.
-        RuntimeError: torch's profiler is running, with which the CPU's peak is measured.
+        RuntimeError: torch's profiler is running; the CPU's peak is measured with this profiler.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
@@ -136,8 +141,8 @@ class _Discard(Exception):
 
 
 def choose(est: Estimation, closure: Closure, budget: int | None) -> str:
-    """The mode for ``memory="auto"``: the fastest within the budget or, without one, within the GPU's free memory; on
-    a CPU the fastest there is. Raises ``ValueError`` if none fits."""
+    """The mode for ``memory="auto"``: the fastest within the budget. ``budget`` None: the GPU's free memory; on a CPU,
+    ``"store"``. Raises ``ValueError`` if no mode fits."""
     if budget is None:
         if not est.devices:
             return "store"
@@ -151,7 +156,7 @@ def choose(est: Estimation, closure: Closure, budget: int | None) -> str:
 
 
 def _free(est: Estimation, device: int) -> int:
-    """Bytes free on a GPU; less two moments for each parameter (Adam's) where the base has no state yet."""
+    """Free bytes on a GPU. If the base has no state yet, two moments per parameter (Adam's) are subtracted."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     later = 0 if est.base.state else sum(2 * p.nbytes for p in est.by_position.values() if p.device.index == device)
     return torch.cuda.mem_get_info(device)[0] + cached - later
@@ -181,7 +186,7 @@ def _measured(est: Estimation, closure: Closure, transaction: Transaction, limit
     steps, noise = est.steps, est.noise.snapshot()
     learns = any(e.learns for e in est.estimators)
     traced: list[Any] = []
-    est.memory = "store"  # which refuses nothing
+    est.memory = "store"  # this mode refuses nothing
 
     def look() -> None:
         traced.append(
@@ -220,7 +225,7 @@ def _measured(est: Estimation, closure: Closure, transaction: Transaction, limit
         est.cache.restore({})
         try:
             peak = max(floor, peak_of(lambda: step(mode, uses=0))[1])  # noqa: B023 (called here); a first step's
-            if learns:  # by what the first step has taught
+            if learns:  # a step with the states that the first step has learned
                 peak = max(peak, peak_of(lambda: step(mode))[1])  # noqa: B023
             seconds = _seconds(lambda: step(mode), est.devices)  # noqa: B023
             if period > 1:
@@ -259,7 +264,7 @@ def _seconds(work: Callable[[], object], devices: tuple[int, ...]) -> float:
 
 
 def cpu_peak(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that `work` leaves allocated, and the most it held at once, from the CPU allocator's own events."""
+    """Bytes that ``work`` leaves allocated, and bytes at its peak, from the CPU allocator's events."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
@@ -273,7 +278,7 @@ def cpu_peak(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def cuda_peak(work: Callable[[], object]) -> tuple[int, int]:
-    """The same on the GPUs, from the caching allocator's counters."""
+    """Bytes that ``work`` leaves allocated on all GPUs, and bytes at its peak, from the allocator's counters."""
     gc.collect()
     devices = range(torch.cuda.device_count())
     for device in devices:
@@ -288,12 +293,12 @@ def cuda_peak(work: Callable[[], object]) -> tuple[int, int]:
 
 
 class _Saved(Interceptor):
-    """Runs the closure as training would, and notes what autograd wants to save without letting it: bytes by call. No
-    gradient is computed."""
+    """Runs the closure with autograd on, and counts the bytes that autograd would save, by call. Nothing is saved, and
+    no gradient is computed."""
 
     def __init__(self, params: Mapping[int, int]) -> None:
         super().__init__(params)
-        self.last: dict[int, int] = {}  # parameter to the last call that reads it: the first that backward reaches
+        self.last: dict[int, int] = {}  # parameter -> the last call that reads it, where its gradient arrives
         self.made: list[int] = []  # bytes of each call's outputs
         self.spans: list[list[int]] = []  # of values with a gradient: the call that makes it, the last that reads it
         self.saved: list[int] = []
@@ -342,7 +347,7 @@ class _Saved(Interceptor):
             self._found[reference.cdata] = reference, storage.nbytes(), self.count - 1
 
     def backprop(self, sizes: Mapping[int, int]) -> int:
-        """Bytes at the backward pass's peak: what is still saved, the gradients so far, and those in flight."""
+        """Bytes at the peak of backward: saved tensors, parameter gradients so far, gradients of a call's outputs."""
         peak, saved, gradients = 0, sum(self.saved), 0
         arrive = self._arrivals(sizes)
         for index in reversed(range(self.count)):
@@ -352,7 +357,7 @@ class _Saved(Interceptor):
         return peak
 
     def checkpointed(self, sizes: Mapping[int, int]) -> int:
-        """The same with only the values at the cuts kept, and one piece at a time made again."""
+        """Bytes at the peak with checkpoints: only values at the cuts are kept; one piece at a time is run again."""
         cuts = self._cuts()
         every = [2**k for k in range(max(1, math.ceil(math.log2(len(cuts) + 1)) + 1))]
         return min(self.backprop(sizes), *(self._piecewise(cuts[::n], sizes) for n in every))
@@ -377,7 +382,7 @@ class _Saved(Interceptor):
         return found
 
     def _cuts(self) -> list[tuple[int, int]]:
-        """Calls after which a single value leads on, and its bytes."""
+        """Calls after which a single value leads to the loss, and the value's bytes."""
         across, size = [0] * (self.count + 1), [0] * (self.count + 1)
         for start, stop, nbytes in self.spans:
             for changes, value in ((across, 1), (size, nbytes)):

@@ -1,6 +1,6 @@
-"""What a step would do, told before training: every site, its guess, and what stands in the way.
+"""A report before training: every site, its guess, and the obstacles.
 
-Units: ``cost`` in forward passes (matrix products only; a backpropagation step is 3), ``memory`` in bytes.
+Units: ``cost`` in forward passes (matrix products only; a step of backpropagation is 3), ``memory`` in bytes.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What ``preflight`` found; ``print`` it for a table.
+    """The result of ``preflight``; ``print`` it for a table.
 
     Attributes:
-        sites: in the order of the closure.
+        sites: in the order in which the closure runs them.
         batch: number of examples N (1: examples cannot be told apart).
         unread: parameters from which no derivative reaches the loss.
         coupled: sites that take the scalar derivative, because examples interact after them.
-        notes: what else a user should know: what the optimizer will warn of, once, and which operations run in another
-            way than they would by themselves. An operation without forward derivative raises ``ClosureError`` by name.
+        notes: the optimizer's warnings, and operations that the package runs in a different way. An operation without
+            a derivative is not a note: it raises a ``ClosureError`` with its name.
         cost: matrix products of a step, in forward passes: forward, tangents, parameter gradients.
         memory: bytes that ``memory="store"`` keeps until the directional derivatives are known.
-        feedback: bytes of what is learned from step to step (feedback matrices).
-        reversed: the most matrix sites on one path of a graph that is differentiated in reverse; 1 or less: no error
-            passes from one layer to another by reverse mode.
+        feedback: bytes of the learned states (feedback matrices).
+        reversed: the largest number of matrix sites on one path of a reverse graph. 1 or less: reverse mode carries no
+            error from one layer to another.
     """
 
     sites: tuple[SiteReport, ...]
@@ -101,10 +101,10 @@ class Preflight:
 
 
 def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
-    """Trace the closure and tell what a step would do; nothing is changed.
+    """Trace the closure and report how a step would treat each site. Nothing is changed.
 
     Args:
-        opt_or_params: a ``GuessGradOptimizer``, or what one would be given (then with its default estimator).
+        opt_or_params: a ``GuessGradOptimizer``; or parameters as for one, which then get its default estimator.
         closure: as for ``step``.
 
     Raises:

@@ -1,7 +1,8 @@
 """Instruments that judge estimators. The only part of the package that may backpropagate through the network.
 
-Each is a function of ``(optimizer, closure, options)`` that returns plain data with a ``plot()``; parameters, buffers,
-``.grad``, the optimizer's state and global random states stay as they were, only the stream of guesses moves on.
+Each instrument is a function of ``(optimizer, closure, options)`` that returns plain data with a ``plot()``. It changes
+nothing (parameters, buffers, ``.grad``, optimizer state, global random states), except that the stream of guesses moves
+on.
 """
 
 from guessopt.diagnostics.gradients import (

@@ -22,9 +22,14 @@ from guessopt.tracing.context import NOISES
 
 @dataclass(frozen=True)
 class Cosine:
-    """Cosine similarity of an estimated gradient with the true one: of all parameters as one vector, of each parameter,
-    and of each site's cotangent (all examples as one vector). Sites whose parameters are guessed themselves
-    (directional descent) have no cotangent to compare."""
+    """Cosine similarity of an estimated gradient with the true gradient.
+
+    Attributes:
+        total: all parameters as one vector.
+        per_parameter: by parameter name.
+        per_site: cotangents by site name, all examples as one vector. Sites whose parameters are guessed themselves
+            (directional descent) are absent.
+    """
 
     total: float
     per_parameter: dict[str, float]
@@ -50,7 +55,7 @@ class CosineByGuesses:
 
 
 def true_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
-    """The gradient by backpropagation, by parameter name; nothing is changed.
+    """The gradient by backpropagation, by parameter name. Nothing is changed.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(2, 1)
@@ -62,8 +67,8 @@ def true_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor
 
 
 def estimated_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
-    """One estimate by the optimizer's own engine, by parameter name. The stream of guesses moves on, so that calls
-    differ; nothing else is changed.
+    """One estimate by the optimizer's engine, by parameter name. The stream of guesses moves on, so two calls give
+    different estimates. Nothing else is changed.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(2, 1)
@@ -76,8 +81,8 @@ def estimated_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, T
 
 
 def true_cotangents(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
-    """``g_i = dL/ds_i`` by backpropagation, shape of the site's output, by the name of the first parameter that the
-    site reads.
+    """``g_i = dL/ds_i`` by backpropagation, in the shape of the site's output. Keys are site names: the first parameter
+    that the site reads.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(2, 1)
@@ -90,9 +95,9 @@ def true_cotangents(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tens
 
 
 def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
-    """``E g^``: every site's true cotangent through its estimator's declared second moment (Singhal eq. 14), then
-    through the sites' own rules; by parameter name. Uniform noise has a mean ``mu_i``, by which sites act on each
-    other: ``E g^_i = Cov(y_i) g_i + mu_i sum_j <mu_j, g_j>``.
+    """``E g^`` by parameter name. Each site's true cotangent is multiplied by its estimator's declared second moment
+    (Singhal eq. 14); the sites' rules turn the products into gradients. Uniform noise has a mean ``mu_i``, which
+    couples the sites: ``E g^_i = Cov(y_i) g_i + mu_i sum_j <mu_j, g_j>``.
 
     Raises:
         ValueError: an estimator declares no second moment.
@@ -107,7 +112,7 @@ def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Te
 
 
 def expected_from(truth: Truth) -> dict[str, Tensor]:
-    """``expected_gradient`` from a reverse pass that has been made."""
+    """``expected_gradient`` from a finished reverse pass."""
     opt, cotangents = truth.opt, {}
     for index, moment in expected_cotangents(truth).items():
         if moment is None:
@@ -124,8 +129,8 @@ def expected_from(truth: Truth) -> dict[str, Tensor]:
 
 
 def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
-    """``E g^_i = E[y_i y_i^T] g_i`` (Singhal eq. 14) by site index, with what ``debias`` makes of it and what the mean
-    of the guess adds; None where the estimator declares no second moment."""
+    """``E g^_i = E[y_i y_i^T] g_i`` (Singhal eq. 14) by site index, corrected by ``debias``, plus the part due to the
+    guess's mean. None for a site whose estimator declares no second moment."""
     opt, graph = truth.opt, truth.graph
     found = _joint_cotangents(truth)
     for site in reversed(graph.sites):
@@ -159,7 +164,7 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
 
 
 def _joint_cotangents(truth: Truth) -> dict[int, Tensor | None]:
-    """Those of sites that are guessed as one: the second moment is that of all their guesses side by side."""
+    """``E g^_i`` of parallel sites. Their second moment is that of all their guesses side by side."""
     opt, found = truth.opt, dict[int, Tensor | None]()
     for joint in truth.joints:
         first = truth.graph.sites[joint.sites[0]]
@@ -175,8 +180,8 @@ def _joint_cotangents(truth: Truth) -> dict[int, Tensor | None]:
 
 
 def cosine(opt: GuessGradOptimizer, closure: Closure) -> Cosine:
-    """Cosine similarity of one estimate (of as many guesses as the optimizer makes) with the true gradient (Singhal
-    Figure 1).
+    """Cosine similarity of one estimate with the true gradient (Singhal Figure 1). The estimate has as many guesses as
+    a step of the optimizer.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(2, 1)
@@ -198,11 +203,11 @@ def cosine(opt: GuessGradOptimizer, closure: Closure) -> Cosine:
 def cosine_by_guesses(
     opt: GuessGradOptimizer, closure: Closure, counts: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
 ) -> CosineByGuesses:
-    """Cosine of the running mean of independent guesses with the true gradient (Singhal Figure 4, left, there for a
-    single example): it rises towards 1 for an unbiased estimator, and saturates at ``cos(E g^, g)`` for a biased one.
+    """Cosine of the running mean of independent estimates with the true gradient (Singhal Figure 4, left, there for a
+    single example). It rises towards 1 for an unbiased estimator, and towards ``cos(E g^, g)`` for a biased one.
 
     Args:
-        counts: numbers of guesses; the largest is how many passes are made.
+        counts: numbers of guesses. The largest is the number of runs.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(2, 1)
@@ -224,10 +229,10 @@ def cosine_by_guesses(
 
 
 def similarity(a: Tensor, b: Tensor) -> float:
-    """Cosine of two tensors as vectors, in float64; 0 where one is 0."""
+    """Cosine of two tensors as vectors, in float64; 0 if one of them is 0."""
     return float(torch.cosine_similarity(real(a.flatten()).double(), real(b.flatten()).double(), dim=0))
 
 
 def joined(gradients: dict[str, Tensor]) -> Tensor:
-    """All as one vector, float64, both parts of complex entries in it."""
+    """All gradients as one float64 vector. A complex entry gives two numbers."""
     return torch.cat([real(g.detach().flatten()).double() for g in gradients.values()])

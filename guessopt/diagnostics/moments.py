@@ -29,10 +29,10 @@ class Bias:
     Attributes:
         per_site: ``|| 1/N sum_n (C_n - I) g[n] ||`` (Wang eq. 17), for the loss as the closure returns it: a mean over
             the batch puts 1/N into ``g[n]`` as well.
-        relative: the same over ``|| 1/N sum_n g[n] ||``: 1 where the guess misses the gradient.
+        relative: ``per_site`` divided by ``|| 1/N sum_n g[n] ||``: 1 where the guess misses the gradient.
         total: ``||E g^ - g|| / ||g||`` of all parameters.
-        declared: by site, whether ``C`` is the estimator's declared second moment; where not, the mean of ``draws``
-            estimates stands for ``E g^``, corrected for their variance.
+        declared: by site, whether ``C`` is the estimator's declared second moment. If not, the mean of ``draws``
+            estimates replaces ``E g^``, and the bias is corrected for the variance of this mean.
     """
 
     per_site: dict[str, float]
@@ -51,12 +51,10 @@ class Variance:
     """Variance of the estimate of one guess.
 
     Attributes:
-        per_site: ``1/N sum_n E ||g^[n] - E g^[n]||^2``: mean squared error less squared bias, squares taken
-            element by element (Wang eq. 18 with the element-wise square that its text announces).
-        of_mean: ``E || 1/N sum_n (g^[n] - E g^[n]) ||^2``: eq. 18 as it is printed, with the square outside.
+        per_site: ``1/N sum_n E ||g^[n] - E g^[n]||^2``: Wang eq. 18 with the element-wise square of the paper's text.
+        of_mean: ``E || 1/N sum_n (g^[n] - E g^[n]) ||^2``: Wang eq. 18 as printed, with the square outside the mean.
         total: ``E ||g^ - E g^||^2 / ||g||^2`` of all parameters.
-        errors, total_error: standard errors of ``per_site`` and ``total`` over the draws.
-        mean_errors: those of ``of_mean``.
+        errors, mean_errors, total_error: standard errors of ``per_site``, ``of_mean`` and ``total`` over the draws.
     """
 
     per_site: dict[str, float]
@@ -88,7 +86,7 @@ def bias(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Bias:
     """How far the expected estimate is from the truth (Wang eq. 17; Singhal eq. 15).
 
     Args:
-        draws: passes to make for estimators that declare no second moment; others need none.
+        draws: number of forward-mode runs for estimators that declare no second moment. Other estimators need none.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -126,9 +124,10 @@ def bias(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Bias:
 
 
 def variance(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Variance:
-    """How far an estimate is from its expectation (Wang eq. 18), from so many forward-mode passes.
+    """How far an estimate is from its expectation (Wang eq. 18), from ``draws`` forward-mode runs.
 
-    Deviations are from the declared expectation; where there is none, from the mean of the draws (with J - 1 for J).
+    Deviations are from the declared expectation. If none is declared, they are from the mean of the J draws, and the
+    variance is divided by J - 1.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -164,13 +163,13 @@ def variance(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Var
 def covariance_norm(
     opt: GuessGradOptimizer, closure: Closure, examples: int | None = None, probes: int | None = None
 ) -> CovarianceNorm:
-    """How far the guess is from isotropic, whatever the gradient: ``||C - I||_F / d`` (Wang 4.1).
+    """How far the guess is from isotropic: ``||C - I||_F / d`` (Wang 4.1). It does not depend on the gradient.
 
     Sites whose error is exact, whose parameters are guessed themselves, or that declare no second moment are absent.
 
     Args:
-        examples: average over so many of the batch (None: all).
-        probes: in place of all d columns of C, so many products with random signs z: ``||A||_F^2 = E ||A z||^2``.
+        examples: number of examples to average over (None: all).
+        probes: number of products with random signs z, instead of all d columns of C: ``||A||_F^2 = E ||A z||^2``.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Identity(), torch.nn.Linear(8, 4))
@@ -210,7 +209,7 @@ def covariance_norm(
 
 
 def _covariance(truth: Truth, site: Site, ctx: SiteContext) -> Callable[[Tensor], Tensor | None] | None:
-    """``v -> C v``, C the covariance of the site's guess; None where it has no guess of its own."""
+    """``v -> C v``, with C the covariance of the site's guess; None if the site's error is exact or learned."""
     opt = truth.opt
     estimator = opt.estimation.estimator_of(site)
     if estimator.learns or opt.estimation.is_exact(site, estimator):
@@ -228,8 +227,14 @@ def _covariance(truth: Truth, site: Site, ctx: SiteContext) -> Callable[[Tensor]
 
 @dataclass
 class _Sample:
-    """Squared deviations, one number a draw: at each site averaged over examples, at each site of the mean over
-    examples, and of the parameters; and the means of the estimates."""
+    """Squared deviations, tensors ``[J]``, and the means of the estimates.
+
+    Attributes:
+        of_examples: by site name, the squared deviation averaged over examples.
+        of_mean: by site name, the squared deviation of the mean over examples.
+        total: of the parameter gradients as one vector.
+        mean, parameters: means of the estimates: cotangents by site name; parameter gradients as one vector.
+    """
 
     of_examples: dict[str, Tensor]
     of_mean: dict[str, Tensor]
@@ -239,8 +244,12 @@ class _Sample:
 
 
 def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int, centre: Tensor | None) -> _Sample:
-    """Deviations of so many draws from the declared expectations; where None, from a first look at the mean of as many
-    draws of the same stream, replayed."""
+    """Deviations of ``draws`` estimates from their declared expectations.
+
+    Args:
+        centre: the expected parameter gradients as one vector. None: some expectation is not declared. Then the draws
+            are made twice from equal random states: first to find their mean, then their deviations from the mean.
+    """
     sites = [(name, site) for name, site, _ in truth.estimated()]
     expected = expected_cotangents(truth)
     noise = opt.estimation.noise.snapshot()

@@ -34,18 +34,18 @@ METRICS: dict[str, Metric] = {
 
 
 class Monitor:
-    """Measures every ``every`` steps, before the update, and hands the figures on.
+    """Measures every ``every`` steps, before the update, and passes the figures to ``log``.
 
-    Either ``monitor.step(closure)`` takes the place of ``opt.step(closure)``, or ``monitor.attach()`` makes every
-    ``opt.step(closure)`` do it until the handle that it returns is removed.
+    Either call ``monitor.step(closure)`` instead of ``opt.step(closure)``; or call ``monitor.attach()``, and every
+    ``opt.step(closure)`` measures, until you remove the returned handle.
 
     Args:
         opt: the optimizer.
         every: steps between measurements; the first step is measured.
-        metrics: names from ``METRICS``, or functions ``(opt, closure)`` of the user's own that return a number, a
-            mapping or one of this package's results.
-        log: called with the number of steps made before, and figures by name: ``CSVWriter``, ``TensorBoardWriter``, or
-            anything else. Measurements change nothing but the stream of guesses.
+        metrics: names from ``METRICS``, or functions ``(opt, closure)`` that return a number, a mapping or one of this
+            package's results.
+        log: called with the number of earlier steps, and the figures by name: ``CSVWriter``, ``TensorBoardWriter``, or
+            any callable. Measurements change nothing but the stream of guesses.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(2, 1)
@@ -81,14 +81,14 @@ class Monitor:
         self._attached = False
 
     def step(self, closure: Closure) -> Any:
-        """Measure if it is time, then ``opt.step(closure)``."""
+        """Measure if a measurement is due, then call ``opt.step(closure)``."""
         if not self._attached:
             self._before(closure)
         return self.opt.step(closure)
 
     def attach(self) -> Any:
-        """Measure within every later ``opt.step(closure)``; returns a handle whose ``remove()`` ends it. Steps without
-        a closure count but are not measured."""
+        """Measure in later calls of ``opt.step(closure)``, until ``remove()`` of the returned handle. Steps without a
+        closure count as steps, but are not measured."""
         self._attached = True
         handle = self.opt.register_step_pre_hook(self._hook)
         remove = handle.remove
@@ -101,7 +101,7 @@ class Monitor:
         return handle
 
     def measure(self, closure: Closure) -> dict[str, float]:
-        """All metrics now, as flat figures by name."""
+        """Measure all metrics now. Returns flat figures by name."""
         self.last = {}
         for name, metric in self.metrics.items():
             self.last.update(figures(metric(self.opt, closure), name))
@@ -120,7 +120,7 @@ class Monitor:
 
 
 def figures(result: Any, name: str) -> dict[str, float]:
-    """A result as flat figures: ``name/field/key``, and the index for sequences.
+    """A result as flat figures, named ``name/field/key``. In a sequence, the key is the index.
 
     >>> figures({"a": 1.0, "b": (2.0, 3.0)}, "x")
     {'x/a': 1.0, 'x/b/0': 2.0, 'x/b/1': 3.0}
@@ -140,8 +140,8 @@ def figures(result: Any, name: str) -> dict[str, float]:
 
 
 class CSVWriter:
-    """Rows of a CSV file: the step, then a column per figure. A figure that is new gets a column from there on; an
-    existing file is continued.
+    """Writes rows of a CSV file: the step, then a column per figure. A new figure gets a new column. An existing file
+    is continued.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "log.csv"
@@ -185,8 +185,8 @@ class TensorBoardWriter:
     """Scalars for TensorBoard, by ``torch.utils.tensorboard`` (the package ``tensorboard`` must be installed).
 
     Args:
-        writer: a ``SummaryWriter``, or the folder of one to be made.
-        prefix: of every tag.
+        writer: a ``SummaryWriter``, or the folder for a new one.
+        prefix: the start of every tag.
     """
 
     def __init__(self, writer: Any, prefix: str = "guessopt/") -> None:

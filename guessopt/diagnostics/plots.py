@@ -1,4 +1,4 @@
-"""How results draw themselves. The one module of the package that may import matplotlib, and only when asked to."""
+"""Plots of results. Only this module of the package imports matplotlib, and only when a plot is drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def axes(ax: Any) -> Any:
-    """The axes given, or new ones."""
+    """The given axes, or new axes."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""Where measurements come from: the engine's own guesses, and a reverse pass through the whole network for the truth.
+"""The sources of measurements: the engine's estimates, and a reverse pass through the whole network for the truth.
 
 Letters: n example, g the true cotangent, g^ an estimate of it, y the guess.
 """
@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 @contextmanager
 def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
-    """Whatever runs within leaves no trace: the closure's side effects and random states are undone, nothing has been
-    learned, and prepared states are no older."""
+    """Code inside the block leaves no trace: the closure's side effects and random states are undone, learned states
+    are restored, and prepared states do not age."""
     with exclusive("a measurement"), lifted(opt.estimation.params, opt.estimation.hooks):
         steps, learned = opt.estimation.steps, opt.estimation.cache.learned()
         transaction = Transaction(opt.estimation.devices)
@@ -53,7 +53,7 @@ def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
 
 @dataclass(frozen=True)
 class Draw:
-    """One guess's estimate: cotangents ``g^_i`` by site index, gradients by the parameter's position."""
+    """An estimate: cotangents ``g^_i`` by site index, gradients by the parameter's position."""
 
     graph: SiteGraph
     cotangents: dict[int, Tensor]
@@ -61,8 +61,8 @@ class Draw:
 
 
 def draw(opt: GuessGradOptimizer, closure: Closure, guesses: int = 1) -> Draw:
-    """The engine's estimate from one forward-mode pass, or the mean of several. The guess stream moves on; nothing else
-    changes."""
+    """The engine's estimate from one forward-mode run, or the mean of ``guesses`` such estimates. The stream of guesses
+    moves on; nothing else changes."""
     found: Draw | None = None
     for _ in range(guesses):
         with measuring(opt) as transaction:
@@ -98,7 +98,7 @@ def _sums(a: dict[int, Tensor], b: dict[int, Tensor]) -> dict[int, Tensor]:
 
 
 def named(opt: GuessGradOptimizer, gradients: dict[int, Tensor]) -> dict[str, Tensor]:
-    """By parameter name, zero where there is none."""
+    """Gradients by parameter name; zeros for a parameter without a gradient."""
     return {
         opt.estimation.names[k]: gradients[k] if k in gradients else torch.zeros_like(p)
         for k, p in opt.estimation.by_position.items()
@@ -106,7 +106,7 @@ def named(opt: GuessGradOptimizer, gradients: dict[int, Tensor]) -> dict[str, Te
 
 
 def find_plan(opt: GuessGradOptimizer, closure: Closure) -> None:
-    """See to it that the first plan is the one that a step would follow."""
+    """Put the plan that a step would follow first in ``opt.estimation.plans``."""
     noise = opt.estimation.noise.snapshot()
     draw(opt, closure)
     opt.estimation.noise.restore(noise)
@@ -121,16 +121,16 @@ def backpropagate(opt: GuessGradOptimizer, closure: Closure) -> tuple[SiteGraph,
 
 
 class Truth:
-    """A reverse pass through the whole network, and what measurements need of it.
+    """A reverse pass through the whole network, and its results.
 
     Attributes:
-        graph: the sites.
-        locals: by site index, what an estimator may know there.
-        g: by site index, the true cotangent ``dL/ds_i``, shape of ``s_i``.
-        gradient: of the parameters, by position.
-        names: of the sites with a cotangent of their own, by site index.
-        record: inputs of the sites' calls among other things.
-        joints: sites that are guessed as one.
+        graph: the graph that the pass followed.
+        contexts: by site index, the ``SiteContext`` for the site's estimator.
+        g: by site index, the true cotangent ``dL/ds_i``, in the shape of ``s_i``.
+        gradient: the true gradients of the parameters, by position.
+        names: by site index, the names of the sites that have their own cotangent.
+        record: the record of the pass, with the inputs of the sites' calls.
+        joints: groups of parallel sites that get one guess.
     """
 
     def __init__(self, opt: GuessGradOptimizer, closure: Closure) -> None:
@@ -156,8 +156,8 @@ class Truth:
 
     @cached_property
     def means(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """``D y`` for the mean of the guess in place of the guess: cotangents by site index, and gradients of
-        parameters that are guessed themselves by position. Zero unless the noise is uniform."""
+        """``D y`` with each guess replaced by its mean: cotangents by site index, and gradients by position for
+        parameters that are guessed themselves. Zero unless the noise is uniform."""
         opt = self.opt
         with measuring(opt) as transaction:
             opt.estimation.noise.means = True
@@ -169,23 +169,23 @@ class Truth:
             return estimated_cotangents(plan.graph, record), {k: total * v for k, v in record.params.items()}
 
     def joint_local(self, joint: ParallelSites) -> ParallelContext:
-        """The surroundings of sites that are guessed as one."""
+        """The context of parallel sites that get one guess."""
         first = self.contexts[joint.sites[0]]
         return ParallelContext(joint, first.site, first.s, first.values, self.opt.estimation.noise)
 
     def rows(self, site: Site, t: Tensor) -> Tensor:
-        """A tensor of the site's shape as ``[N, d]``, one row an example; coupled: ``[1, d]``. Both parts of complex
-        entries are entries."""
+        """A tensor of the site's shape as ``[N, d]``, one row per example; ``[1, d]`` at a coupled site. A complex
+        entry gives two numbers."""
         return real(rows(t, site.layout, self.contexts[site.index].examples))
 
     def sites(self) -> Iterator[tuple[str, Site, SiteContext]]:
-        """Those with a cotangent of their own, in the order in which the network runs them."""
+        """The sites with their own cotangent, in the order in which the network runs them: name, site, context."""
         for site in self.graph.sites:
             if site.index in self.names and site.index in self.contexts:
                 yield self.names[site.index], site, self.contexts[site.index]
 
     def estimated(self) -> Iterator[tuple[str, Site, SiteContext]]:
-        """Those whose cotangent is estimated (or exact); elsewhere the parameters themselves are guessed."""
+        """The ``sites`` whose cotangent is estimated or exact, not those whose parameters are guessed themselves."""
         for name, site, ctx in self.sites():
             estimator = self.opt.estimation.estimator_of(site)
             if estimator.space == "activations" and not (site.by_parameter and estimator.per_example_parameters):
@@ -193,8 +193,8 @@ class Truth:
 
 
 def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
-    """A site is named for the first parameter it reads; the second call that reads it adds ``#2``. Sites whose
-    cotangent is another's (a bias added apart) have no name."""
+    """Names of sites, by site index. A site's name is the first parameter that the site reads; the second site with
+    this parameter adds ``#2``. Sites that share another site's cotangent (a bias added apart) have no name."""
     found: dict[int, str] = {}
     seen: dict[str, int] = {}
     for site in graph.sites:
@@ -207,13 +207,13 @@ def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
 
 
 def unfused() -> AbstractContextManager[None]:
-    """Attention by its formula: ``J v`` is made by differentiating ``J^T u`` again, which fused kernels cannot."""
+    """Compute attention by its formula. Fused kernels cannot differentiate ``J^T u`` again, as ``J v`` requires."""
     found: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return found
 
 
 def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
-    """``[N, d]``, one row an example; coupled: ``[1, d]``."""
+    """A tensor as ``[N, d]``, one row per example; ``[1, d]`` if the layout is coupled."""
     found = layout.rows(t, n)
     return found.reshape(len(found), -1)
 
@@ -228,12 +228,12 @@ def real(t: Tensor) -> Tensor:
 
 
 def wide(t: Tensor) -> Tensor:
-    """In double precision, complex numbers as such."""
+    """A tensor in double precision; a complex tensor stays complex."""
     return t.to(torch.complex128) if t.is_complex() else t.double()
 
 
 class _Reverse(JvpEngine):
-    """No tangents: the network's own graph is kept for reverse mode. ``ends``: the cuts on the network's side."""
+    """An engine without tangents. It keeps the network's autograd graph. ``ends``: the network's tensor by cut."""
 
     name = "reverse"
 
@@ -266,7 +266,7 @@ class _Reverse(JvpEngine):
 
 
 class ReversePass(ForwardRun):
-    """A pass that notes every site's output and surroundings instead of guessing."""
+    """A run that records every site's output and context, and makes no guess."""
 
     def __init__(self, opt: GuessGradOptimizer, transaction: Transaction) -> None:
         self.reverse = _Reverse()
@@ -286,20 +286,20 @@ class ReversePass(ForwardRun):
         self.contexts[site.index] = lasting(SiteContext(site, s, values, self.source), values, self.source)
 
     def inject(self, site: Site, s: Tensor, in_place: bool) -> Tensor:
-        """Add a zero to the output in place of a guess. The gradient of the zero is the output's cotangent. It counts
-        this output alone where a call has several (a cell computes its ``h`` from its ``c``), and it stays right when
-        the output is overwritten later."""
+        """Add a zero to the output instead of a guess. The gradient of the zero is the output's cotangent, also if the
+        output is overwritten later. It counts this output alone if a call has several outputs (a cell computes its
+        ``h`` from its ``c``)."""
         s = super().inject(site, s, in_place)
         zero = s.new_zeros(()).expand(s.shape).requires_grad_()
         self.outputs[site.index] = zero
         if not in_place:
             return s + zero
-        # s keeps its numbers, which its backward may need
+        # the numbers of s do not change, and its backward may need them
         with torch.autograd._unsafe_preserve_version_counter(s):  # type: ignore[attr-defined]
             return s.add_(zero)
 
     def gradients(self, variables: Sequence[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:
-        """Of the loss, through the whole network."""
+        """Gradients of the loss for ``variables``, through the whole network."""
         ends = self.reverse.ends
         starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())
         weights = [torch.ones_like(self.total)] * (len(starts) - len(ends)) + [record.errors[k] for k in ends]

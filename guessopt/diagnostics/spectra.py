@@ -41,7 +41,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class EffectiveRank:
-    """By parameter with at least two dimensions (taken as a matrix with the first dimension for rows)."""
+    """Effective ranks of parameters with at least two dimensions, as matrices: rows are the first dimension."""
 
     per_parameter: dict[str, float]
 
@@ -52,7 +52,8 @@ class EffectiveRank:
 
 @dataclass(frozen=True)
 class JacobianSpectra:
-    """By site, for 1, 2, ... matrix sites passed: singular values, largest first, mean over examples."""
+    """By site: singular values of the Jacobians through the next 1, 2, ... matrix sites, largest first, mean over
+    examples."""
 
     per_site: dict[str, tuple[tuple[float, ...], ...]]
 
@@ -151,8 +152,8 @@ def effective_rank_of(matrix: Tensor) -> float:
 
 
 def effective_rank(opt: GuessGradOptimizer, closure: Closure | None = None) -> EffectiveRank:
-    """Effective rank of every weight (Singhal Figure 5). The closure is not run: it is taken so that all diagnostics
-    are called alike.
+    """Effective rank of every weight (Singhal Figure 5). The closure is not run: it is an argument so that all
+    diagnostics have one signature.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(4, 3)

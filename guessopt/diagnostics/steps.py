@@ -1,4 +1,4 @@
-"""What one step achieves, and a gradient source of a set quality (Singhal 4, Figures 1 and 4).
+"""The loss reduction of one step, and gradients with a given cosine to the true one (Singhal 4, Figures 1 and 4).
 
 Letters: g the true gradient of all parameters as one vector, g^ an estimate of it.
 """
@@ -19,18 +19,19 @@ from guessopt.hooks import mark
 from guessopt.optimizer import GuessGradOptimizer
 
 STEP_SIZES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Singhal 4."""
+"""The step sizes of Singhal 4."""
 
 
 @dataclass(frozen=True)
 class Effectiveness:
-    """Loss reduction of one step ``-eta g^`` against one of ``-eta g``.
+    """Loss reduction of one step ``-eta g^``, compared with one step ``-eta g``.
 
     Attributes:
         step_sizes: the grid of ``eta``.
-        reduction, true_reduction: ``L(theta) - L(theta - eta g^)`` and the same for g, by step size.
-        ratio: the best reduction of the one over the best of the other.
-        per_parameter: the ratio where that parameter alone takes the step, on both sides; empty unless asked for.
+        reduction: ``L(theta) - L(theta - eta g^)`` for each ``eta``.
+        true_reduction: ``L(theta) - L(theta - eta g)`` for each ``eta``.
+        ratio: ``max(reduction) / max(true_reduction)``; nan if g reduces the loss nowhere.
+        per_parameter: by parameter name, the ratio if this parameter alone takes the step; empty unless asked for.
     """
 
     step_sizes: tuple[float, ...]
@@ -50,11 +51,12 @@ class Effectiveness:
 def effectiveness(
     opt: GuessGradOptimizer, closure: Closure, step_sizes: Sequence[float] = STEP_SIZES, *, per_parameter: bool = False
 ) -> Effectiveness:
-    """One-step effectiveness (Singhal 4, Figure 1's table): plain gradient steps from where the parameters are, the
-    best step size of a grid for each side, on the same batch and under the same random state.
+    """One-step effectiveness (Singhal 4, Figure 1's table): plain gradient steps from the current parameters, on one
+    batch and from one random state. Estimate and true gradient each take their best step size of the grid.
 
     Args:
-        per_parameter: also the ratio where one parameter alone takes the step (2 x P x grid more forward passes).
+        step_sizes: the grid.
+        per_parameter: also the ratio for each of the P parameters alone (2 x P x len(grid) more forward passes).
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(2, 1)
@@ -86,7 +88,7 @@ def effectiveness(
 
 
 def _loss_after(opt: GuessGradOptimizer, closure: Closure, gradients: dict[int, Tensor], size: float) -> Tensor:
-    """The loss with every parameter moved by ``-size`` times its gradient; then the parameters are put back."""
+    """The loss with every parameter moved by ``-size`` times its gradient. Restores the parameters."""
     before = {k: opt.estimation.params[k].detach().clone() for k in gradients}
     try:
         with torch.no_grad():
@@ -101,17 +103,17 @@ def _loss_after(opt: GuessGradOptimizer, closure: Closure, gradients: dict[int, 
 
 
 class CosineMatched:
-    """A gradient source for experiments: a random direction turned to a set cosine with the true gradient (Singhal 4
-    and A.2), to see what a method of that cosine would do without bias. **Backpropagates**; it is no estimator, and no
-    name is registered for it.
+    """Gradients for experiments: a random direction with a given cosine to the true gradient (Singhal 4 and A.2). It
+    shows how a method with this cosine would train without bias. **It backpropagates**: it is not an estimator, and has
+    no registered name.
 
-    ``g^ = cos g_par + sin g_perp`` with both parts of norm 1: g itself, and ``v ~ N(0, I)`` on all parameters less its
-    part along g.
+    ``g^ = cos g_par + sin g_perp``. Both parts have norm 1: ``g_par`` is along g; ``g_perp`` is along ``v ~ N(0, I)``
+    minus its part along g. g and v are vectors of all parameters.
 
     Args:
         cos: the cosine, -1 to 1.
-        norm: of g^: ``"unit"`` (the paper's) or ``"gradient"``, that of g (for bases that heed it, such as SGD).
-        seed: of the directions.
+        norm: norm of g^: ``"unit"`` (1, as in the paper) or ``"gradient"`` (the norm of g; it matters to SGD).
+        seed: seed of the directions.
 
     >>> import torch, guessopt
     >>> net = torch.nn.Linear(4, 2)
@@ -132,11 +134,11 @@ class CosineMatched:
         self._generator = torch.Generator().manual_seed(seed)
 
     def gradient(self, opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
-        """By parameter name; nothing is changed but the source's own stream."""
+        """Gradients by parameter name. Nothing changes but this object's random stream."""
         return self._gradient(opt, closure)[1]
 
     def step(self, opt: GuessGradOptimizer, closure: Closure) -> Tensor:
-        """Put the gradients into ``.grad`` and let the optimizer's base update; returns the loss before the update."""
+        """Write the gradients to ``.grad``, and update by the optimizer's base. Returns the loss before the update."""
         loss, gradients = self._gradient(opt, closure)
         for position, p in opt.estimation.by_position.items():
             p.grad = gradients[opt.estimation.names[position]]
@@ -164,6 +166,6 @@ class CosineMatched:
 
 
 def _like(part: Tensor, p: Tensor) -> Tensor:
-    """A stretch of the joined vector as a tensor like ``p``."""
+    """A part of the joined vector as a tensor of the shape and dtype of ``p``."""
     part = torch.view_as_complex(part.reshape(-1, 2)) if p.is_complex() else part
     return part.reshape(p.shape).to(p.dtype)
