@@ -94,63 +94,38 @@ def learned_cotangents(
 # --- showing sites, one by one ----------------------------------------------------------------------------------------
 
 
-def observed(
-    est: Estimation, plan: Plan, learning_steps: Mapping[Estimator, LearningStep], drawing: DrawContext
-) -> GuessAt:
-    """The guesses of a run in which each ``LearningStep`` observes its sites. If an estimator makes no guess in this
-    step, its ``LearningStep`` observes nothing."""
-    methods = {e: step.observe for e, step in learning_steps.items() if e.injects(est.steps, plan.graph)}
-    show = _showing(est, plan, learning_steps, methods, drawing)
-
-    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
-        return show(site, s, values)[0]
-
-    return guess
-
-
-def served(
+def shown(
     est: Estimation,
     plan: Plan,
     learning_steps: Mapping[Estimator, LearningStep],
     methods: Mapping[Estimator, Shown],
     drawing: DrawContext,
+    *,
+    replaces: bool,
 ) -> GuessAt:
-    """The guesses of a run in which each learning estimator's method takes a site's guess. The cotangents that the
-    method returns replace the guess."""
-    show = _showing(est, plan, learning_steps, methods, drawing)
+    """The guesses of a run in which each learning estimator's method is called with a site's context and guess. The
+    context is dropped after the call.
 
-    def guess(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
-        made, shown, cotangents = show(site, s, values)
-        if not shown:
-            return made
-        return None if cotangents is None else Guess(cotangents=cotangents)
-
-    return guess
-
-
-def _showing(
-    est: Estimation,
-    plan: Plan,
-    learning_steps: Mapping[Estimator, LearningStep],
-    methods: Mapping[Estimator, Shown],
-    drawing: DrawContext,
-) -> Callable[[Site, Tensor, dict[int, Tensor]], tuple[Guess | None, bool, Any]]:
-    """A function that returns a site's guess, whether a method was called for the site, and the method's result. The
-    site's context is dropped after the call. A learning estimator without a method makes no guess."""
+    Args:
+        methods: by estimator. A learning estimator without a method makes no guess.
+        replaces: whether the cotangents that the method returns replace the guess.
+    """
     assigned, guess = est.assignments(plan), guesses_of(est, plan, drawing)
     for learning_step in learning_steps.values():
         learning_step.open()
 
-    def show(site: Site, s: Tensor, values: dict[int, Tensor]) -> tuple[Guess | None, bool, Any]:
+    def show(site: Site, s: Tensor, values: dict[int, Tensor]) -> Guess | None:
         estimator = assigned[site.index].estimator if site.index in assigned else None
         if estimator is None or estimator not in learning_steps:
-            return guess(site, s, values), False, None
+            return guess(site, s, values)
         if estimator not in methods:
-            return None, False, None
+            return None
         made = guess(site, s, values)
         with torch.no_grad(), without_autocast(s):
-            y = None if made is None else made.y
-            return made, True, methods[estimator](drawing.contexts.pop(site.index), y)
+            found = methods[estimator](drawing.contexts.pop(site.index), None if made is None else made.y)
+        if not replaces:
+            return made
+        return None if found is None else Guess(cotangents=found)
 
     return show
 
@@ -167,7 +142,8 @@ def show_sites(
 ) -> None:
     """An extra run, for estimators that must see all sites before they can guess or predict at any of them."""
     source, found = again(est, noise)
-    guess = served(est, plan, learning_steps, methods, DrawContext(1, source, random=random))
+    drawing = DrawContext(1, source, random=random)
+    guess = shown(est, plan, learning_steps, methods, drawing, replaces=True)
     plain_run(est, plan, transaction, guess, found).run(closure)
 
 

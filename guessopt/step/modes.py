@@ -24,7 +24,7 @@ from guessopt.record import ForwardRecord
 from guessopt.step.checks import check_finite, unstable
 from guessopt.step.estimation import Estimation
 from guessopt.step.guessing import DrawContext, again, guesses_of
-from guessopt.step.learning import learn, learned_cotangents, served, show_sites
+from guessopt.step.learning import learn, learned_cotangents, show_sites, shown
 from guessopt.step.mode import MODES, Mode
 from guessopt.step.plan import Plan
 from guessopt.step.replay import Deliver, Replay
@@ -172,7 +172,7 @@ def second_run(
         drawing = DrawContext(record.count, source, known, random=record.random)
         if record.learning_steps:
             methods = {e: step.cotangents for e, step in record.learning_steps.items()}
-            guesses.append(served(est, plan, record.learning_steps, methods, drawing))
+            guesses.append(shown(est, plan, record.learning_steps, methods, drawing, replaces=True))
         else:
             guesses.append(guesses_of(est, plan, drawing))
     run = Replay(

@@ -32,10 +32,10 @@ from guessopt.step.learning import (
     find_draws,
     keep_rectified,
     makes_no_guess,
-    observed,
     plain_run,
     redrawn,
     show_sites,
+    shown,
 )
 from guessopt.step.plan import MAX_PLANS, Plan, is_due_for_probe
 from guessopt.step.trace import probe_again, trace
@@ -271,7 +271,8 @@ def _guesses_for(
     est: Estimation, plan: Plan, learning_steps: dict[Estimator, LearningStep], drawing: DrawContext, keeps: bool
 ) -> GuessAt:
     if learning_steps and not keeps:
-        return observed(est, plan, learning_steps, drawing)
+        observe = {e: step.observe for e, step in learning_steps.items() if e.injects(est.steps, plan.graph)}
+        return shown(est, plan, learning_steps, observe, drawing, replaces=False)
     guess = guesses_of(est, plan, drawing)
     return guess if all(step.keeps_contexts for step in learning_steps.values()) else forgetting(guess, drawing)
 
