@@ -75,6 +75,11 @@ class Layout(enum.Enum):
             dim += 1
         return t.movedim(dim, 0) if dim else t
 
+    def flat_rows(self, t: Tensor, n: int) -> Tensor:
+        """Each example's entries, ``[N, d]``; coupled: ``[1, d]``."""
+        rows = self.rows(t, n)
+        return rows.reshape(len(rows), -1)
+
     def unrows(self, rows: Tensor, shape: Shape) -> Tensor:
         """The inverse of ``rows``: ``[N, ...]``, the rows in any shape, back to ``shape``."""
         if self in (Layout.BATCH_SECOND, Layout.FLAT_T):

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+def wide(t: Tensor) -> Tensor:
+    """In single precision at least."""
+    if t.dtype is torch.complex32:
+        return t.to(torch.complex64)
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 def right_singular_basis(w: Tensor, k: int, *, smallest: bool = False) -> Tensor:
     """The ``k`` right singular vectors of the largest (or smallest) singular values, as rows.
 
@@ -31,7 +38,7 @@ def right_singular_basis(w: Tensor, k: int, *, smallest: bool = False) -> Tensor
     tensor([[[1., 0., 0.]]])
     """
     o, i = w.shape[-2:]
-    work = w if w.dtype in (torch.float32, torch.float64) else w.float()
+    work = wide(w)
     if smallest:
         _, _, vh = torch.linalg.svd(work, full_matrices=True)
         result: Tensor = vh[..., -min(k, i) :, :].to(w.dtype)
@@ -70,7 +77,7 @@ def refined_right_basis(w: Tensor, rows: Tensor, iterations: int = 3) -> Tensor:
     """
     if not bool(torch.isfinite(rows).all()):  # the weights were not finite for a while
         return right_singular_basis(w, rows.shape[-2])
-    work = w if w.dtype in (torch.float32, torch.float64) else w.float()
+    work = wide(w)
     q = rows.mT.to(work.dtype)
     for _ in range(iterations):
         q, _ = torch.linalg.qr(work.mT @ (work @ q))
@@ -86,7 +93,7 @@ def of_singular_values(w: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
     >>> of_singular_values(torch.diag(torch.tensor([3.0, 2.0]))[None], lambda s: s**2)[0].diagonal()
     tensor([9., 4.])
     """
-    work = w if w.dtype is torch.float64 else w.float()
+    work = wide(w)
     u, s, vh = torch.linalg.svd(work, full_matrices=False)
     result: Tensor = ((u * f(s)[..., None, :]) @ vh).to(w.dtype)
     return result
@@ -138,7 +145,7 @@ def masked_right_basis(w: Tensor, m: Tensor, start: Tensor, k: int) -> Tensor:
     """
     o, i = w.shape
     k = min(k, o, i)
-    work = w if w.dtype is torch.float64 else w.float()
+    work = wide(w)
     mask, start = m.to(work.dtype), start.to(work.dtype)
     most = (MAX_ENTRIES_GPU if w.is_cuda else MAX_ENTRIES_CPU) // i
     if min(o, i) <= MAX_EXACT_SIDE:

@@ -147,7 +147,7 @@ def test_activation_mixing() -> None:
 
 @pytest.mark.parametrize("layout", list(Layout), ids=lambda layout: layout.name)
 def test_mixtures_are_of_examples_wherever_these_lie(layout: Layout) -> None:
-    from guessopt.estimators.mixing import rows, unrows
+    from guessopt.estimators.mixing import rows
 
     examples = torch.randn(3, 4, 2)  # n t d
     there: dict[Layout, Callable[[Tensor], Tensor]] = {
@@ -159,7 +159,7 @@ def test_mixtures_are_of_examples_wherever_these_lie(layout: Layout) -> None:
     }
     t = there[layout](examples)
     assert torch.equal(rows(t, layout, 3), examples.reshape(3, 8))
-    assert torch.equal(unrows(examples.reshape(3, 8), layout, tuple(t.shape)), t)
+    assert torch.equal(layout.unrows(examples.reshape(3, 8), tuple(t.shape)), t)
 
 
 @pytest.mark.parametrize("power", [0.1, 0.5, 2.0, 4.0])

@@ -108,13 +108,14 @@ def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Te
     >>> expected_gradient(opt, lambda: net(torch.ones(3, 2)).mean())["bias"]
     tensor([1.])
     """
-    return expected_from(Truth(opt, closure))
+    truth = Truth(opt, closure)
+    return expected_from(truth, expected_cotangents(truth))
 
 
-def expected_from(truth: Truth) -> dict[str, Tensor]:
-    """``expected_gradient`` from a finished reverse pass."""
+def expected_from(truth: Truth, expected: dict[int, Tensor | None]) -> dict[str, Tensor]:
+    """``expected_gradient`` from a finished reverse pass and its ``expected_cotangents``."""
     opt, cotangents = truth.opt, {}
-    for index, moment in expected_cotangents(truth).items():
+    for index, moment in expected.items():
         if moment is None:
             name = opt.estimation.estimator_of(truth.graph.sites[index]).name
             raise ValueError(f"{name} declares no second moment with these options")

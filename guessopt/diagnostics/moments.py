@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guessopt.diagnostics.gradients import expected_cotangents, expected_from, joined
 from guessopt.diagnostics.plots import bars
-from guessopt.diagnostics.reverse import Closure, Draw, Truth, draw, named, real, rows, unfused, wide
+from guessopt.diagnostics.reverse import Closure, Draw, Truth, double, draw, named, real, unfused
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Site
 from guessopt.tracing.context import NOISES, SiteContext
@@ -101,7 +101,7 @@ def bias(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Bias:
     expected = expected_cotangents(truth)
     declared = {name: expected[site.index] is not None for name, site, _ in truth.estimated()}
     complete = all(m is not None for m in expected.values())
-    sample = None if complete else _sample(opt, closure, truth, draws, None)
+    sample = None if complete else _sample(opt, closure, truth, expected, draws, None)
     per_site, relative = {}, {}
     for name, site, _ in truth.estimated():
         g = truth.rows(site, truth.g[site.index]).double().mean(0)
@@ -115,7 +115,7 @@ def bias(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Bias:
         per_site[name], relative[name] = off, off / max(float(g.norm()), 1e-300)
     true = joined(named(opt, truth.gradient))
     if complete:
-        total = float((joined(expected_from(truth)) - true).norm() / true.norm())
+        total = float((joined(expected_from(truth, expected)) - true).norm() / true.norm())
     else:
         assert sample is not None
         squares = float((sample.parameters - true).square().sum() - sample.total.mean() / draws)
@@ -142,7 +142,8 @@ def variance(opt: GuessGradOptimizer, closure: Closure, draws: int = 100) -> Var
     truth = Truth(opt, closure)
     expected = expected_cotangents(truth)
     complete = all(m is not None for m in expected.values())
-    sample = _sample(opt, closure, truth, draws, joined(expected_from(truth)) if complete else None)
+    centre = joined(expected_from(truth, expected)) if complete else None
+    sample = _sample(opt, closure, truth, expected, draws, centre)
 
     def error(t: Tensor) -> float:
         result: float = float(t.std()) / draws**0.5
@@ -201,7 +202,7 @@ def covariance_norm(
                 moment = apply(v)
             if moment is None:
                 break
-            squares += real(rows(wide(moment - v), site.layout, n)).square().sum(1).cpu() / (probes or 1)
+            squares += real(site.layout.flat_rows(double(moment - v), n)).square().sum(1).cpu() / (probes or 1)
         else:
             per_site[name] = float(squares[:examples].sqrt().mean()) / d
             entries[name] = d
@@ -243,22 +244,29 @@ class _Sample:
     parameters: Tensor
 
 
-def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int, centre: Tensor | None) -> _Sample:
+def _sample(
+    opt: GuessGradOptimizer,
+    closure: Closure,
+    truth: Truth,
+    expected: dict[int, Tensor | None],
+    draws: int,
+    centre: Tensor | None,
+) -> _Sample:
     """Deviations of ``draws`` estimates from their declared expectations.
 
     Args:
+        expected: see ``expected_cotangents``.
         centre: the expected parameter gradients as one vector. None: some expectation is not declared. Then the draws
             are made twice from equal random states: first to find their mean, then their deviations from the mean.
     """
     sites = [(name, site) for name, site, _ in truth.estimated()]
-    expected = expected_cotangents(truth)
     noise = opt.estimation.noise.snapshot()
 
     def cotangent(one: Draw, site: Site) -> Tensor:
         found = one.cotangents.get(site.index)
-        return wide(torch.zeros_like(truth.g[site.index]) if found is None else found)
+        return double(torch.zeros_like(truth.g[site.index]) if found is None else found)
 
-    means: dict[str, Tensor] = {name: wide(torch.zeros_like(truth.g[site.index])) for name, site in sites}
+    means: dict[str, Tensor] = {name: double(torch.zeros_like(truth.g[site.index])) for name, site in sites}
     parameters = torch.zeros_like(joined(named(opt, {})))
     correction, lost = dict.fromkeys(means, 1.0), draws / max(draws - 1, 1)  # lost: to the fit of the mean
     if centre is None:
@@ -272,7 +280,7 @@ def _sample(opt: GuessGradOptimizer, closure: Closure, truth: Truth, draws: int,
     middle: dict[str, Tensor] = {}
     for name, site in sites:
         moment = expected[site.index]
-        middle[name] = means[name] if moment is None else wide(moment)
+        middle[name] = means[name] if moment is None else double(moment)
     of_examples: dict[str, list[Tensor]] = {name: [] for name, _ in sites}
     of_mean: dict[str, list[Tensor]] = {name: [] for name, _ in sites}
     total = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.gradients import estimated_cotangents, parameter_gradients
-from guessopt.engine.jvp.base import JvpEngine
+from guessopt.engine.jvp.primal import WithoutTangents
 from guessopt.engine.transaction import Transaction
 from guessopt.exclusive import exclusive
 from guessopt.graph import SiteGraph
 from guessopt.hooks import lifted
-from guessopt.layout import Layout
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.record import ForwardRecord
 from guessopt.sites import ParallelSites, Site
@@ -32,7 +31,6 @@ from guessopt.step.runs import forward
 from guessopt.tracing.context import ParallelContext, SiteContext
 
 Closure = Callable[[], Any]
-T = TypeVar("T")
 
 
 @contextmanager
@@ -176,7 +174,7 @@ class Truth:
     def rows(self, site: Site, t: Tensor) -> Tensor:
         """A tensor of the site's shape as ``[N, d]``, one row per example; ``[1, d]`` at a coupled site. A complex
         entry gives two numbers."""
-        return real(rows(t, site.layout, self.contexts[site.index].examples))
+        return real(site.layout.flat_rows(t, self.contexts[site.index].examples))
 
     def sites(self) -> Iterator[tuple[str, Site, SiteContext]]:
         """The sites with their own cotangent, in the order in which the network runs them: name, site, context."""
@@ -212,12 +210,6 @@ def unfused() -> AbstractContextManager[None]:
     return found
 
 
-def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
-    """A tensor as ``[N, d]``, one row per example; ``[1, d]`` if the layout is coupled."""
-    found = layout.rows(t, n)
-    return found.reshape(len(found), -1)
-
-
 def real(t: Tensor) -> Tensor:
     """A complex tensor as a real one with a last dimension twice as long.
 
@@ -227,12 +219,12 @@ def real(t: Tensor) -> Tensor:
     return torch.view_as_real(t.resolve_conj()).flatten(-2) if t.is_complex() else t
 
 
-def wide(t: Tensor) -> Tensor:
+def double(t: Tensor) -> Tensor:
     """A tensor in double precision; a complex tensor stays complex."""
     return t.to(torch.complex128) if t.is_complex() else t.double()
 
 
-class _Reverse(JvpEngine):
+class _Reverse(WithoutTangents):
     """An engine without tangents. It keeps the network's autograd graph. ``ends``: the network's tensor by cut."""
 
     name = "reverse"
@@ -241,23 +233,8 @@ class _Reverse(JvpEngine):
         super().__init__()
         self.ends: dict[int, Tensor] = {}
 
-    def run(self, body: Callable[[], T]) -> T:
-        return body()
-
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fn(*args, **kwargs)
-
-    def primal(self, t: Tensor) -> Tensor:
-        return t.detach()
-
-    def plain(self, t: Tensor) -> Tensor:
-        return t
-
-    def inject(self, s: Tensor, y: Tensor, in_place: bool) -> Tensor:
-        return s
-
-    def substitute(self, p: Tensor, v: Tensor) -> Tensor:
-        return p
 
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         self.ends[number] = v

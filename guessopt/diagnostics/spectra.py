@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from guessopt.diagnostics.plots import bars, curve
-from guessopt.diagnostics.reverse import Closure, Truth, rows, unfused, wide
+from guessopt.diagnostics.reverse import Closure, Truth, double, unfused
 from guessopt.layout import Layout
 from guessopt.ops.matrix import MatrixRule
 from guessopt.optimizer import GuessGradOptimizer
@@ -117,17 +118,16 @@ def next_jacobian(site: Site, ctx: SiteContext, examples: int | None = None) -> 
         return None
     weights = ctx.weights()
 
-    def apply(v: Tensor) -> Tensor:
+    def apply(v: Tensor) -> list[Tensor]:
         x = ctx.push_forward(v)
-        layout, n = site.layout, ctx.examples
-        parts = [m.rule.apply(m, w, x) for m, w in weights]
-        return torch.cat([rows(p, layout if layout.fits(tuple(p.shape), n) else Layout.COUPLED, n) for p in parts], 1)
+        return [m.rule.apply(m, w, x) for m, w in weights]
 
     return _columns(apply, site, ctx, examples)
 
 
-def _columns(apply: Callable[[Tensor], Tensor], site: Site, ctx: SiteContext, examples: int | None) -> Tensor:
-    """The matrix of a linear map of one example's output, for each of the first examples: ``[n, out, d]``."""
+def _columns(apply: Callable[[Tensor], Sequence[Tensor]], site: Site, ctx: SiteContext, examples: int | None) -> Tensor:
+    """The matrix of a linear map of one example's output, for each of the first examples: ``[n, out, d]``. The map's
+    tensors stand below each other."""
     n, shape = ctx.examples, tuple(ctx.s.shape)
     d = ctx.s.numel() // n
     columns = []
@@ -135,7 +135,10 @@ def _columns(apply: Callable[[Tensor], Tensor], site: Site, ctx: SiteContext, ex
         for j in range(d):
             r = ctx.s.new_zeros(n, d)
             r[:, j] = 1
-            columns.append(apply(site.layout.unrows(r, shape))[:examples].double())
+            parts = apply(site.layout.unrows(r, shape))
+            layouts = [site.layout if site.layout.fits(tuple(p.shape), n) else Layout.COUPLED for p in parts]
+            column = torch.cat([layout.flat_rows(p, n) for layout, p in zip(layouts, parts, strict=True)], 1)
+            columns.append(column[:examples].double())
     return torch.stack(columns, dim=2)
 
 
@@ -146,7 +149,7 @@ def effective_rank_of(matrix: Tensor) -> float:
     >>> round(effective_rank_of(torch.eye(5)), 4), round(effective_rank_of(torch.ones(5, 5)), 4)
     (5.0, 1.0)
     """
-    s = torch.linalg.svdvals(wide(matrix.detach()))
+    s = torch.linalg.svdvals(double(matrix.detach()))
     p = s / s.sum().clamp_min(1e-300)
     return float(torch.exp(torch.special.entr(p).sum()))
 
@@ -185,18 +188,8 @@ def jacobian_spectra(
         ways = site.segment.onward[:layers] if site.segment is not None else ()
         if not ways or ctx.s.numel() // ctx.examples > LARGEST:
             continue
-        spectra = []
-        for way in ways:
-
-            def apply(v: Tensor, site: Site = site, ctx: SiteContext = ctx, way: Any = way) -> Tensor:
-                layout, n = site.layout, ctx.examples
-                parts = ctx.push_forward_to(way, v)
-                return torch.cat(
-                    [rows(p, layout if layout.fits(tuple(p.shape), n) else Layout.COUPLED, n) for p in parts], 1
-                )
-
-            spectra.append(_floats(torch.linalg.svdvals(_columns(apply, site, ctx, examples)).mean(0)))
-        found[name] = tuple(spectra)
+        jacobians = (_columns(partial(ctx.push_forward_to, way), site, ctx, examples) for way in ways)
+        found[name] = tuple(_floats(torch.linalg.svdvals(jacobian).mean(0)) for jacobian in jacobians)
     return JacobianSpectra(found)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from guessopt.engine.jvp.duals import inner
 from guessopt.graph import SiteGraph
+from guessopt.linalg import wide
 
 
 def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: list[Tensor | None]) -> Tensor:
@@ -21,7 +22,7 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
         ``[N]``, or the sum ``[1]`` if some cut's examples cannot be told apart.
     """
     parts = [
-        cut.layout.sum_examples(inner(_wide(e), _wide(t)), graph.batch)
+        cut.layout.sum_examples(inner(wide(e), wide(t)), graph.batch)
         for cut, e, t in zip(graph.cuts, errors, tangents, strict=True)
         if t is not None
     ]
@@ -33,10 +34,3 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
     for part in parts[1:]:
         d = d + part
     return d
-
-
-def _wide(t: Tensor) -> Tensor:
-    """``t`` in single precision if its own is lower."""
-    if t.dtype is torch.complex32:
-        return t.to(torch.complex64)
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guessopt.linalg import masked_right_basis
+from guessopt.linalg import masked_right_basis, wide
 from guessopt.sites import Site
 from guessopt.tracing.context import SiteContext, alike
 
@@ -43,9 +43,9 @@ def _factor(V: Tensor, M: Tensor) -> Tensor:
     pairs = (V[:, None, :] * V[None, :, :]).reshape(k * k, -1)
     gram = (squares @ pairs.T).reshape(*M.shape[:-1], k, k)
     # An example with fewer than k active units has a singular Gram matrix: a ridge far below any real eigenvalue.
-    wide = gram if gram.dtype is torch.float64 else gram.float()
-    ridge = 10 * torch.finfo(V.dtype).eps * torch.eye(k, dtype=wide.dtype, device=V.device)
-    result: Tensor = torch.linalg.cholesky_ex(wide + ridge)[0]
+    gram = wide(gram)
+    ridge = 10 * torch.finfo(V.dtype).eps * torch.eye(k, dtype=gram.dtype, device=V.device)
+    result: Tensor = torch.linalg.cholesky_ex(gram + ridge)[0]
     return result
 
 
@@ -69,8 +69,7 @@ def bottom_of_examples(W: Tensor, M: Tensor, k: int) -> tuple[Tensor, Tensor | N
     units = units & ~short[..., None]
     if not bool(short.any()):
         return units, None
-    wm = W * M[short][:, None]  # n o i
-    wm = wm if wm.dtype is torch.float64 else wm.float()
+    wm = wide(W * M[short][:, None])  # n o i
     rows = W.new_zeros((short.numel(), k, W.shape[-1]))
     rows[short.flatten()] = torch.linalg.eigh(wm.mT @ wm)[1][..., :k].mT.to(W.dtype)
     return units, rows
@@ -87,13 +86,26 @@ def project(g: Tensor, V: Tensor) -> Tensor:
     return (V.mT @ (V @ flat))[..., 0].reshape(g.shape)
 
 
-def is_masked_linear(site: Site) -> bool:
-    """Whether ``W~ = W M`` with a diagonal ``M``: an elementwise path to one linear layer (or to stacked ones)."""
-    segment = site.segment
-    if segment is None or segment.elementwise is None or len(segment.matrices) != 1:
-        return False
-    m = segment.matrices[0]
-    return m.rule.geometry(m.call) == "linear"
+class Masked:
+    """The part of an estimator whose option ``basis`` may ask for one matrix for each example."""
+
+    basis: str
+
+    def is_masked(self, site: Site) -> bool:
+        """Whether each example has its own matrix at this site. ``basis`` asks for it, and ``W~ = W M`` with a diagonal
+        ``M``: an elementwise path leads to one linear layer, or to stacked ones."""
+        if self.basis == "shared":
+            return False
+        segment = site.segment
+        if segment is None or segment.elementwise is None or len(segment.matrices) != 1:
+            return False
+        m = segment.matrices[0]
+        return m.rule.geometry(m.call) == "linear"
+
+    def note(self, site: Site) -> str | None:
+        if self.basis != "shared" and site.segment is not None and not self.is_masked(site):
+            return f"shared basis: basis={self.basis!r} needs an elementwise path to a linear layer"
+        return None
 
 
 def mask_of(ctx: SiteContext) -> Tensor:

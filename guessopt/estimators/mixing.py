@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guessopt.estimator import Estimator
 from guessopt.estimators.checks import check_debias, check_noise
-from guessopt.layout import Layout, Shape
+from guessopt.layout import Layout
 from guessopt.registry import register_estimator
 from guessopt.tracing.context import SiteContext
 
@@ -76,10 +76,11 @@ class ActivationMixing(Estimator):
         layout, n = _layout_of(x, ctx), ctx.examples
         X = rows(x, layout, n)
         u = activation_mixing(ctx.noise((len(X), len(X)), self.noise).to(X.dtype), X)
-        y = ctx.pull_back(unrows(u, layout, tuple(x.shape)))
+        y = ctx.pull_back(layout.unrows(u, tuple(x.shape)))
         if not self.normalise:
             return y
-        return unrows(normalised(rows(y, ctx.site.layout, n), _rounding(u, ctx.s)), ctx.site.layout, tuple(y.shape))
+        own = ctx.site.layout
+        return own.unrows(normalised(rows(y, own, n), _rounding(u, ctx.s)), tuple(y.shape))
 
     def second_moment(self, state: Any, ctx: SiteContext, g: Tensor) -> Tensor | None:
         if ctx.site.is_last:
@@ -89,7 +90,7 @@ class ActivationMixing(Estimator):
         x = ctx.next_input()
         layout, n = _layout_of(x, ctx), ctx.examples
         X, v = rows(x, layout, n), rows(ctx.push_forward(g), layout, n)
-        return ctx.pull_back(unrows((v @ X.T) @ X, layout, tuple(x.shape)))
+        return ctx.pull_back(layout.unrows((v @ X.T) @ X, tuple(x.shape)))
 
 
 def _rounding(u: Tensor, s: Tensor) -> Tensor:
@@ -112,20 +113,6 @@ def _layout_of(x: Tensor, ctx: SiteContext) -> Layout:
 
 def rows(t: Tensor, layout: Layout, n: int) -> Tensor:
     """One row for each example, ``[n, j]``; coupled: one row for each index of the first dimension."""
-    if layout is Layout.BATCH_SECOND:
-        return t.transpose(0, 1).reshape(n, -1)
-    if layout is Layout.FLAT:
-        return t.reshape(n, -1)
-    if layout is Layout.FLAT_T:
-        return t.reshape(-1, n, *t.shape[1:]).transpose(0, 1).reshape(n, -1)
-    return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
-
-
-def unrows(r: Tensor, layout: Layout, shape: Shape) -> Tensor:
-    """Back to the shape that ``rows`` was given."""
-    n = r.shape[0]
-    if layout is Layout.BATCH_SECOND:
-        return r.reshape(n, shape[0], *shape[2:]).transpose(0, 1)
-    if layout is Layout.FLAT_T:
-        return r.reshape(n, shape[0] // n, *shape[1:]).transpose(0, 1).reshape(shape)
-    return r.reshape(shape)
+    if layout in (Layout.COUPLED, Layout.BATCH_FIRST):
+        return t.flatten(1) if t.dim() > 1 else t.reshape(1, -1)
+    return layout.flat_rows(t, n)

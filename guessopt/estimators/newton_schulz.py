@@ -24,10 +24,10 @@ from guessopt.estimators.checks import (
     check_rank,
     check_refresh,
 )
-from guessopt.estimators.masked import is_masked_linear, linear_weight, mask_of
+from guessopt.estimators.masked import Masked, linear_weight, mask_of
 from guessopt.estimators.perp import OVERSAMPLING
 from guessopt.estimators.transpose import Matrices, matrices, moment_through, pull_back_noise
-from guessopt.linalg import masked_right_basis, refined_right_basis, right_singular_basis
+from guessopt.linalg import masked_right_basis, refined_right_basis, right_singular_basis, wide
 from guessopt.registry import register_estimator
 from guessopt.sites import Site
 from guessopt.tracing.context import SiteContext
@@ -128,7 +128,7 @@ class ExamplePolynomial(NamedTuple):
 
 @register_estimator("w_perp_ns")
 @dataclass(frozen=True)
-class WPerpNS(Estimator):
+class WPerpNS(Masked, Estimator):
     """``y = p^N(W~)^T e``: N = 5 compositions of an odd polynomial of degree seven map the singular values of W~ above
     the k-th to about 1, and the others to about 0 (Wang 3.2, eqs. 9 and 10). Last site: ``N(0, I)``.
 
@@ -180,14 +180,14 @@ class WPerpNS(Estimator):
         """For each next matrix ``p``: ``p^N(W)``, ``[b, o, i]``, and ``rows``: the basis to start from next time."""
         olds = [None] * len(weights) if previous is None else [entry["rows"] for entry in previous]
         return [
-            self._prepared(w, old, needs_p=not self._is_masked(site)) for (_, w), old in zip(weights, olds, strict=True)
+            self._prepared(w, old, needs_p=not self.is_masked(site)) for (_, w), old in zip(weights, olds, strict=True)
         ]
 
     def _prepared(self, w: Tensor, old: Tensor | None, needs_p: bool) -> dict[str, Tensor]:
         rows = right_singular_basis(w, self.k + OVERSAMPLING) if old is None else refined_right_basis(w, old)
         if not needs_p:
             return {"rows": rows}
-        work = w if w.dtype is torch.float64 else w.float()
+        work = wide(w)
         largest, step = largest_and_step((work @ rows.mT.to(work.dtype)).norm(dim=-2), self.k)
         p = newton_schulz(work / largest[:, None, None], coefficients_for(step), polynomials()[0])
         return {"rows": rows, "p": p.to(w.dtype)}
@@ -195,7 +195,7 @@ class WPerpNS(Estimator):
     def sample(self, state: Any, ctx: SiteContext) -> Any:
         if ctx.site.is_last or state is None:
             return ctx.noise(ctx.s.shape, self.noise)
-        if not self._is_masked(ctx.site):
+        if not self.is_masked(ctx.site):
             return pull_back_noise(ctx, self._matrices(state, ctx), self.noise)
         W, M = linear_weight(ctx), _flat(mask_of(ctx))
         e = ctx.noise((len(M), len(W)), self.noise)
@@ -204,7 +204,7 @@ class WPerpNS(Estimator):
     def second_moment(self, state: Any, ctx: SiteContext, g: Any) -> Any:
         if ctx.site.is_last or state is None:
             return g
-        if not self._is_masked(ctx.site):
+        if not self.is_masked(ctx.site):
             return moment_through(ctx, self._matrices(state, ctx), g)
         W, M = linear_weight(ctx), _flat(mask_of(ctx))
         return self._of_examples(W, M, state, g.reshape(M.shape), lambda p, g: p.transpose(p.apply(g))).reshape(g.shape)
@@ -217,19 +217,11 @@ class WPerpNS(Estimator):
         parts = zip(M.split(size), v.split(size), strict=True)
         return torch.cat([f(ExamplePolynomial.of(W, m, start, self.k), t) for m, t in parts]).to(W.dtype)
 
-    def _is_masked(self, site: Site) -> bool:
-        return self.basis == "example" and is_masked_linear(site)
-
     @staticmethod
     def _matrices(state: list[dict[str, Tensor]], ctx: SiteContext) -> Matrices:
         return matrices([entry["p"] for entry in state], ctx)
 
     # --- reporting ----------------------------------------------------------------------------------------------------
-
-    def note(self, site: Site) -> str | None:
-        if self.basis == "example" and site.segment is not None and not is_masked_linear(site):
-            return "shared basis: basis='example' needs an elementwise path to a linear layer"
-        return None
 
     def check(self, sites: tuple[Site, ...]) -> None:
         check_rank(self.k, type(self).k, sites)

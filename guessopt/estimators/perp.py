@@ -21,8 +21,8 @@ from guessopt.estimators.checks import (
     check_refresh,
 )
 from guessopt.estimators.masked import (
+    Masked,
     bottom_of_examples,
-    is_masked_linear,
     linear_weight,
     mask_of,
     project,
@@ -56,7 +56,7 @@ def w_perp(z: Sequence[Tensor], V: Matrices, M: Jacobian) -> Any:
 
 @register_estimator("w_perp")
 @dataclass(frozen=True)
-class WPerp(Estimator):
+class WPerp(Masked, Estimator):
     """``y = V_k z``, ``z ~ N(0, I_k)``: the k largest singular values of W~ are set to 1, the others to 0 (Wang eq. 8).
 
     Last site: ``N(0, I)``. For a convolution the filter bank is the matrix: k orthonormal filters take W's place.
@@ -118,7 +118,7 @@ class WPerp(Estimator):
     def sample(self, state: list[Tensor] | None, ctx: SiteContext) -> Any:
         if ctx.site.is_last or state is None:
             return ctx.noise(ctx.s.shape, self.noise)
-        if not self._is_masked(ctx.site):
+        if not self.is_masked(ctx.site):
             V = self._rows(state, ctx)
             return w_perp(noise_at(V, ctx, self.noise), V, lambda u: ctx.pull_back(u, spent=True))
         if self.basis == "masked":
@@ -133,7 +133,7 @@ class WPerp(Estimator):
     def second_moment(self, state: list[Tensor] | None, ctx: SiteContext, g: Any) -> Any:
         if ctx.site.is_last or state is None:
             return g
-        if not self._is_masked(ctx.site):
+        if not self.is_masked(ctx.site):
             return moment_through(ctx, self._rows(state, ctx), g)
         if self.basis == "masked":
             return w_perp_masked_moment(g, state[0][0, : self.k], mask_of(ctx))
@@ -151,15 +151,7 @@ class WPerp(Estimator):
             return bottom_of_examples(W, M, self.k)
         return None, top_of_examples(W, M, state[0][0], self.k)
 
-    def _is_masked(self, site: Site) -> bool:
-        return self.basis != "shared" and is_masked_linear(site)
-
     # --- reporting ----------------------------------------------------------------------------------------------------
-
-    def note(self, site: Site) -> str | None:
-        if self.basis != "shared" and site.segment is not None and not self._is_masked(site):
-            return f"shared basis: basis={self.basis!r} needs an elementwise path to a linear layer"
-        return None
 
     def check(self, sites: tuple[Site, ...]) -> None:
         check_rank(self.k, type(self).k, sites)

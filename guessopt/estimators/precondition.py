@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guessopt.estimator import Estimator
 from guessopt.estimators.checks import check_choice, check_debias, check_noise, check_refresh
-from guessopt.estimators.masked import is_masked_linear, linear_weight, mask_of, w_perp_masked, w_perp_masked_moment
+from guessopt.estimators.masked import Masked, linear_weight, mask_of, w_perp_masked, w_perp_masked_moment
 from guessopt.estimators.transpose import Matrices, matrices, moment_through, pull_back_noise
 from guessopt.linalg import of_singular_values
 from guessopt.registry import register_estimator
@@ -29,7 +29,7 @@ def w_preconditioned(W: Tensor) -> Tensor:
 
 @register_estimator("w_preconditioned")
 @dataclass(frozen=True)
-class WPreconditioned(Estimator):
+class WPreconditioned(Masked, Estimator):
     """``y = (W~_s^T W~_s)^{-1/2} W~_s^T e = V U^T e`` for ``W~_s = U (S^2 + sigma I)^{1/2} V^T`` (Wang eqs. 11 to 16).
     Last site: ``N(0, I)``.
 
@@ -78,12 +78,12 @@ class WPreconditioned(Estimator):
 
     def prepare(self, site: Site, weights: Matrices, previous: list[Tensor] | None = None) -> list[Tensor] | None:
         """``U V^T`` of each next matrix, ``[b, o, i]``; None where the guess does not need it."""
-        return None if self._is_masked(site) else [w_preconditioned(w) for _, w in weights]
+        return None if self.is_masked(site) else [w_preconditioned(w) for _, w in weights]
 
     def sample(self, state: list[Tensor] | None, ctx: SiteContext) -> Any:
         if ctx.site.is_last or self._is_isotropic(ctx.site):
             return ctx.noise(ctx.s.shape, self.noise)
-        if not self._is_masked(ctx.site):
+        if not self.is_masked(ctx.site):
             return pull_back_noise(ctx, self._polar(state, ctx), self.noise)
         M, V = mask_of(ctx), _unit_rows(linear_weight(ctx))
         return w_perp_masked(ctx.noise((*M.shape[:-1], len(V)), self.noise), V, M)
@@ -91,16 +91,13 @@ class WPreconditioned(Estimator):
     def second_moment(self, state: list[Tensor] | None, ctx: SiteContext, g: Any) -> Any:
         if ctx.site.is_last or self._is_isotropic(ctx.site):
             return g
-        if not self._is_masked(ctx.site):
+        if not self.is_masked(ctx.site):
             return moment_through(ctx, self._polar(state, ctx), g)
         return w_perp_masked_moment(g, _unit_rows(linear_weight(ctx)), mask_of(ctx))
 
-    def _is_masked(self, site: Site) -> bool:
-        return self.basis == "example" and is_masked_linear(site)
-
     def _is_isotropic(self, site: Site) -> bool:
         """Whether ``V`` is square."""
-        if site.segment is None or not self._is_masked(site):
+        if site.segment is None or not self.is_masked(site):
             return False
         m = site.segment.matrices[0]
         return m.rule.rank(m) == m.x_shape[-1]
@@ -108,11 +105,6 @@ class WPreconditioned(Estimator):
     @staticmethod
     def _polar(state: list[Tensor] | None, ctx: SiteContext) -> Matrices:
         return matrices([w_preconditioned(w) for _, w in ctx.weights()] if state is None else state, ctx)
-
-    def note(self, site: Site) -> str | None:
-        if self.basis == "example" and site.segment is not None and not is_masked_linear(site):
-            return "shared basis: basis='example' needs an elementwise path to a linear layer"
-        return None
 
 
 def _unit_rows(W: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.feedback.maps import by_example, example_layout, wide
+from guessopt.feedback.maps import example_layout
 from guessopt.feedback.updates import State, correction_shrinkage
 from guessopt.graph import SiteGraph
+from guessopt.linalg import wide
 from guessopt.sites import Site
 
 #: A remainder is rounding if it is at most so many machine epsilons of the numbers that were subtracted.
@@ -53,7 +54,7 @@ class Correction:
         correction = y * layout.spread(rest / amplitude(state) ** 2, tuple(y.shape)).to(y.dtype)
         if self.gamma == "auto" and index not in self.coupled and index not in self.shrinkage:
             looks = 1 if state is None else state.get("looks", 0) + 1
-            new = correction_shrinkage(state, by_example(correction, layout, self.graph.batch), looks)
+            new = correction_shrinkage(state, layout.flat_rows(wide(correction), self.graph.batch), looks)
             self.shrinkage[index] = {"looks": looks} | new
         correction = correction if isinstance(gamma, float) and gamma == 1 else correction.mul_(gamma)
         return correction if c is None else c + correction

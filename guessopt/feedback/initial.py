@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from guessopt.feedback.maps import Axes, example_layout, wide
+from guessopt.feedback.maps import Axes, example_layout
 from guessopt.feedback.options import FeedbackOptions
 from guessopt.feedback.sitewise_plan import SitewisePlan
 from guessopt.feedback.updates import State
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout
 from guessopt.learning import Noise
+from guessopt.linalg import wide
 from guessopt.tracing.context import SiteContext
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout, Shape, numel
+from guessopt.linalg import wide
 from guessopt.sites import Matrix, Site
 from guessopt.tracing.context import SiteContext
 
@@ -263,17 +264,6 @@ def rows_per_sample(maps: list[FeedbackMap]) -> float:
 def example_layout(layout: Layout, shape: Shape, n: int) -> Layout:
     """The layout. Where examples act on each other a little (batch statistics), the likeliest layout of the shape."""
     return Layout.candidates(shape, n)[0] if layout is Layout.COUPLED else layout
-
-
-def by_example(t: Tensor, layout: Layout, n: int) -> Tensor:
-    """One row for each example, ``[n, -1]``; coupled: ``[1, -1]``."""
-    rows = layout.rows(wide(t), n)
-    return rows.reshape(len(rows), -1)
-
-
-def wide(t: Tensor) -> Tensor:
-    """In float32 at least."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
 def _is_feature_map(matrix: Matrix) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.ops.base import Entries, FeedbackMap, Formulas, NamedRule, Op, register
+from guessopt.ops.base import Entries, Formulas, NamedRule, Op, Placement, register
 from guessopt.ops.cached import CachedCall, result_only
 
 #: Two operands, or their tangents (None: no tangent).
@@ -49,7 +49,7 @@ class _OperandRule(NamedRule):
         kwargs: dict[str, Any],
         wanted: list[int],
         vs: list[Tensor],
-        place: FeedbackMap,
+        place: Placement,
     ) -> Tensor:
         slope = self.slope(args[1 - wanted[0]])
         return place(vs[0]) if slope is None else place(vs[0]) * slope

@@ -36,7 +36,7 @@ Function = Callable[..., Any] | str
 TangentRule = Callable[..., Any]
 
 #: Lays per-example parameters ``[N, *shape]`` out so that they broadcast against the operation's output.
-FeedbackMap = Callable[[Tensor], Tensor]
+Placement = Callable[[Tensor], Tensor]
 
 #: By argument, a function that computes the argument's gradient.
 Formulas = dict[str, Callable[[], Tensor]]
@@ -74,7 +74,7 @@ class Rule:
         kwargs: dict[str, Any],
         wanted: list[int],
         vs: list[Tensor],
-        place: FeedbackMap,
+        place: Placement,
     ) -> Tensor:
         """The output's tangent when each example's own copy of the parameters moves along ``vs``.
 

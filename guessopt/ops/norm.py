@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.ops.base import FeedbackMap, Formulas, NamedRule, Op, register
+from guessopt.ops.base import Formulas, NamedRule, Op, Placement, register
 from guessopt.ops.cached import CachedCall
 
 #: ``xhat``, shape of ``x``, from the arguments by name: the operation without its affine part.
@@ -60,7 +60,7 @@ class NormRule(NamedRule):
         kwargs: dict[str, Any],
         wanted: list[int],
         vs: list[Tensor],
-        place: FeedbackMap,
+        place: Placement,
     ) -> Tensor:
         """``v_w xhat + v_b``, of each example's own weight and bias."""
         call = self.bind(args, kwargs)

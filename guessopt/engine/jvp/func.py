@@ -101,17 +101,15 @@ class FuncEngine(JvpEngine):
     def without_tangent(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._in_order_of_memory(fn, *args, **kwargs) if op_of(fn).masks_by_shape else fn(*args, **kwargs)
 
-    def _in_order_of_memory(self, fn: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _in_order_of_memory(self, fn: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Dropout of ``input`` with its dimensions ordered by stride, which gives the mask of a plain run."""
         with self.outside():
             strides = torch.empty_like(self.plain(input)).stride()
         order = sorted(range(input.dim()), key=lambda d: -strides[d])
         if order == list(range(input.dim())):
-            result: Tensor = fn(input, *args, **kwargs)
-            return result
+            return fn(input, *args, **kwargs)
         back = sorted(range(input.dim()), key=lambda d: order[d])
-        result = fn(input.permute(order), *args, **kwargs).permute(back)
-        return result
+        return fn(input.permute(order), *args, **kwargs).permute(back)
 
     def write(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A transform refuses writes into tensors that it captured: write outside of it, from values without tangents.

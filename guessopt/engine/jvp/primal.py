@@ -25,26 +25,11 @@ from guessopt.record import GraphInput, Graphs
 T = TypeVar("T")
 
 
-class PrimalRun(JvpEngine):
-    """No tangents: guesses are dropped, and no error is computed."""
-
-    name = "plain"
-    reuses = True
+class WithoutTangents(JvpEngine):
+    """An engine that drops the guesses."""
 
     def run(self, body: Callable[[], T]) -> T:
         return body()
-
-    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
-        if may_fuse(fn, args, kwargs):
-            return fn(*args, **kwargs)
-        return super().call(fn, args, kwargs, writes=writes)
-
-    def reuse(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: CachedCall) -> Any:
-        draws = op_of(fn).draws
-        return NotImplemented if known.out is None or (draws is not None and draws(args, kwargs)) else known.out
-
-    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.call(fn, args, kwargs, writes=False)
 
     def primal(self, t: Tensor) -> Tensor:
         return t.detach()
@@ -57,6 +42,25 @@ class PrimalRun(JvpEngine):
 
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         return p
+
+
+class PrimalRun(WithoutTangents):
+    """No tangents: guesses are dropped, and no error is computed."""
+
+    name = "plain"
+    reuses = True
+
+    def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
+        if may_fuse(fn, args, kwargs):
+            return fn(*args, **kwargs)
+        return super().call(fn, args, kwargs, writes=writes)
+
+    def reuse(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], known: CachedCall) -> Any:
+        draws = op_of(fn).draws
+        return NotImplemented if known.out is None or (draws is not None and draws(args, kwargs)) else known.out
+
+    def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.call(fn, args, kwargs, writes=False)
 
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         return v, v
