@@ -528,3 +528,25 @@ def test_what_hooks_before_the_update_raise_changes_nothing(memory: str) -> None
         optimizer.step(loss_of(model))
     handle.remove()
     assert_same(before, snapshot(model, optimizer))
+
+
+class ListState(torch.optim.SGD):
+    """A base whose state of a parameter is a list, not a dict."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    last = self.state[p][0] if p in self.state else torch.zeros_like(p)
+                    self.state[p] = [p.grad + 0.5 * last]
+                    p.sub_(group["lr"] * self.state[p][0])
+
+
+def test_a_base_may_keep_lists_as_its_state() -> None:
+    """From the ninth update on nothing is copied; what has to be watched then depends on the kind of the state."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 2), torch.randn(8, 3)
+    optimizer = GuessGradOptimizer(model.parameters(), ListState, "activation_perturbation", lr=0.01)
+    losses = [optimizer.step(lambda: model(x).square().mean()).item() for _ in range(12)]
+    assert losses[-1] < losses[0]

@@ -238,8 +238,7 @@ class _Reverse(WithoutTangents):
 
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         self.ends[number] = v
-        leaf = v.detach().requires_grad_()
-        return leaf, leaf
+        return super().cut(number, v)
 
 
 class ReversePass(ForwardRun):

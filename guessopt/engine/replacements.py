@@ -16,13 +16,9 @@ from guessopt.tree import map_tensors
 class Replacements(dict[int, tuple[Tensor, Tensor]]):
     """``id`` of an argument that was returned unchanged -> (the argument, the result that the closure was handed)."""
 
-    def newest(self, node: Any) -> Any:
-        """``node`` with the newest tensor in place of each replaced one."""
-
-        def newest(t: Tensor) -> Tensor:
-            return self[id(t)][1] if id(t) in self else t
-
-        return map_tensors(node, newest)
+    def newest(self, t: Tensor) -> Tensor:
+        """The tensor that the closure was handed in place of ``t``; ``t`` itself if it was not replaced."""
+        return self[id(t)][1] if id(t) in self else t
 
     def replace(self, out: Any, results: list[Tensor], k: int, tensors: list[Tensor], after: Tensor) -> Any:
         """``out`` with ``after`` as its ``k``-th tensor; the same in ``results``.
@@ -41,12 +37,7 @@ class Replacements(dict[int, tuple[Tensor, Tensor]]):
 
 
 def put(out: Any, old: Tensor, new: Tensor) -> Any:
-    """``out``, a tensor or nested tuples and lists, with ``new`` in place of ``old``."""
-    if old is new or out is old:
-        return new if out is old else out
-    if isinstance(out, tuple):
-        items = [put(item, old, new) for item in out]
-        return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
-    if isinstance(out, list):
-        return [put(item, old, new) for item in out]
-    return out
+    """``out``, a call's result, with ``new`` in place of ``old``."""
+    if out is old:
+        return new
+    return out if old is new else map_tensors(out, lambda t: new if t is old else t)

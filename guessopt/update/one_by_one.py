@@ -106,7 +106,9 @@ def _difference(base: Optimizer, side: int | None, sparse: bool) -> str | None:
             with only(apart.base, p):
                 base_step(apart.base)
             p.grad = None
-    found = [path for path in one.differences(apart) if path not in one.differences(again)]
+    found = one.differences(apart)
+    noise = one.differences(again) if found else []
+    found = [path for path in found if path not in noise]
     return min(found, key=lambda path: path.startswith("its state"), default=None)
 
 

@@ -27,14 +27,11 @@ class Undo:
     Attributes:
         containers: dicts and lists, each with a copy of its entries.
         tensors: tensors, each with its version, and its value if values are copied.
-        versions, before: more tensors, of which only the versions are kept, and these versions.
     """
 
     def __init__(self) -> None:
         self.containers: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[Tensor, int, Tensor | None]] = []
-        self.versions: list[Tensor] = []
-        self.before: list[int] = []
 
     @classmethod
     def of(cls, base: Optimizer, params: Iterable[Tensor], plain: bool) -> Undo:
@@ -52,10 +49,8 @@ class Undo:
         dicts = [vars(base), state, *base.param_groups, *own]
         found.containers = [(each, dict(each)) for each in dicts]
         found.containers += [(group["params"], list(group["params"])) for group in base.param_groups]
-        found.versions = [*params, *grads]
-        for each in own:
-            found.versions += [t for t in each.values() if isinstance(t, Tensor)]
-        found.before = [t._version for t in found.versions]
+        state_tensors = [t for each in own for t in each.values() if isinstance(t, Tensor)]
+        found.tensors = [(t, t._version, None) for t in (*params, *grads, *state_tensors)]
         return found
 
     def walked(self, roots: Iterable[Any], copies: bool = False, skip: Iterable[Any] = ()) -> Undo:
@@ -116,7 +111,7 @@ class Undo:
                         t.copy_(value)
                 elif t._version != version or not told:
                     left.append(t)
-        return left + [t for t, v in zip(self.versions, self.before, strict=True) if t._version != v or not told]
+        return left
 
 
 class Updates:
@@ -207,7 +202,7 @@ def _is_plain(base: Optimizer) -> bool:
     known, own = ("state", "param_groups", "defaults"), ("params", "param_names", "estimator")
     others = [v for k, v in vars(base).items() if k not in known and not k.startswith("_optimizer_")]
     inside = [v for group in base.param_groups for k, v in group.items() if k not in own]
-    inside += [v for state in base.state.values() for v in (state.values() if isinstance(state, dict) else [[]])]
+    inside += [v for state in base.state.values() for v in (state.values() if isinstance(state, dict) else [{}])]
     numbers = (tuple, list)  # of numbers: betas
     return all(
         is_leaf(v) or (isinstance(v, numbers) and all(isinstance(x, int | float | str) for x in v))

@@ -64,10 +64,13 @@ class Audit:
     transaction: Transaction
     record: ForwardRecord
     rtol: float = 0.0
-    memo: Memo = field(default_factory=Memo)
     light: bool = False
+    memo: Memo = field(init=False)
     #: By site, the guesses of the first run. Later runs use them again: from moved values other guesses would come.
     made: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.memo = Memo(light=self.light)
 
     @cached_property
     def expected(self) -> float:
@@ -113,16 +116,14 @@ class Audit:
     def _run(self, relative: float) -> ValueRun:
         self.transaction.rewind()
         guess, directions = self.guesses()
-        self.memo.light = self.light
-        if self.light:
-            return ValueRun(self.ids, self.graph, guess, directions, self.transaction, self.memo, relative)
 
         def same(site: Site, s: Tensor, values: dict[int, Tensor]) -> Any:
             if relative == 0.0 or site.index not in self.made:
                 self.made[site.index] = guess(site, s, values)
             return self.made[site.index]
 
-        return ValueRun(self.ids, self.graph, same, directions, self.transaction, self.memo, relative)
+        used = guess if self.light else same
+        return ValueRun(self.ids, self.graph, used, directions, self.transaction, self.memo, relative)
 
     # --- difference quotients -----------------------------------------------------------------------------------------
 

@@ -84,13 +84,15 @@ class JvpEngine(ABC):
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         """Parameter ``p`` with tangent ``v``."""
 
-    @abstractmethod
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         """End the network at ``v`` and note its tangent.
 
         Returns:
             The tensor that the loss reads in place of ``v``, and the leaf whose gradient is the exact error.
         """
+        self.tangents[number] = self.tangent(v)
+        leaf = self.primal(v).requires_grad_()
+        return leaf, leaf
 
     # --- what some engines redefine -----------------------------------------------------------------------------------
 

@@ -56,11 +56,6 @@ class DualEngine(JvpEngine):
     def substitute(self, p: Tensor, v: Tensor) -> Tensor:
         return pack(p.detach(), v)
 
-    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
-        primal, self.tangents[number] = unpack(v)
-        leaf = primal.detach().requires_grad_()
-        return leaf, leaf
-
     def note(self, value: int, t: Tensor, clone: bool) -> Tensor:
         tangent = unpack(t)[1]
         if tangent is not None:

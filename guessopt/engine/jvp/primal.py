@@ -44,8 +44,8 @@ class WithoutTangents(JvpEngine):
         return p
 
 
-class PrimalRun(WithoutTangents):
-    """No tangents: guesses are dropped, and no error is computed."""
+class LossGradRun(WithoutTangents):
+    """No tangents, but the exact errors: for a step whose estimators learn and make no guess."""
 
     name = "plain"
     reuses = True
@@ -62,17 +62,12 @@ class PrimalRun(WithoutTangents):
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.call(fn, args, kwargs, writes=False)
 
+
+class PrimalRun(LossGradRun):
+    """No tangents: guesses are dropped, and no error is computed."""
+
     def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
         return v, v
-
-
-class LossGradRun(PrimalRun):
-    """No tangents, but the exact errors: for a step whose estimators learn and make no guess."""
-
-    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.tangents[number] = None
-        leaf = v.detach().requires_grad_()
-        return leaf, leaf
 
 
 class BlockVjpRun(LossGradRun):

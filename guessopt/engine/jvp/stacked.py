@@ -96,19 +96,22 @@ class StackedEngine(FastEngine):
         self._attach(moved, v)
         return moved
 
-    def cut(self, number: int, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.tangents[number] = self.tangent(v)
-        leaf = v.detach().requires_grad_()
-        return leaf, leaf
-
     def each(self, f: Callable[[list[Any]], Tensor], tensors: Sequence[Any]) -> Tensor:
         return torch.stack([f([None if t is None else t[k] for t in tensors]) for k in range(self.count)])
 
     def through_backward(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        moving = {id(t): v for t in tensors_in(args, kwargs) if (v := self.tangent(t)) is not None}
+        moving = self._moving(args, kwargs)
         if not moving:
             return fn(*args, **kwargs)
-        out, results = self._in_turn(fn, args, kwargs, moving, False)
+        return self._attached(self._in_turn(fn, args, kwargs, moving, False))
+
+    def _moving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moving:
+        """The tangents of the arguments."""
+        return {id(t): v for t in tensors_in(args, kwargs) if (v := self.tangent(t)) is not None}
+
+    def _attached(self, found: Found) -> Any:
+        """An operation's result. The tangents of its tensors are noted."""
+        out, results = found
         for t, tangent in results:
             self._attach(t, tangent)
         return out
@@ -118,16 +121,13 @@ class StackedEngine(FastEngine):
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, writes: bool) -> Any:
         if self.frozen_statistics and fn is F.batch_norm:
             args, kwargs, writes = self.with_frozen_statistics(*args, **kwargs), {}, False
-        moving = {id(t): v for t in tensors_in(args, kwargs) if (v := self.tangent(t)) is not None}
+        moving = self._moving(args, kwargs)
         self.fresh = None
         if not moving:
             return JvpEngine.call(self, fn, args, kwargs, writes=writes)
         args, kwargs, flagged = _out_of_place(fn, args, kwargs)
         if not flagged and not is_in_place(fn):
-            out, results = self._differentiate(fn, args, kwargs, moving, writes)
-            for t, tangent in results:
-                self._attach(t, tangent)
-            return out
+            return self._attached(self._differentiate(fn, args, kwargs, moving, writes))
         target = args[0]
         if not flagged:
             old = moving.get(id(target))
