@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from guessopt.layout import Shape
-from guessopt.sites import Call
+from guessopt.sites import Call, values_needed
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Block:
     def needs(self) -> set[int]:
         """Values that the programs read and do not make."""
         found = {v for v in (self.source, self.origin, *self.entries) if v is not None}
-        return found | _read(self.program) | _read(self.skip or ())
+        return found | values_needed(self.program) | values_needed(self.skip or ())
 
     @cached_property
     def ends_in_skip(self) -> bool:
@@ -85,7 +85,12 @@ class ResidualChain:
     @cached_property
     def needs(self) -> frozenset[int]:
         """Values that are needed beside the blocks' graphs: the states, and inputs of skips that run once more."""
-        return frozenset(self.shapes).union(*map(_read, self._apart))
+        return frozenset(self.shapes).union(*map(values_needed, self._apart))
+
+    @cached_property
+    def read(self) -> frozenset[int]:
+        """Values that the blocks read and do not make."""
+        return frozenset().union(*(block.needs() for block in self.blocks))
 
     @cached_property
     def redrawn(self) -> frozenset[int]:
@@ -96,9 +101,3 @@ class ResidualChain:
     def _apart(self) -> list[tuple[Call, ...]]:
         """Skips to whose origin no block's graph leads: they run once more."""
         return [block.skip for block in self.blocks if block.skip and not block.ends_in_skip]
-
-
-def _read(calls: tuple[Call, ...]) -> set[int]:
-    """Values that the calls read and do not make."""
-    made = {o for call in calls for o in call.outputs}
-    return {v for call in calls for v in call.inputs if v not in made}

@@ -93,8 +93,7 @@ class Layout(enum.Enum):
             return shape
         if self is Layout.BATCH_FIRST:
             return shape[1:]
-        first = shape[0] if self is Layout.BATCH_SECOND else shape[0] // n
-        return (first, *(shape[2:] if self is Layout.BATCH_SECOND else shape[1:]))
+        return (shape[0], *shape[2:]) if self is Layout.BATCH_SECOND else (shape[0] // n, *shape[1:])
 
     def sum_examples(self, t: Tensor, n: int) -> Tensor:
         """Each example's sum, ``[N]``; coupled: ``[1]``.
@@ -106,7 +105,7 @@ class Layout(enum.Enum):
             return t.sum().reshape(1)
         if self is Layout.FLAT_T:  # without a copy
             return t.reshape(t.shape[0] // n, n, -1).sum((0, 2))
-        return self.rows(t, n).reshape(n, -1).sum(1)
+        return self.flat_rows(t, n).sum(1)
 
     def spread(self, d: Tensor, shape: Shape) -> Tensor:
         """One number an example, ``d`` ``[N]``, shaped to broadcast against ``shape``; coupled: their sum."""

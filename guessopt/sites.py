@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,9 +16,14 @@ from guessopt.layout import Layout, Shape
 MAX_DOWNSTREAM_SITES = 4
 
 
+def label(fn: Any) -> str:
+    """A function's name as Python has it: ``__mul__``."""
+    return str(getattr(fn, "__name__", fn))
+
+
 def name_of(fn: Callable[..., Any]) -> str:
     """An operation's name, as a user would write it: ``mul`` of ``Tensor.__mul__``."""
-    return str(getattr(fn, "__name__", fn)).strip("_")
+    return label(fn).strip("_")
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,12 @@ class MatrixRule(Protocol):
         """Equal for calls whose weights may be stacked."""
 
 
+def values_needed(calls: Iterable[Call], goals: Iterable[int] = ()) -> set[int]:
+    """The values that the calls read, and the goals, without the values that the calls make."""
+    calls = tuple(calls)
+    return {v for call in calls for v in call.inputs}.union(goals) - {o for call in calls for o in call.outputs}
+
+
 @dataclass(frozen=True)
 class Matrix:
     """The next matrix site of a segment: linear layers or convolutions that read one input and whose weights can be
@@ -208,13 +219,15 @@ class Segment:
     rectified: bool = False
     onward: tuple[DownstreamPath, ...] = ()
 
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """The values that hold the weights of the next matrix site(s)."""
+        return tuple(w for matrix in self.matrices for w in matrix.weights)
+
     @cached_property
     def needs(self) -> frozenset[int]:
         """Values that the programs and the matrices read and do not make."""
-        calls = (*self.program, *self.weight_program)
-        made = {self.source, *(v for call in calls for v in call.outputs)}
-        read = {v for call in calls for v in call.inputs} | {w for matrix in self.matrices for w in matrix.weights}
-        return frozenset(read - made)
+        return frozenset(values_needed((*self.program, *self.weight_program), self.weights) - {self.source})
 
     @property
     def key(self) -> str:

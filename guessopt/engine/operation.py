@@ -14,6 +14,7 @@ from guessopt.engine.op_call import OpCall
 from guessopt.errors import ClosureError
 from guessopt.graph import SiteGraph
 from guessopt.ops.base import is_in_place
+from guessopt.sites import label
 from guessopt.tracing.answers import CustomFunction
 from guessopt.tracing.writes import Memory
 
@@ -54,8 +55,7 @@ def differentiate(engine: JvpEngine, graph: SiteGraph, op: OpCall) -> Any:
             except RuntimeError as failed:  # show the user this error as the cause
                 failed.__context__, error.__context__ = None, failed
         raise ClosureError(
-            f"{getattr(fn, '__name__', fn)} has no derivative in forward mode, by which gradients are estimated here; "
-            f"{_remedy(fn)}"
+            f"{label(fn)} has no derivative in forward mode, by which gradients are estimated here; {_remedy(fn)}"
         ) from error
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guessopt.ops.base import Entries, Op, register
+from guessopt.ops.base import Entries, Op, always, register
 from guessopt.ops.cached import CachedCall, result_only
 
 
@@ -63,10 +63,6 @@ def prelu(xw: tuple[Tensor, Tensor], tangents: tuple[Tensor | None, Tensor | Non
     return F.prelu(x, w), ds if dw is None else ds + torch.where(x > 0, 0, x) * dw.reshape(shape)
 
 
-def _always(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return True
-
-
 def _twice_differentiable_hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     """Torch's own backward cannot be differentiated."""
     return F.hardtanh(x + 3, 0, 6) / 6
@@ -103,5 +99,5 @@ register(
         entries=Entries.UNARY,
     )
 )
-register(Op((F.prelu,), tangent=prelu, duals=2, backward_only=_always))
-register(Op((Tensor.prelu,), backward_only=_always))
+register(Op((F.prelu,), tangent=prelu, duals=2, backward_only=always))
+register(Op((Tensor.prelu,), backward_only=always))

@@ -29,6 +29,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from guessopt.sites import label
+from guessopt.tree import results_of
+
 #: A function as a torch function mode sees it; or the name of a ``torch.autograd.Function``.
 Function = Callable[..., Any] | str
 
@@ -109,7 +112,6 @@ class Rule:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         positions = [tensors[k] for k in wanted]
-        in_place = is_in_place(fn)
 
         with torch.enable_grad():
             variables = [leaves[p].detach().requires_grad_() for p in positions]
@@ -117,10 +119,9 @@ class Rule:
             for p, v in zip(positions, variables, strict=True):
                 filled[p] = v
             call_args, call_kwargs = tree_unflatten(filled, spec)
-            if in_place:
+            if is_in_place(fn):
                 call_args = (call_args[0].clone(), *call_args[1:])
-            out = without_side_effects(fn)(*call_args, **call_kwargs)
-            out = pick_output(out if out is not None else call_args[0], output)
+            out = results_of(without_side_effects(fn)(*call_args, **call_kwargs), list(call_args[:1]))[output]
             if not out.requires_grad:  # it read the parameters, but does not depend on them
                 return [None] * len(wanted)
             return list(torch.autograd.grad(out, variables, g.to(out.dtype), allow_unused=True))
@@ -257,7 +258,7 @@ class Op:
     def name(self) -> str:
         """The first spelling, for messages."""
         first = self.functions[0] if self.functions else "no function"
-        return str(getattr(first, "__name__", first))
+        return label(first)
 
 
 #: The records by function.
@@ -339,7 +340,6 @@ def is_in_place(fn: Callable[..., Any]) -> bool:
 _NOT_IN_PLACE = ("__invert__", "__int__", "__index__")
 
 
-def pick_output(out: Any, output: int) -> Tensor:
-    """The ``output``-th tensor among the results of an operation."""
-    tensor = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)][output]
-    return tensor
+def always(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """``Op.backward_only`` of an operation that needs it at every call."""
+    return True

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.ops.base import Entries, Op, register
+from guessopt.ops.base import Entries, Op, always, register
 from guessopt.ops.cached import CachedCall, result_only
 
 
@@ -58,10 +58,6 @@ def unbind(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     return out
 
 
-def _always(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return True
-
-
 def _multiplies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a ``scatter_reduce`` multiplies: torch's tangent is then 0 where a factor is 0."""
     return any(type(a) is str and a == "prod" for a in (*args, *kwargs.values()))
@@ -71,5 +67,5 @@ register(Op((torch.mean, Tensor.mean), tangent=mean, reuse=result_only))
 register(Op((torch.cat, torch.concat, torch.concatenate), tangent=concatenate, reuse=result_only))
 register(Op((torch.unbind, Tensor.unbind), in_reverse=unbind))
 register(Op((Tensor.contiguous, Tensor.clone, torch.clone), entries=Entries.IDENTITY))
-register(Op((torch.fmax, Tensor.fmax), backward_only=_always))
+register(Op((torch.fmax, Tensor.fmax), backward_only=always))
 register(Op((torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_), backward_only=_multiplies))

@@ -44,23 +44,11 @@ class Analysis:
         self.without_forward: set[Callable[..., Any]] = set()
         self.expression_numbers: dict[tuple[tuple[int, ...], int], int] = {}
         self._next_inputs: dict[tuple[int, ...], int | None] = {}
-        self.useful = self._useful_calls()
+        self.useful = {tape.producer[v] for v in self.upstream([returned])}
         self.loss = self._loss_calls()
         self.cut_values = self._cuts()
 
     # --- the loss and the network -------------------------------------------------------------------------------------
-
-    def _useful_calls(self) -> set[int]:
-        found, stack, seen = set[int](), [self.returned], set[int]()
-        while stack:
-            v = stack.pop()
-            if v in seen or v not in self.active:
-                continue
-            seen.add(v)
-            call = self.tape.producer[v]
-            found.add(call)
-            stack += self.tape.calls[call].sources
-        return found
 
     def _loss_calls(self) -> set[int]:
         """The calls back from the loss up to the network, without those that the network reads too."""

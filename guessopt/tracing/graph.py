@@ -25,7 +25,7 @@ from torch import Tensor
 from guessopt.chains import ResidualChain
 from guessopt.graph import Cut, Kind, Outside, SiteGraph, Watched
 from guessopt.layout import Layout, Shape
-from guessopt.sites import Call, ParallelSites, Segment, Site
+from guessopt.sites import Call, ParallelSites, Segment, Site, values_needed
 from guessopt.tracing.analysis import Analysis
 from guessopt.tracing.match import is_complex, matrix_call
 from guessopt.tracing.residual import Network
@@ -180,7 +180,7 @@ def _keeping(tape: Tape, sites: Sequence[Site], chain: ResidualChain | None) -> 
             last.update(dict.fromkeys(needed, site.call.index))
             first = dict.fromkeys(needed, site.call.index) | first
     if chain is not None:
-        last.update(dict.fromkeys((*chain.shapes, *(v for block in chain.blocks for v in block.needs())), -1))
+        last.update(dict.fromkeys((*chain.shapes, *chain.read), -1))
     watch: dict[int, list[Watched]] = {}
     release: dict[int, list[int]] = {}
     constants: dict[int, Tensor] = {}
@@ -207,9 +207,7 @@ def _keeping(tape: Tape, sites: Sequence[Site], chain: ResidualChain | None) -> 
 def _needed(segment: Segment) -> set[int]:
     """Values that a segment and the ways onward from it read and do not make."""
     calls = (*segment.program, *segment.weight_program, *_onward(segment))
-    made = {segment.source, *(o for call in calls for o in call.outputs)}
-    read = {v for call in calls for v in call.inputs} | {w for matrix in segment.matrices for w in matrix.weights}
-    return read - made
+    return values_needed(calls, segment.weights) - {segment.source}
 
 
 # --- sites ------------------------------------------------------------------------------------------------------------
@@ -274,5 +272,4 @@ def _residual_chain(analysis: Analysis, sites: tuple[Site, ...], batch: int) -> 
         return None
     if any(Layout.candidates(s, batch)[0] is Layout.COUPLED for s in found.shapes.values()):
         return None
-    needed = {v for block in found.blocks for v in block.needs()}
-    return replace(found, overwritten_later=frozenset(needed & tape.overwritten))
+    return replace(found, overwritten_later=found.read & tape.overwritten)

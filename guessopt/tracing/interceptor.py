@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode
 
 from guessopt.errors import ClosureError, refusal, refused
 from guessopt.exclusive import Interrupts, interrupts_now, running
+from guessopt.sites import label
 from guessopt.tracing.answers import (
     ANSWERS,
     FREEZING,
@@ -194,10 +195,10 @@ def _misplaced(fn: Callable[..., Any]) -> ClosureError:
     """The error for a call inside ``torch.inference_mode``, or inside a custom function that is not visible."""
     if torch.is_inference_mode_enabled():
         return ClosureError(
-            f"the closure calls {getattr(fn, '__name__', fn)} inside torch.inference_mode(), where derivatives are "
+            f"the closure calls {label(fn)} inside torch.inference_mode(), where derivatives are "
             "silently lost; use torch.no_grad() there, or move the call out of the closure"
         )
     return ClosureError(
-        f"{getattr(fn, '__name__', fn)} is called inside the forward of a torch.autograd.Function whose apply was "
+        f"{label(fn)} is called inside the forward of a torch.autograd.Function whose apply was "
         "looked up before the closure ran (f = MyFunction.apply); write MyFunction.apply(...) in the closure"
     )

@@ -24,7 +24,7 @@ from guessopt.rng import RandomState, draws, replayed
 from guessopt.sites import Call, Segment, Value
 from guessopt.tracing.functions import AS_IT_IS, autocast_of
 from guessopt.tracing.writes import copied, kept
-from guessopt.tree import map_leaves, tensors_in
+from guessopt.tree import map_leaves, results_of
 
 #: Random states before calls, by the call's index; None: not known yet.
 Random = Mapping[int, "RandomState | None"]
@@ -177,7 +177,7 @@ def _evaluate_one(
         if cached is not None and op.reuse is not None and not (call.in_place or call.writes or call.hidden):
             cached[call.index] = CachedCall.of(args, kwargs, out, op.reuse(out))
     else:
-        results = tensors_in((out,)) if out is not None else [args[0]]
+        results = results_of(out, list(args[:1]))
         values.update(zip(call.outputs[: call.result_count], results, strict=True))
 
 

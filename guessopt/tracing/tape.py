@@ -16,7 +16,7 @@ from guessopt.errors import ClosureError
 from guessopt.graph import Kind
 from guessopt.layout import Shape, is_differentiable
 from guessopt.ops.base import is_in_place
-from guessopt.sites import Call, Value
+from guessopt.sites import Call, Value, label
 from guessopt.tracing.functions import AS_IT_IS, autocast_of, read_by, stops_gradient
 from guessopt.tracing.interceptor import Interceptor
 from guessopt.tracing.writes import Writes, plain
@@ -108,23 +108,24 @@ class Tape(Interceptor):
         recorded_args, recorded_kwargs = map_tensors((args, kwargs), lambda t: Value(self.value(t)))
         moving = not self.active.isdisjoint(inputs)
         if kwargs.get("out") is not None and (mine or moving):
-            raise ClosureError(f"{_name(fn)}(out=...) has no derivative; leave out= away and use what it returns")
+            raise ClosureError(f"{label(fn)}(out=...) has no derivative; leave out= away and use what it returns")
         origins = frozenset().union(*(self.positions(m) for m in mine))
         versions = [version_of(t) for t in tensors]
         stopped = not torch.is_grad_enabled() or stops_gradient(fn)
         if stopped:
             self.stopped |= origins
         kind = self._kind(index, stopped, len(mine), len(read))
-        if kind is Kind.SITE and is_in_place(fn) and id(tensors[0]) in self.params:
+        in_place = is_in_place(fn)
+        if kind is Kind.SITE and in_place and id(tensors[0]) in self.params:
             raise ClosureError(
-                f"{_name(fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} with gradients "
+                f"{label(fn)} writes into a trainable parameter of shape {list(tensors[0].shape)} with gradients "
                 "enabled, which autograd refuses as well; write under torch.no_grad()"
             )
         self.writes.begin(index, fn, args, kwargs, tensors)
         with AS_IT_IS if kind in (Kind.EXPRESSION, Kind.STOPPED) else self.no_grad:
             out = fn(*args, **kwargs)
         self.writes.end()
-        in_place = is_in_place(fn)
+        outside_writes, hidden = self.writes.of(index)
         written = [k for k, t in enumerate(tensors) if version_of(t) != versions[k] or (not k and in_place)]
         results = results_of(out, tensors)
         in_place = in_place or any(r is tensors[k] for r in results for k in written)
@@ -145,7 +146,7 @@ class Tape(Interceptor):
                 reads=reads, outline=outline, result_count=len(results),
                 target=next((k for k in written if results and tensors[k] is results[0]), None), moves=moves, held=held,
                 sources=(*inputs, *(old for old, new in (*moves, *held) if new in self.active)), stopped=stopped,
-                writes=self.writes.of(index)[0], hidden=self.writes.of(index)[1],
+                writes=outside_writes, hidden=hidden,
             )
         )  # fmt: skip
         for v in self.calls[-1].sources:
@@ -280,7 +281,7 @@ class Tape(Interceptor):
 
     def _check_plain(self, fn: Callable[..., Any], tensors: list[Tensor]) -> None:
         """Raise ``ClosureError`` if derivatives pass through a call inside a transform, or a higher-order operation."""
-        name = _name(fn)
+        name = label(fn)
         for t in tensors:
             t = plain(t)
             if id(t) in self.params or id(t) in self.expressions or self._values.get(t) in self.active:
@@ -305,7 +306,7 @@ class Tape(Interceptor):
             seen.add(node)
             leaf = getattr(node, "variable", None)
             if leaf is not None and (id(leaf) in self.params or self._values.get(leaf) in self.active):
-                where = "the closure returns" if fn is None else f"{_name(fn)} reads"
+                where = "the closure returns" if fn is None else f"{label(fn)} reads"
                 raise ClosureError(
                     f"{where} a tensor that depends on trainable parameters through an operation which cannot be seen "
                     f"({t.grad_fn.name()}): TorchScript (torch.jit) hides its operations, so use the original module; "  # type: ignore[union-attr]
@@ -328,10 +329,6 @@ class Tape(Interceptor):
         if producer is not None:
             self.producer[v] = producer
         return v
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    return str(getattr(fn, "__name__", fn))
 
 
 def _within_compiled_code() -> bool:

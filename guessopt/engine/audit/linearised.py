@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from guessopt.engine.audit.memo import NotAuditable, label
+from guessopt.engine.audit.memo import NotAuditable
 from guessopt.engine.jvp.dual import DualEngine
 from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.layout import is_differentiable
+from guessopt.sites import label
 from guessopt.tracing.answers import CustomFunction
 from guessopt.tree import map_tensors
 

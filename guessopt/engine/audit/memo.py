@@ -110,11 +110,6 @@ def base_name(fn: Callable[..., Any]) -> str:
     return name.split(".")[0].strip("_") if isinstance(name, str) else ""
 
 
-def label(fn: Callable[..., Any]) -> str:
-    """The function's name for the user."""
-    return str(getattr(fn, "__name__", fn))
-
-
 def is_linearised(fn: Callable[..., Any], name: str, tensors: list[Tensor]) -> bool:
     return (
         name in KINKED

@@ -9,12 +9,12 @@ import torch.autograd.forward_ad as fw
 from torch import Tensor
 
 from guessopt.engine.audit.digests import digest
-from guessopt.engine.audit.memo import label
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.op_call import OpCall
 from guessopt.graph import Kind
 from guessopt.layout import is_differentiable
+from guessopt.sites import label
 from guessopt.tree import results_of
 
 

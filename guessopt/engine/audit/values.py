@@ -21,7 +21,6 @@ from guessopt.engine.audit.memo import (
     bits_of,
     is_linearised,
     is_number,
-    label,
     snapshot,
 )
 from guessopt.engine.forward import ForwardRun, GuessAt
@@ -32,7 +31,7 @@ from guessopt.graph import Kind, SiteGraph
 from guessopt.layout import is_differentiable
 from guessopt.ops.base import is_in_place
 from guessopt.rng import RandomState, cuda_devices
-from guessopt.sites import Site
+from guessopt.sites import Site, label
 from guessopt.tracing.functions import AS_IT_IS
 from guessopt.tracing.tape import memory_of, version_of
 from guessopt.tree import results_of

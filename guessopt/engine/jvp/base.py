@@ -197,7 +197,8 @@ class JvpEngine(ABC):
 
     def _by_own_rule(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """By this package's rule, for an operation to which torch gives no tangent."""
-        rule, duals = op_of(fn).tangent, op_of(fn).duals
+        op = op_of(fn)
+        rule, duals = op.tangent, op.duals
         if rule is None or duals < 2 or len(args) < duals:
             return NotImplemented
         primals, tangents = zip(*(self.pair(t) for t in args[:duals]), strict=True)
