@@ -34,7 +34,7 @@ class Column:
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # layers this small gain little from a second thread, and stall if the machine is busy
-    settings = Settings(epochs=40 if args.quick else 300)
+    settings = Settings(epochs=16 if args.quick else 300)
     seeds = range(args.seeds or 1)
     data = mnist1d(args.data_root).to(args.device)
     times, peaks = costs(data, settings, rounds=3 if args.quick else 7)

@@ -24,7 +24,7 @@ from .test_benchmarks import result
 
 
 def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "LIMITED", ("backprop", "w_perp_stream"))  # each takes a process of a process
+    monkeypatch.setattr(memory, "LIMITED", ("w_perp_stream",))  # each takes a process of a process
     figures = result("memory", tmp_path, "--problems", "mlp12", "mlp24")["figures"]
     for name in ("mlp12", "mlp24"):
         for method in METHODS:

@@ -102,11 +102,11 @@ def test_the_page_of_results_is_the_one_that_the_committed_files_give(tmp_path: 
 
 def test_the_page_takes_in_new_results_and_leaves_out_unknown_ones(images: Path, tmp_path: Path) -> None:
     data = ["--quick", "--out", str(tmp_path), "--data-root", str(images)]
-    main(["estimators", *data])
+    main(["mnist1d", *data, "--methods", "backprop"])
     main(["wang", *data, "--tables", "2", "3", "--widths", "128", "--methods", "w_transpose", "backprop"])
     (tmp_path / "unheard_of.json").write_text("{}")
     page = results_page.page(tmp_path, experiments())
-    assert "## estimators" in page and "## wang" in page and "unheard" not in page
+    assert "## mnist1d" in page and "## wang" in page and "unheard" not in page
     assert "`python -m benchmarks wang --quick" in page and str(tmp_path) not in page
     assert "Table 2: layer 1" in page and "Table 5" not in page  # no runs for the latter
     rows = [line for line in page.splitlines() if line.startswith("| 128 W^T")]

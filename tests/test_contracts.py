@@ -60,6 +60,8 @@ VARIANTS: dict[str, Any] = {
     "feedback by position": small("learned_feedback", residual=False, structure="position", gamma=0.5),
     "feedback of W-perp": small("learned_feedback", residual=False, guess={"name": "w_perp", "k": 2, "refresh": 3}),
     "feedback of mixtures": small("learned_feedback", residual=False, entries=8),
+    "feedback fixed": small("learned_feedback", residual=False, start="random", beta=0, gamma=0),
+    "feedback leaking": small("learned_feedback", residual=False, start="random", leak=0.01),
     "feedback from weights": small("learned_feedback", residual=False, source="weights", gamma=0),
     "patterns": {"0.*": small("w_transpose"), "*": small("w_perp")},
     "patterns with feedback": {"0.*": small("w_transpose"), "*": small("learned_feedback", residual=False)},
@@ -204,8 +206,8 @@ def configs() -> Iterator[Config]:
             yield from [row for row in rows if not row.is_refused][:1]
     for base, (memory, options) in BASES.items():
         yield Config("w_perp", memory, base=base, options=options)
-    for network in NETWORKS:
-        for estimator in ("w_perp", "directional_descent"):
+    for network in [name for name in NETWORKS if name not in PROBLEMS]:  # those are in test_exactness
+        for estimator in ("w_perp", "w_transpose", "activation_perturbation", "directional_descent"):
             yield Config(estimator, network=network, contracts=(engines_agree,))
     for options, guesses, modes in OPTIONS:
         for memory in modes:
@@ -357,13 +359,14 @@ def resumes_bit_for_bit(config: Config) -> None:
 def copies_go_on_bit_for_bit(config: Config) -> None:
     """The original stays as it is while a copy trains."""
     expected = reference(config)
-    run = Run(config)
-    run.problem.model, run.opt = list(expected.copies.values())[len(str(config)) % 3]()
-    trained = {id(p) for group in run.opt.param_groups for p in group["params"]}
-    assert {id(p) for p in run.model.parameters()} >= trained, "the copies of model and optimizer share no parameters"
-    run.losses = list(expected.middle["losses"])
-    torch.set_rng_state(expected.middle["random"])
-    assert_same(run.train(AFTER).state(), expected.end)
+    for copied in expected.copies.values():
+        run = Run(config)
+        run.problem.model, run.opt = copied()
+        trained = {id(p) for group in run.opt.param_groups for p in group["params"]}
+        assert trained and trained <= {id(p) for p in run.model.parameters()}, "model and optimizer share no parameters"
+        run.losses = list(expected.middle["losses"])
+        torch.set_rng_state(expected.middle["random"])
+        assert_same(run.train(AFTER).state(), expected.end)
     assert_same(expected.run.state(), expected.end)
 
 
@@ -390,7 +393,7 @@ def memory_modes_agree(config: Config) -> None:
 def stacked_guesses_are_those_in_turn(config: Config) -> None:
     """``stack_guesses=True`` raises where the guesses cannot share a pass."""
     together, in_turn = (Run(config, stack_guesses=so).train(BEFORE) for so in (True, False))
-    tolerance = 1e-5 if "debiased" in config.estimator else 1e-8  # a pseudo-inverse enlarges rounding
+    tolerance = 1e-5 if config.estimator == "w_perp debiased" else 1e-8  # a pseudo-inverse enlarges rounding
     assert_same(together.weights(), in_turn.weights(), tolerance)
 
 
@@ -451,11 +454,32 @@ CONTRACTS: dict[Contract, Callable[[Config], bool]] = {
     scales_with_the_loss: lambda config: config.memory == "store" or config.contracts is not None,
 }
 CONFIGS = list(configs())
+#: Networks whose sites' weights do not lead to one output of at most 128 features: feedback from weights refuses them.
+NO_CHAIN_OF_WEIGHTS = ("functional", "rotary language model", "frozen middle")
+
+
+def has_two_runs(config: Config) -> bool:
+    """A pseudo-inverse enlarges the rounding of fused attention beyond any tolerance: ``debias`` is left out there."""
+    enlarged = "debiased" in config.estimator and config.network in FUSED_ATTENTION
+    refused = config.estimator == "feedback from weights" and config.network in NO_CHAIN_OF_WEIGHTS
+    return not (config.is_refused or enlarged or refused)
+
+
+#: Both runs of a step agree with the one run of ``"store"`` for every estimator on every network.
+TWO_RUNS = [
+    config
+    for estimator, network, memory in product(ESTIMATORS, NETWORKS, ("replay", "stream"))
+    if has_two_runs(config := Config(estimator, memory, 1, network))
+]
 ROWS = [
     pytest.param(config, contract, id=f"{contract.__name__.replace('_', ' ')}: {config}")
     for config in CONFIGS
     for contract, applies in CONTRACTS.items()
     if applies(config) and contract in (config.contracts or CONTRACTS)
+]
+ROWS += [
+    pytest.param(config, memory_modes_agree, id=f"every network: {config}", marks=pytest.mark.slow)
+    for config in TWO_RUNS
 ]
 
 

@@ -166,10 +166,10 @@ def test_bias_without_a_declared_moment_is_sampled(monkeypatch: pytest.MonkeyPat
     mlp = Mlp(seed=2)
     declared, spread = d.bias(mlp.opt, mlp.closure), d.variance(mlp.opt, mlp.closure, 500)
     monkeypatch.setattr(WTranspose, "second_moment", lambda self, state, local, g: None)
-    found = d.bias(mlp.opt, mlp.closure, 2000)
-    assert found.draws == 2000 and not any(found.declared.values())
+    found = d.bias(mlp.opt, mlp.closure, 1000)
+    assert found.draws == 1000 and not any(found.declared.values())
     for site in SITES[:2]:
-        noise = (spread.of_mean[site] / 2000) ** 0.5
+        noise = (spread.of_mean[site] / 1000) ** 0.5
         assert abs(found.per_site[site] - declared.per_site[site]) < 5 * noise
     sampled = d.variance(mlp.opt, mlp.closure, 1000)
     for site in SITES:
@@ -181,17 +181,17 @@ def test_bias_without_a_declared_moment_is_sampled(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", NAMES)
 def test_variance_is_that_of_a_normal_guess(name: str) -> None:
     mlp = Mlp(spec(name), seed=4)
-    found = d.variance(mlp.opt, mlp.closure, 2000)
+    found = d.variance(mlp.opt, mlp.closure, 1000)
     for i, site in enumerate(SITES):
         inside, outside = mlp.variances(i, name)
         assert abs(found.per_site[site] - inside) < 5 * found.errors[site]
         assert abs(found.of_mean[site] - outside) < 5 * found.mean_errors[site]
-        assert found.errors[site] < 0.1 * inside  # the test has power
-    draws = [d.estimated_gradient(mlp.opt, mlp.closure) for _ in range(2000)]
+        assert found.errors[site] < 0.15 * inside  # the test has power
+    draws = [d.estimated_gradient(mlp.opt, mlp.closure) for _ in range(1000)]
     expected = d.expected_gradient(mlp.opt, mlp.closure)
     norm = sum(float(g.square().sum()) for g in mlp.true.values())
     each = torch.tensor([sum(float((one[k] - e).square().sum()) for k, e in expected.items()) for one in draws]) / norm
-    error = float((each.var() / 2000) ** 0.5 + found.total_error)
+    error = float((each.var() / len(draws)) ** 0.5 + found.total_error)
     assert abs(found.total - float(each.mean())) < 5 * error
 
 

@@ -115,3 +115,19 @@ def test_the_diagnostic_gradient_is_the_gradient(name: str) -> None:
     reference = torch.autograd.grad(problem.closure(), problem.parameters())
     for (parameter, _), g in zip(problem.named, reference, strict=True):
         torch.testing.assert_close(found[parameter], g, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["w_perp", "w_transpose", "activation_perturbation", "directional_descent"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_engines_agree(name: str, estimator: str) -> None:
+    """Own rules, and torch's on dual tensors, against ``torch.func.jvp``: the same guesses, the same gradients."""
+    found = []
+    for engine in ("func", "dual", "fast"):
+        problem = build(name)
+        opt = GuessGradOptimizer(problem.named, torch.optim.SGD, estimator, engine=engine, lr=0.1, seed=3)
+        opt.estimate(problem.closure)
+        found.append([p.grad for p in problem.parameters()])
+    for func, *others in zip(*found, strict=True):
+        assert func is not None
+        for other in others:
+            torch.testing.assert_close(other, func, rtol=1e-12, atol=1e-12 * float(func.abs().max()))

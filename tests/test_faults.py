@@ -52,8 +52,14 @@ def _tidy() -> Iterator[None]:
     tidy()
 
 
-#: Steps, and faults in each: a few, and with ``-m slow`` many.
-EXTENT = [pytest.param(3, 3, id="few"), pytest.param(6, 8, id="many", marks=pytest.mark.slow)]
+def few_or_many(few: Any, many: Any) -> list[Any]:
+    """Values for a test: a few faults and, with ``-m slow``, many."""
+    values = [value if isinstance(value, tuple) else (value,) for value in (few, many)]
+    return [pytest.param(*values[0], id="few"), pytest.param(*values[1], id="many", marks=pytest.mark.slow)]
+
+
+#: Steps, and faults in each.
+EXTENT = few_or_many((3, 3), (6, 8))
 
 
 # --- an error at every k-th call -------------------------------------------------------------------------------------
@@ -78,7 +84,7 @@ def test_an_error_at_any_call_of_the_update(memory: str, base: Any, kind: str, s
     make, steps, most = partial(World, memory, base=base), steps - 1, most - 1  # dear: most attempts update something
     calm = reference(make, steps, kind, "update")
     found = walk(make, calm, every(kind, "update", calm.calls, most))
-    assert found.tried >= 2 * steps and found.lost == {}
+    assert found.tried >= (20 if most > 2 else 2 * steps) and found.lost == {}
 
 
 @pytest.mark.parametrize("memory", MODES)
@@ -121,13 +127,14 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.parametrize(("steps", "most", "least"), few_or_many((3, 4, 12), (4, 6, 20)))
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_error_at_any_call_with_other_estimators(name: str) -> None:
+def test_an_error_at_any_call_with_other_estimators(name: str, steps: int, most: int, least: int) -> None:
     estimator, options = ESTIMATORS[name]
     make = partial(World, "store", estimator, **options)
-    calm = reference(make, 3, "operation", "engine")
-    found = walk(make, calm, every("operation", "engine", calm.calls, 4))
-    assert found.tried >= 12 and found.lost == {}
+    calm = reference(make, steps, "operation", "engine")
+    found = walk(make, calm, every("operation", "engine", calm.calls, most))
+    assert found.tried >= least and found.lost == {}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +147,8 @@ def test_an_error_at_any_call_with_other_estimators(name: str) -> None:
     ],
     ids=str,
 )
-def test_out_of_memory_at_any_call(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("most", few_or_many(3, 6))
+def test_out_of_memory_at_any_call(options: dict[str, Any], most: int) -> None:
     """Either the step fails and changes nothing, or it goes on with less memory and gives an equal result."""
     make = partial(World, **options)
     calm = reference(make, 4, "operation", "engine")
@@ -151,11 +159,11 @@ def test_out_of_memory_at_any_call(options: dict[str, Any]) -> None:
         calm,
         lambda step: [
             (f"call {at}", fault_at("operation", "engine", at, error))
-            for at in sorted(pick.sample(range(1, calm.calls[step] + 1), 3))
+            for at in sorted(pick.sample(range(1, calm.calls[step] + 1), most))
         ],
         torch.OutOfMemoryError,
     )
-    assert found.tried == 12 and found.lost == {}
+    assert found.tried == 4 * most and found.lost == {}
 
 
 # --- errors that a second way must not hide -------------------------------------------------------------------------
@@ -229,7 +237,7 @@ def test_errors_time_and_again_keep_guesses_from_sharing_a_pass() -> None:
 # --- an interrupt at any time ----------------------------------------------------------------------------------------
 
 
-PARTS = [random.Random(k).random() for k in range(5)]
+PARTS = [random.Random(k).random() for k in range(12)]
 
 
 def duration(make: Callable[[], World], step: int) -> float:
@@ -239,19 +247,20 @@ def duration(make: Callable[[], World], step: int) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.parametrize("most", few_or_many(5, len(PARTS)))
 @pytest.mark.parametrize("memory", MODES)
-def test_an_interrupt_at_any_time(memory: str) -> None:
+def test_an_interrupt_at_any_time(memory: str, most: int) -> None:
     make = partial(World, memory)
     calm = reference(make, 3)
     lasts = [duration(make, step) for step in range(3)]
     found = walk(
         make,
         calm,
-        lambda step: [(f"at {part:.3f} of the step", interrupt_after(part * lasts[step])) for part in PARTS],
+        lambda step: [(f"at {part:.3f} of the step", interrupt_after(part * lasts[step])) for part in PARTS[:most]],
         KeyboardInterrupt,
     )
 
-    assert found.tried == 3 * len(PARTS) and found.lost == {}
+    assert found.tried == 3 * most and found.lost == {}
 
 
 @pytest.mark.parametrize("memory", MODES)
@@ -280,9 +289,10 @@ NOT_FINITE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("steps", few_or_many(2, 3))
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("memory", MODES)
-def test_a_value_that_is_not_finite_at_any_layer(memory: str, value: str) -> None:
+def test_a_value_that_is_not_finite_at_any_layer(memory: str, value: str, steps: int) -> None:
     """The step refuses the batch by name. Training on the next batch is as if there had been no refused one."""
     make = partial(World, memory)
 
@@ -291,9 +301,9 @@ def test_a_value_that_is_not_finite_at_any_layer(memory: str, value: str) -> Non
 
     places = [place for place in range(7) if not (value == "inf" and place == 1)]  # tanh of inf is 1: no fault
     found = walk(
-        make, reference(make, 2), lambda step: [(f"layer {place}", broken(place)) for place in places], ClosureError
+        make, reference(make, steps), lambda step: [(f"layer {place}", broken(place)) for place in places], ClosureError
     )
-    assert found.tried == 2 * len(places) and found.lost == {}
+    assert found.tried == steps * len(places) and found.lost == {}
 
 
 class _item:
@@ -365,13 +375,14 @@ class _deterministic:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("steps", few_or_many(2, 3))
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_a_step_inside_another_context_gives_the_same(name: str, memory: str) -> None:
+def test_a_step_inside_another_context_gives_the_same(name: str, memory: str, steps: int) -> None:
     world, other, before = World(memory), World(memory), torch_states()
-    for number in range(2):
+    for number in range(steps):
         world.step(number)
-    for number in range(2):
+    for number in range(steps):
         with SURROUNDINGS[name]():
             other.step(number)
         assert torch_states() == before

@@ -190,14 +190,38 @@ def test_one_pass_with_k_guesses_is_the_mean_of_k_passes(name: str) -> None:
     assert opt.estimation.plans[0].stacks
 
 
-@pytest.mark.parametrize("name", ["mlp", "batch norm, training"])
+@pytest.mark.parametrize("name", ["mlp", "batch norm, training", "transformer", "dropout"])
 @pytest.mark.parametrize("estimator", [name for name in estimator_names() if name not in ("learned_feedback", "given")])
-def test_orthogonal_guesses_in_one_pass_and_in_turn(name: str, estimator: str) -> None:
-    """For averaged guesses see test_contracts.py."""
+@pytest.mark.parametrize("orthogonal", [False, True], ids=["mean", "orthogonal"])
+def test_the_same_guesses_in_one_pass_and_in_turn(name: str, estimator: str, orthogonal: bool) -> None:
     problem = build(name)
-    options = {"guesses": K, "seed": 3, "orthogonal": True}
+    options = {"guesses": K, "seed": 3, "orthogonal": orthogonal}
     together = estimate(sgd(problem, estimator, stack_guesses=True, **options), problem)
     assert_close(together, estimate(sgd(problem, estimator, stack_guesses=False, **options), problem), 1e-8)
+
+
+@pytest.mark.parametrize("options", [{"batch_norm": "frozen_statistics"}, {"exact_last": True}, {"memory": "store"}])
+def test_the_same_guesses_with_other_options(options: dict[str, Any]) -> None:
+    problem = build("batch norm, training")
+    found = [
+        estimate(sgd(problem, "w_transpose", guesses=K, seed=3, stack_guesses=so, **options), problem)
+        for so in (True, False)
+    ]
+    assert_close(*found)
+
+
+def test_debiased_guesses_in_one_pass_and_in_turn() -> None:
+    problem = build("gelu mlp")
+    estimator = {"name": "w_transpose", "debias": True}
+    found = [estimate(sgd(problem, estimator, guesses=K, seed=3, stack_guesses=so), problem) for so in (True, False)]
+    assert_close(*found)
+
+
+def test_estimators_by_name_patterns_share_a_pass() -> None:
+    problem = build("mlp")
+    mixed = {"0.*": "directional_descent", "2.weight": "w_perp", "*": "activation_perturbation"}
+    found = [estimate(sgd(problem, mixed, guesses=K, seed=3, stack_guesses=so), problem) for so in (True, False)]
+    assert_close(*found)
 
 
 def test_under_autocast_one_pass_is_close_to_several() -> None:
@@ -480,7 +504,7 @@ def test_orthogonal_is_unbiased_for_isotropic_guesses(name: str) -> None:
         warnings.simplefilter("ignore", GuessWarning)
         opt = sgd(problem, "activation_perturbation", guesses=K, orthogonal=True, seed=1)
         truth = true_gradient(opt, problem.closure)
-        draws = [estimated_gradient(opt, problem.closure) for _ in range(1500)]
+        draws = [estimated_gradient(opt, problem.closure) for _ in range(600)]
     for key, g in truth.items():
         each = torch.stack([one[key] for one in draws])
         error = (each.mean(0) - g).norm()

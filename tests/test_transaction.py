@@ -618,16 +618,25 @@ def plain_runs(name: str, steps: int) -> Iterator[tuple[float, Any]]:
 WRITE_PARAMETERS = {"weight_decay_by_hand", "clipping_by_hand"}
 
 
-def modes_of(name: str) -> list[str]:
-    """Writes into a buffer share a path: each kind runs in ``"store"`` and in one other mode."""
+def ways_of(name: str) -> list[Any]:
+    """A case in each memory mode, with few failing steps and, with ``-m slow``, with many. Writes into a buffer share a
+    path: with few failing steps each kind runs in ``"store"`` and in one other mode."""
     modes = [*MODES][:2] if name in WRITE_PARAMETERS else [*MODES]  # see test_stream_and_parameters_written_by_hand
-    return ["store", modes[1 + len(name) % 2]] if name in WRITES else modes
+    quick = ["store", modes[1 + len(name) % 2]] if name in WRITES else modes
+    few = [pytest.param(name, memory, 3, {0: (4,), 2: (1, 2)}, id=f"{name}-{memory}") for memory in quick]
+    failing = {0: (1, 4), 1: (2,), 4: (1, 2)}
+    return few + [
+        pytest.param(name, memory, 6, failing, id=f"{name}-{memory}-many", marks=pytest.mark.slow) for memory in modes
+    ]
 
 
-@pytest.mark.parametrize(("name", "memory"), [(name, memory) for name in CASES for memory in modes_of(name)])
-def test_state_of_the_closure(name: str, memory: str) -> None:
-    """Three steps succeed. Before some of them, steps fail in one of the closure's runs."""
-    expected = list(plain_runs(name, 3))
+@pytest.mark.parametrize(("name", "memory", "steps", "failures"), [way for name in CASES for way in ways_of(name)])
+def test_state_of_the_closure(name: str, memory: str, steps: int, failures: dict[int, tuple[int, ...]]) -> None:
+    """All steps succeed. Before some of them, steps fail in one of the closure's runs.
+
+    ``failures``: by step, the runs that fail.
+    """
+    expected = list(plain_runs(name, steps))
     case = build(name)
     opt = optimizer(case, memory)
     runs, failing = count(1), 0
@@ -639,7 +648,7 @@ def test_state_of_the_closure(name: str, memory: str) -> None:
         return loss
 
     for step, (loss, state) in enumerate(expected):
-        for failing in {0: (4,), 2: (1, 2)}.get(step, ()):
+        for failing in failures.get(step, ()):
             torch.manual_seed(step)
             runs, before = count(1), kept(case.state())
             with pytest.raises(KeyError) if failing == 1 else suppress(KeyError, PartialUpdateError):

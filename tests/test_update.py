@@ -185,8 +185,16 @@ if OPTIMI:
     TOGETHER |= {name: (getattr(OPTIMI, name), "step differs") for name in ("StableAdamW", "AdamW")}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("base", "message"), TOGETHER.values(), ids=TOGETHER)
+@pytest.mark.parametrize(
+    ("base", "message", "dtype"),
+    [
+        *(pytest.param(*row, torch.float32, id=name) for name, row in TOGETHER.items()),
+        *(
+            pytest.param(*TOGETHER[name], torch.bfloat16, id=f"{name}, bfloat16")
+            for name in ("a global norm", "lookahead")
+        ),
+    ],
+)
 def test_stream_refuses_a_base_that_updates_parameters_together(base: Any, message: str, dtype: torch.dtype) -> None:
     model = mlp().to(dtype)
     optimizer = GuessGradOptimizer(model.parameters(), base, lr=0.05, memory="stream")

@@ -20,7 +20,7 @@ from tests.fuzzing.parts import LOSSES, OPERATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's, about losses and layers that people seldom use
 
-NETWORKS = int(os.environ.get("GUESSOPT_FUZZ", "100"))
+NETWORKS = int(os.environ.get("GUESSOPT_FUZZ", "200"))
 BLOCK = 10
 OTHERS = tuple(name for name in ORACLES if name not in ("exact", "changes"))
 TRIES = settings(
