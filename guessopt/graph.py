@@ -26,6 +26,7 @@ class Cut:
     Attributes:
         shared: whether the network reads the value too.
         overwritten_later: whether a later call writes into its memory.
+        position_dim: the dimension of a row that holds the loss's positions; see ``Site.position_dim``.
     """
 
     value: int
@@ -33,6 +34,24 @@ class Cut:
     layout: Layout = Layout.COUPLED
     shared: bool = False
     overwritten_later: bool = False
+    position_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the positions of the loss lie.
+
+    Attributes:
+        count: T.
+        ends: the dimension of a row that holds the positions, by the value of a cut.
+        dims: the same by the value of a site.
+        causal: values of sites at which position t moves no part of the loss before t.
+    """
+
+    count: int
+    ends: dict[int, int]
+    dims: dict[int, int]
+    causal: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,7 @@ class SiteGraph:
         overwritten: the values into whose memory a later call writes.
         sites, cuts: in order.
         batch: N.
+        positions: T, the positions of the loss; 0 if there are none, or if they were not searched for.
         mutations: by call, positions of the tensors that it writes and that the closure did not make.
         hidden: by call, such tensors that are not among its arguments.
         rewritten: positions of the trainable parameters that the closure writes itself.
@@ -152,6 +172,7 @@ class SiteGraph:
     sites: tuple[Site, ...]
     cuts: tuple[Cut, ...]
     batch: int
+    positions: int = 0
     mutations: dict[int, tuple[int, ...]] = field(default_factory=dict)
     rewritten: frozenset[int] = frozenset()
     hidden: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -226,6 +247,16 @@ class SiteGraph:
                 end = self.sites[end.shares]
                 found[end.index] = (site.index, *found.get(end.index, ()))
         return found
+
+    @cached_property
+    def has_uncausal_sites(self) -> bool:
+        """Whether some site has positions and is not causal."""
+        return any(site.position_dim is not None and not site.causal for site in self.sites)
+
+    @cached_property
+    def is_by_position(self) -> bool:
+        """Whether the whole loss is a sum over positions."""
+        return all(cut.position_dim is not None for cut in self.cuts)
 
     @cached_property
     def cut_of(self) -> dict[int, int]:

@@ -119,6 +119,39 @@ class Layout(enum.Enum):
             d = d.repeat(shape[0] // d.shape[0])
         return d.reshape(-1, *(1,) * (len(shape) - 1))
 
+    def sum_positions(self, t: Tensor, n: int, dim: int) -> Tensor:
+        """The sum at each position of each example, ``[N, T]``; coupled: ``[1, T]``.
+
+        Args:
+            dim: the dimension of a row (``row_shape``) that holds the T positions.
+
+        >>> Layout.FLAT.sum_positions(torch.ones(6, 5), 2, 0)
+        tensor([[5., 5., 5.],
+                [5., 5., 5.]])
+        """
+        rows = self.rows(t, n).movedim(dim + 1, 1)
+        return rows.reshape(*rows.shape[:2], -1).sum(2)
+
+    def spread_positions(self, d: Tensor, shape: Shape, n: int, dim: int) -> Tensor:
+        """One number for each position of each example, ``d`` ``[N, T]``, shaped to broadcast against ``shape``;
+        coupled: their sum over the examples.
+
+        Args:
+            dim: the dimension of a row (``row_shape``) that holds the T positions.
+        """
+        if self is Layout.COUPLED:
+            d, n = d.sum(0, keepdim=True), 1
+        row = self.row_shape(shape, n)
+        d = d.expand(n, -1).reshape(n, *(length if k == dim else 1 for k, length in enumerate(row)))
+        if self is Layout.COUPLED:
+            return d[0]
+        if self is Layout.BATCH_FIRST:
+            return d
+        if self is Layout.BATCH_SECOND:
+            return d.transpose(0, 1)
+        d = d.expand(n, row[0], *d.shape[2:])
+        return (d if self is Layout.FLAT else d.transpose(0, 1)).flatten(0, 1)
+
     def place(self, v: Tensor, shape: Shape) -> Tensor:
         """Per-example values ``[N, *p]`` (coupled: ``[1, *p]``), shaped to broadcast against ``shape``; ``p`` against
         its last dimensions."""

@@ -49,8 +49,10 @@ class GuessGradOptimizer(Optimizer):
             engine other than ``"fast"``, with estimators that learn, or where the network writes into shared memory.
         orthogonal: project the cotangent on the span of the guesses instead of taking their mean:
             ``g^ = c Y (Y^T Y)^{-1} D``, with ``c = mean_k |y_k|^2 / K``. The K columns of ``Y`` are an example's
-            guesses at all sites.
-            Unbiased for isotropic normal guesses; equal to the mean for orthogonal guesses of one length.
+            guesses at all sites. Unbiased for isotropic normal guesses.
+        discount: position credit. None: one derivative for each example, as in both papers. A number gamma in [0, 1]:
+            if the loss is a sum over positions (a language model's), position t takes the sum of the derivatives at
+            ``t' >= t``, weighted by ``gamma^(t' - t)``. 1 adds no bias to causal networks; less means less noise.
         exact_last: whether sites that the loss reads take their exact error. None: the estimator decides.
         memory: the memory mode (table below). ``"auto"``: the first step takes the fastest mode within ``budget``, and
             sets the attribute ``memory`` to its name.
@@ -62,8 +64,7 @@ class GuessGradOptimizer(Optimizer):
         check_finite: refuse a loss that is not finite. The check waits for the device once a step.
         batch_norm: ``"exact"`` differentiates through the batch statistics of batch normalisation in training mode.
             These couple the examples: layers before it take one derivative for the whole batch.
-            ``"frozen_statistics"`` treats the statistics as constants: one derivative per example and far less noise,
-            but a bias, since the influence of the examples on each other is left out.
+            ``"frozen_statistics"`` treats them as constants: one derivative per example, far less noise, but a bias.
         audit: in steps 1, 2, 4, 8, ..., check that the loss moves as the tangents predict (``guessopt.audit``). An
             audit takes a few more runs of the closure.
         foreign_gradients: ``"refuse"``: ``step()`` without a closure raises ``RuntimeError`` where ``.grad`` holds a
@@ -92,8 +93,7 @@ class GuessGradOptimizer(Optimizer):
     Raises:
         ValueError, TypeError: bad arguments, by name. ``step`` raises ``ValueError`` for options that the network does
             not allow: ``stack_guesses=True`` where guesses cannot share a run, ``orthogonal`` with estimators that
-            learn or undo their bias, ``memory="stream"`` with a base that cannot update parameter by parameter or with
-            learned feedback along a residual stream.
+            learn or undo bias, ``"stream"`` with a base that updates parameters together or learned feedback's streams.
         AuditError: from ``step`` and ``estimate``, with ``audit=True``: the loss does not move as predicted.
 
     A complete loop; only the two lines with ``opt`` differ from ordinary training:
@@ -121,6 +121,7 @@ class GuessGradOptimizer(Optimizer):
     guesses = Option[int]()
     stack_guesses = Option["bool | None"]()
     orthogonal = Option[bool]()
+    discount = Option["float | None"]()
     exact_last = Option["bool | None"]()
     memory = Option[str]()
     engine = Option[str]()
@@ -138,6 +139,7 @@ class GuessGradOptimizer(Optimizer):
         guesses: int = 1,
         stack_guesses: bool | None = None,
         orthogonal: bool = False,
+        discount: float | None = None,
         exact_last: bool | None = None,
         memory: Memory = "store",
         budget: int | str | None = None,
@@ -150,8 +152,8 @@ class GuessGradOptimizer(Optimizer):
         **base_kwargs: Any,
     ) -> None:
         check_options(
-            guesses=guesses, stack_guesses=stack_guesses, orthogonal=orthogonal, memory=memory, budget=budget,
-            batch_norm=batch_norm, foreign_gradients=foreign_gradients,
+            guesses=guesses, stack_guesses=stack_guesses, orthogonal=orthogonal, discount=discount, memory=memory,
+            budget=budget, batch_norm=batch_norm, foreign_gradients=foreign_gradients,
         )  # fmt: skip
         self._budget = None if budget is None else bytes_of(budget)
         self._default = plain(estimator)
@@ -161,9 +163,9 @@ class GuessGradOptimizer(Optimizer):
         self.base = build(base, groups, base_kwargs, self._default)
         super().__init__([{"params": list(g["params"])} for g in self.base.param_groups], {})
         self.estimation = Estimation(
-            self.base, guesses=guesses, stack_guesses=stack_guesses, orthogonal=bool(orthogonal), exact_last=exact_last,
-            memory=memory, engine=engine, batch_norm=batch_norm, check_finite=check_finite, audit=bool(audit),
-            foreign_gradients=foreign_gradients, seed=seed,
+            self.base, guesses=guesses, stack_guesses=stack_guesses, orthogonal=bool(orthogonal), discount=discount,
+            exact_last=exact_last, memory=memory, engine=engine, batch_norm=batch_norm, check_finite=check_finite,
+            audit=bool(audit), foreign_gradients=foreign_gradients, seed=seed,
         )  # fmt: skip
         self._pending = False
         self._estimated_ids: set[int] = set()

@@ -55,6 +55,7 @@ def check_options(
     guesses: Any,
     stack_guesses: Any,
     orthogonal: Any,
+    discount: Any,
     memory: Any,
     budget: Any,
     batch_norm: Any,
@@ -73,6 +74,10 @@ def check_options(
         raise ValueError(f"orthogonal: takes at least 2 guesses to project on, got guesses={guesses}")
     if orthogonal and memory != "auto" and not MODES[memory].keeps:
         raise ValueError(f"orthogonal: takes all guesses at once, which memory={memory!r} does not keep; use 'store'")
+    if discount is not None and not (isinstance(discount, (int, float)) and 0 <= discount <= 1):
+        raise ValueError(f"discount: {discount!r} is not None and no number from 0 to 1")
+    if discount is not None and orthogonal:
+        raise ValueError("discount: orthogonal guesses have one derivative for each example; set orthogonal=False")
     if batch_norm not in ("exact", "frozen_statistics"):
         raise ValueError(f"batch_norm: {batch_norm!r} is not one of exact, frozen_statistics")
     if foreign_gradients not in ("refuse", "allow"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from guessopt.credit import Credit
 from guessopt.sites import Call
 
 
@@ -90,6 +91,8 @@ class ForwardRecord:
     Attributes:
         loss: scalar.
         d: ``D_n``, ``[N]``; their sum ``[1]`` where examples cannot be told apart.
+        each: ``l'[n, t]``, ``[N, T]``: the derivative of each position's loss; None without positions.
+        credit: ``D[n, t]`` for the sites with positions; None where every site takes ``D_n``.
         errors: the exact ``dL/dv`` of every cut.
         tangents: ``v'`` of every cut; None where no tangent arrives.
         guesses: ``y`` by site index.
@@ -124,6 +127,8 @@ class ForwardRecord:
     block_calls: dict[int, SavedCall] = field(default_factory=dict)
     gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     random: dict[int, Any] = field(default_factory=dict)
+    each: Tensor | None = None
+    credit: Credit | None = None
 
     @property
     def count(self) -> int:

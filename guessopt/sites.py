@@ -274,6 +274,9 @@ class Site:
             norm's scale).
         reach: the part of the output that the parameters reach; None: all of it.
         direction_shapes: shapes ``[N, *shape]`` of such guesses, one for each parameter.
+        position_dim: the dimension of a row (``Layout.row_shape``) that holds the loss's T positions; None if no
+            dimension does, or if positions were not searched for.
+        causal: whether position t moves no part of the loss before t.
     """
 
     index: int
@@ -293,6 +296,8 @@ class Site:
     by_parameter: bool = False
     reach: OutputSpan | None = None
     direction_shapes: tuple[Shape, ...] = ()
+    position_dim: int | None = None
+    causal: bool = False
 
     @property
     def op(self) -> str:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from guessopt.credit import Credit, rate
 from guessopt.graph import SiteGraph
 from guessopt.layout import Layout
 from guessopt.record import ForwardRecord, SavedCall
+from guessopt.sites import Site
 
 
 def stack(records: Sequence[ForwardRecord]) -> ForwardRecord:
@@ -35,6 +37,7 @@ def stack(records: Sequence[ForwardRecord]) -> ForwardRecord:
     return replace(
         first,
         d=torch.stack([record.d for record in records]),
+        credit=Credit.stack([record.credit for record in records]),
         guesses=together([record.guesses for record in records]),
         params=together([record.params for record in records]),
         saved_calls=saved_calls,
@@ -53,27 +56,34 @@ class Weights:
     Attributes:
         examples: ``[K, N]``, by example.
         batch: ``[K]``, for guesses whose examples cannot be told apart.
+        credit: ``[K, N, T]``, by example and position, for the sites with positions; None: there are none.
     """
 
     examples: Tensor
     batch: Tensor
+    credit: Credit | None = None
 
-    def sum(self, layout: Layout, y: Tensor) -> Tensor:
+    def sum(self, site: Site, y: Tensor) -> Tensor:
         """``sum_k w_k y_k`` of a site's guesses ``[K, *shape]``: the estimate ``[*shape]``, written over the first
         guess."""
-        shape = tuple(y.shape[1:])
-        coupled = layout is Layout.COUPLED
-        ws = [self.batch[k] if coupled else layout.spread(self.examples[k], shape) for k in range(y.shape[0])]
+        ws = [self._of(site, k) for k in range(y.shape[0])]
         found = y[0].mul_(ws[0].to(y.dtype))
         for part, w in zip(y[1:], ws[1:], strict=True):
             found.addcmul_(part, w.to(y.dtype))
         return found
 
+    def _of(self, site: Site, k: int) -> Tensor:
+        """The factor of guess k, shaped to broadcast against the site's output."""
+        if self.credit is not None and site.position_dim is not None:
+            return rate(site, self.examples[k], self.credit.map(lambda d: d[k]))
+        return self.batch[k] if site.layout is Layout.COUPLED else site.layout.spread(self.examples[k], site.shape)
+
 
 def mean_weights(record: ForwardRecord) -> Weights:
     """``D / K``: the mean of the K estimates."""
-    d = record.d / record.d.shape[0]
-    return Weights(d, d.sum(1))
+    count = len(record.d)
+    d, credit = record.d / count, record.credit and record.credit.map(lambda each: each / count)
+    return Weights(d, d.sum(1), credit)
 
 
 def projection_weights(record: ForwardRecord, graph: SiteGraph) -> Weights:
@@ -138,7 +148,7 @@ def combined(record: ForwardRecord, graph: SiteGraph, weights: Weights) -> tuple
         The record with ``D = 1`` and weighted guesses in place of K of them, and the cotangents by site index.
     """
     ones = record.d.new_ones(1)
-    cotangents = {index: weights.sum(graph.sites[index].layout, y) for index, y in record.guesses.items()}
+    cotangents = {index: weights.sum(graph.sites[index], y) for index, y in record.guesses.items()}
     saved_calls = [
         saved
         if saved.directions is None

@@ -1,6 +1,8 @@
-"""Directional derivatives ``D_n``, from the cuts' tangents and exact errors."""
+"""Directional derivatives, from the cuts' tangents and exact errors: ``D_n`` by example, ``l'[n, t]`` by position."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,3 +36,19 @@ def directional_derivatives(graph: SiteGraph, errors: list[Tensor], tangents: li
     for part in parts[1:]:
         d = d + part
     return d
+
+
+def by_position(graph: SiteGraph, errors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
+    """``l'[n, t]``, ``[N, T]``, of the cuts that have positions; ``[1, T]`` if some cut's examples cannot be told
+    apart."""
+    parts = [
+        cut.layout.sum_positions(inner(wide(e), wide(t)), graph.batch, cut.position_dim)
+        for cut, e, t in zip(graph.cuts, errors, tangents, strict=True)
+        if t is not None and cut.position_dim is not None
+    ]
+    if not parts:
+        like = next(e for e, cut in zip(errors, graph.cuts, strict=True) if cut.position_dim is not None)
+        return wide(like).new_zeros(graph.batch, graph.positions)
+    if len({len(part) for part in parts}) > 1:
+        parts = [part.sum(0, keepdim=True) for part in parts]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from guessopt.engine.directional import directional_derivatives
+from guessopt.engine.directional import by_position, directional_derivatives
 from guessopt.engine.following import FollowingRun, GraphMismatch, described
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.loss import LossCalls
@@ -117,8 +117,9 @@ class ForwardRun(FollowingRun):
         errors, exact = self.loss_calls.gradients(total, params, self.keeps_graph)
         tangents = [self.engine.tangents.get(number) for number in range(len(errors))]
         d = self.engine.each(partial(directional_derivatives, self.graph, errors), tangents)
+        each = self.engine.each(partial(by_position, self.graph, errors), tangents) if self.graph.positions else None
         return ForwardRecord(
-            loss=total.detach(), d=d, errors=errors, tangents=tangents, guesses=self.guesses,
+            loss=total.detach(), d=d, each=each, errors=errors, tangents=tangents, guesses=self.guesses,
             saved_calls=self.saved_calls, exact=exact, params=dict(self.directions), values=self.values,
             states=self.engine.notes, graphs=self.engine.graphs, block_calls=self.visited, random=self.random,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from guessopt.credit import Credit, rate
 from guessopt.errors import refusal, refused
 from guessopt.graph import SiteGraph
 from guessopt.record import ForwardRecord, SavedCall
@@ -30,7 +31,7 @@ def estimated_cotangents(
         if formed is not None and site.index in formed:
             found[site.index] = formed[site.index]
         elif (y := record.guesses.pop(site.index, None)) is not None:
-            found[site.index] = scaled(y, site, record.d)
+            found[site.index] = scaled(y, site, record.d, record.credit)
         elif site.shares is not None and site.shares in found:
             found[site.index] = found[site.shares]
         elif site.cut is not None:
@@ -38,15 +39,16 @@ def estimated_cotangents(
     return found
 
 
-def scaled(y: Tensor, site: Site, d: Tensor) -> Tensor:
-    """``D_n y[n]``, ``[*shape]``, in new memory: two sites may hold one guess (``a(x) + b(x)``), and a guess may be
-    expanded. The product of a float16 guess is float32, since it may leave float16's range.
+def scaled(y: Tensor, site: Site, d: Tensor, credit: Credit | None = None) -> Tensor:
+    """``D_n y[n]``, with credit ``D[n, t] y[n, t]``; ``[*shape]``, in new memory: two sites may hold one guess
+    (``a(x) + b(x)``), and a guess may be expanded. The product of a float16 guess is float32, since it may leave
+    float16's range.
 
     Args:
         y: the site's guess, ``[*shape]``.
         d: ``D_n``, ``[N]`` or ``[1]``.
     """
-    d = site.layout.spread(d, site.shape)
+    d = rate(site, d, credit)
     if y.dtype is torch.float16:
         return y.float() * d.float()
     return y * (d if d.dtype is y.dtype else d.to(y.dtype))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from guessopt.graph import Cut
+from guessopt.graph import Cut, Positions
 from guessopt.layout import Layout, Shape
 from guessopt.sites import Site
 
@@ -66,6 +66,7 @@ class Found:
         coupled: indices of the sites after which examples interact, or whose examples lie in no known order.
         asleep: calls through which no tangent has come yet (a gate at zero).
         unproven: indices of sites with such a call on their way to the loss: the part behind it is not checked yet.
+        positions: where the positions of the loss lie; None if there are none, or if they were not searched for.
     """
 
     batch: int
@@ -74,6 +75,12 @@ class Found:
     coupled: tuple[int, ...] = ()
     asleep: frozenset[int] = frozenset()
     unproven: tuple[int, ...] = ()
+    positions: Positions | None = None
+
+    @property
+    def places(self) -> tuple[Any, ...]:
+        """All that a graph is built from."""
+        return self.batch, self.layouts, self.ends, self.positions
 
     @property
     def alive(self) -> bool:
@@ -383,6 +390,10 @@ def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
         return True
     size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)
     outside = layout.sum_examples(size, len(moving)).cpu()[moving == 0].sum()
-    rounding = min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)
-    result: bool = float(outside) <= rounding * float(size.max()) * (size.numel() / len(moving)) ** 0.5
+    result: bool = float(outside) <= rounding_of(tangent) * float(size.max()) * (size.numel() / len(moving)) ** 0.5
     return result
+
+
+def rounding_of(tangent: Tensor) -> float:
+    """The relative size below which a tangent's entry is rounding."""
+    return min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)

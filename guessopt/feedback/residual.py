@@ -77,13 +77,12 @@ class Streamwise(LearningStep):
                 consume(cotangents)
         if self.options.beta and not sweep.by_weights:
             sweep.learn()
-        self.updated, remainder = sweep.updated, Remainder(record.d)
+        self.updated, remainder = sweep.updated, Remainder(record.d, record.credit)
         for index, c in found.items():
             if index in guesses:
                 remainder.subtract_explained(c, guesses[index], self.graph.sites[index], self.graph.batch)
-        rest = remainder.value
         for index in guesses.keys() - sweep.exact:
-            found[index] = self.correction.apply(index, found.get(index), guesses[index], rest)
+            found[index] = self.correction.apply(index, found.get(index), guesses[index], remainder)
         return found
 
     def learned(self) -> dict[int, Any]:

@@ -154,7 +154,7 @@ class Sitewise(LearningStep):
         for ctx, y in self._pending:
             self._observe(ctx, y, keep=False)
         self._pending.clear()
-        self.errors, self.remainder = record.errors, Remainder(record.d)
+        self.errors, self.remainder = record.errors, Remainder(record.d, record.credit)
         self.e = self.plan.output.join(dict(enumerate(record.errors)))
         measured = self.plan.output.join(dict(enumerate(record.tangents))) if self.moments else None
         if measured is None:
@@ -215,7 +215,7 @@ class Sitewise(LearningStep):
             self.remainder.subtract_explained(p.c, p.y, self.graph.sites[p.site], self.graph.batch)
 
     def _corrected(self, p: Prediction) -> Tensor | None:
-        return p.c if p.y is None else self.correction.apply(p.site, p.c, p.y, self.remainder.value)
+        return p.c if p.y is None else self.correction.apply(p.site, p.c, p.y, self.remainder)
 
     # --- learning -----------------------------------------------------------------------------------------------------
 

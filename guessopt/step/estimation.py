@@ -67,6 +67,7 @@ class Estimation:
         guesses: int,
         stack_guesses: bool | None,
         orthogonal: bool,
+        discount: float | None,
         exact_last: bool | None,
         memory: str,
         engine: str,
@@ -78,6 +79,7 @@ class Estimation:
     ) -> None:
         self.base = base
         self.guesses, self.stack_guesses, self.orthogonal = guesses, stack_guesses, orthogonal
+        self._discount = discount
         self.exact_last, self.memory, self.engine = exact_last, memory, engine
         self.batch_norm, self.check_finite, self.audit = batch_norm, check_finite, audit
         self.foreign_gradients = foreign_gradients
@@ -156,6 +158,18 @@ class Estimation:
             if why := several if self.guesses > 1 else e.refuses(memory, graph):
                 return f"{e.name} does not go with memory={memory!r} here: {why}; or use memory='store'"
         return None
+
+    @property
+    def discount(self) -> float | None:
+        """See ``GuessGradOptimizer``. A plan made without a discount does not know where the positions lie: a change
+        from or to None drops the plans."""
+        return self._discount
+
+    @discount.setter
+    def discount(self, value: float | None) -> None:
+        if (value is None) is not (self._discount is None):
+            self.plans = []
+        self._discount = value
 
     # --- all or nothing -----------------------------------------------------------------------------------------------
 

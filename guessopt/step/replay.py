@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from guessopt.credit import Credit
 from guessopt.engine.forward import ForwardRun, GuessAt
 from guessopt.engine.gradients import Gradients, scaled
 from guessopt.engine.jvp.primal import PrimalRun
@@ -69,8 +70,7 @@ class Replay(ForwardRun):
         engine = PrimalRun(frozen_statistics=frozen_statistics)
         super().__init__(ids, graph, engine, guesses[0], records[0].params, transaction, keeps=False, repeats=True)
         self.share = 1 / sum(record.count for record in records)
-        rates = [record.d if self.share == 1 else record.d * self.share for record in records]
-        self.sources = list(zip(guesses, (rate if rate.dim() == 2 else rate[None] for rate in rates), strict=True))
+        self.sources = [(guess, _rates(record, self.share)) for guess, record in zip(guesses, records, strict=True)]
         self.records = records
         self.deliver, self.done = deliver, frozenset(done)
         self.gradients = Gradients(graph, params, ids, records[0].params, self.positions if deliver else None)
@@ -123,12 +123,12 @@ class Replay(ForwardRun):
                 self.cotangents |= made.cotangents
                 return s
             if made.directions is not None:
-                self._add_directed(made.directions, rates)
+                self._add_directed(made.directions, [d for d, _ in rates])
                 continue
             y = made.y if made.corrected is None else made.corrected
             assert y is not None
-            for each, rate in zip(y if len(rates) > 1 else (y,), rates, strict=True):
-                part = scaled(each, site, rate)
+            for each, (d, credit) in zip(y if len(rates) > 1 else (y,), rates, strict=True):
+                part = scaled(each, site, d, credit)
                 found = part if found is None else found.add_(part)
         if found is None and site.cut is not None and site.shares is None:
             found = self._exact(site)
@@ -141,7 +141,7 @@ class Replay(ForwardRun):
         errors = self.records[0].errors  # equal in every first run
         return errors[site.cut] if errors else None
 
-    def _add_directed(self, directions: list[Tensor], rates: Tensor) -> None:
+    def _add_directed(self, directions: list[Tensor], rates: Sequence[Tensor]) -> None:
         """Add ``sum_n D_n v[n]`` to the gradients of parameters that were guessed example by example."""
         assert self.saved is not None
         for k, rate in enumerate(rates):
@@ -168,6 +168,14 @@ class Replay(ForwardRun):
             found = self.cotangents[site.shares]
             self.cotangents[site.index] = found if found is not None or site.cut is None else self._exact(site)
         return True
+
+
+def _rates(record: ForwardRecord, share: float) -> list[tuple[Tensor, Credit | None]]:
+    """``D_n`` and the credit of each guess of a run, times ``share``."""
+    credit: Credit | None = record.credit if record.credit is None else record.credit.map(lambda d: d * share)
+    if record.d.dim() == 1:
+        return [(record.d * share, credit)]
+    return [(d * share, credit and credit.map(lambda t, k=k: t[k])) for k, d in enumerate(record.d)]
 
 
 def due(graph: SiteGraph, params: Collection[int]) -> dict[int, list[tuple[int, ...]]]:

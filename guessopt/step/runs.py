@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guessopt.credit import Credit
 from guessopt.engine.combine import stack
 from guessopt.engine.following import GraphMismatch
 from guessopt.engine.forward import ForwardRun, GuessAt
@@ -223,6 +224,7 @@ def run_once(
         run.random = random
     run.keeps_guesses = keeps and all(step.keeps_guesses for step in learning_steps.values())
     record = _executed(est, plan, run, closure)
+    _give_credit(est, plan, record)
     if learning_steps:
         check_real(record.errors)
     plan.observe(run)
@@ -284,6 +286,16 @@ def _executed(est: Estimation, plan: Plan, run: ForwardRun, closure: Closure) ->
         if not run.guessing or not plan.uses or isinstance(error, torch.OutOfMemoryError):
             raise
         raise GraphMismatch(what=f"the way to the next layer has other shapes ({error})") from error
+
+
+def _give_credit(est: Estimation, plan: Plan, record: ForwardRecord) -> None:
+    """Sum the positions' derivatives into ``record.credit``; see ``guessopt.credit``."""
+    each, record.each = record.each, None
+    if each is None or est.discount is None:
+        return
+    graph = plan.graph
+    rest = None if graph.is_by_position else record.d - each.sum(-1)
+    record.credit = Credit.by(each, rest, est.discount, batch=graph.batch, symmetric=graph.has_uncausal_sites)
 
 
 def _let_go(est: Estimation, plan: Plan, record: ForwardRecord) -> None:

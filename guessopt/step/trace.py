@@ -14,11 +14,12 @@ from guessopt.engine.following import GraphMismatch
 from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.jvp.stacked import StackedEngine
-from guessopt.engine.probe import Found, Tangents, find_layouts
+from guessopt.engine.positions import find_positions
+from guessopt.engine.probe import Found, Push, Tangents, find_layouts
 from guessopt.engine.transaction import Transaction
 from guessopt.engine.witness import Mixing, WatchedRun, Witness
 from guessopt.errors import ClosureError
-from guessopt.graph import SiteGraph
+from guessopt.graph import Positions, SiteGraph
 from guessopt.layout import Layout, is_differentiable
 from guessopt.record import Guess
 from guessopt.sites import Site
@@ -64,12 +65,14 @@ def trace(
     transaction.watch(closure)
     recording = _recorded(est, closure, transaction, finite, together)
     tape, analysis, found, chain = recording.tape, recording.analysis, recording.found, est.follows_chain
-    graph = site_graph(analysis, recording.sites, found.layouts, found.batch, chain=chain, ends=found.ends)
+    graph = site_graph(
+        analysis, recording.sites, found.layouts, found.batch, chain=chain, ends=found.ends, positions=found.positions
+    )
     if not graph.sites and not graph.loss_params:
         raise ClosureError(independent(est.names, graph))
     plan = Plan(
         graph,
-        analysis if found.batch > 1 else None,
+        analysis if found.batch > 1 or found.positions is not None else None,
         tuple(recording.sites),
         recording.given,
         recording.loss.detach().mean(),
@@ -210,6 +213,7 @@ def layouts_of(
             seed=seed,
             known=known,
         )
+        positions = None if est.discount is None else positions_of(found, graph, push, seed, known)
     except _Carried as carried:
         raise carried.error from None
     asleep = witness.asleep if known is None else witness.asleep & known.asleep
@@ -217,9 +221,16 @@ def layouts_of(
     coupled = frozenset(found.coupled)
     return replace(
         found,
+        positions=positions,
         asleep=asleep,
         unproven=tuple(site.index for site in sites if site.value in unproven and site.index not in coupled),
     )
+
+
+def positions_of(found: Found, graph: SiteGraph, push: Push, seed: int, known: Found | None) -> Positions | None:
+    """Search for the positions of the loss. Every site counts, coupled or not."""
+    earlier = known.positions if known is not None and known.layouts == found.layouts else None
+    return find_positions(graph.sites, graph.cuts, found, push, seed, earlier)
 
 
 class _Carried(Exception):
@@ -314,10 +325,13 @@ def probe_again(est: Estimation, plan: Plan, closure: Callable[[], Any], transac
     found = layouts_of(
         est, closure, plan.analysis, plan.sites, transaction, plan.given, plan.uses, plan.found, plan.together
     )
-    changed = (found.batch, found.layouts, found.ends) != (plan.found.batch, plan.found.layouts, plan.found.ends)
+    changed = found.places != plan.found.places
     plan.found = found
     if changed:
-        new = site_graph(plan.analysis, plan.sites, found.layouts, found.batch, chain=plan.stream, ends=found.ends)
+        new = site_graph(
+            plan.analysis, plan.sites, found.layouts, found.batch, chain=plan.stream, ends=found.ends,
+            positions=found.positions,
+        )  # fmt: skip
         constants = {**new.constants, **graph.constants}  # the tape has forgotten its batch
         plan.graph = replace(new, constants=constants, constant_values=graph.constant_values)
         plan.assignments = None

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from guessopt.chains import ResidualChain
-from guessopt.graph import Cut, Kind, Outside, SiteGraph, Watched
+from guessopt.graph import Cut, Kind, Outside, Positions, SiteGraph, Watched
 from guessopt.layout import Layout, Shape
 from guessopt.sites import Call, ParallelSites, Segment, Site, values_needed
 from guessopt.tracing.analysis import Analysis
@@ -42,6 +42,7 @@ def site_graph(
     segments: bool = True,
     chain: bool = False,
     ends: Mapping[int, Layout] | None = None,
+    positions: Positions | None = None,
 ) -> SiteGraph:
     """Copy what an analysis has found into a ``SiteGraph``.
 
@@ -52,10 +53,17 @@ def site_graph(
         segments: whether guesses will need the segments.
         chain: whether an estimator asks for the residual chain.
         ends: layouts of the cuts' values; None: ``layouts`` holds these too.
+        positions: where the positions of the loss lie.
     """
     tape = analysis.tape
     cuts = tuple(_cut(analysis, v, (ends or layouts).get(v, Layout.COUPLED)) for v in analysis.cut_values)
     final = tuple(_laid_out(analysis, site, sites, cuts, layouts, batch) for site in sites)
+    if positions is not None:
+        cuts = tuple(replace(cut, position_dim=positions.ends.get(cut.value)) for cut in cuts)
+        final = tuple(
+            replace(site, position_dim=positions.dims.get(site.value), causal=site.value in positions.causal)
+            for site in final
+        )
     found = _residual_chain(analysis, final, batch) if chain and batch > 1 else None
     keeping = _keeping(tape, final, found) if segments else Keeping({}, {}, {})
     by_loss = _expressions_of_loss(analysis)
@@ -70,6 +78,7 @@ def site_graph(
         sites=final,
         cuts=cuts,
         batch=batch,
+        positions=0 if positions is None else positions.count,
         mutations=dict(tape.writes.found),
         rewritten=tape.rewritten,
         hidden=tape.writes.hidden,

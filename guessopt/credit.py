@@ -1,0 +1,133 @@
+"""Position credit: one derivative for each position of an example, in place of one for each example.
+
+The loss of a language model is a sum over positions t. The exact error ``e[n, t]`` and the tangent ``v'[n, t]`` split
+its derivative for free, ``l'[n, t] = <e[n, t], v'[n, t]>``. In a causal network a guess at position t moves the losses
+at ``t' >= t`` alone. Earlier losses only add noise to ``D_n``. With a discount gamma:
+
+| sites | ``D[n, t]`` |
+|---|---|
+| causal | ``sum_{t' >= t} gamma^(t' - t) l'[n, t']`` |
+| others with positions | ``sum_{t'} gamma^abs(t' - t) l'[n, t']`` |
+| without positions | ``D_n = sum_t l'[n, t]`` |
+
+The idea is that of reward to go (gamma 1) and of generalised advantage estimation (Schulman et al. 2016, eq. 16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from guessopt.sites import Site
+
+#: Positions that one product discounts. Its matrix has this many rows and columns.
+BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Credit:
+    """``D[n, t]`` of one run, ``[N, T]``; of K guesses ``[K, N, T]``.
+
+    Attributes:
+        batch: N.
+        discount: gamma.
+        causal: for causal sites.
+        symmetric: for the other sites with positions; None if there are none.
+    """
+
+    batch: int
+    discount: float
+    causal: Tensor
+    symmetric: Tensor | None
+
+    @staticmethod
+    def by(each: Tensor, rest: Tensor | None, discount: float, *, batch: int, symmetric: bool) -> Credit:
+        """The credit of a run.
+
+        Args:
+            each: ``l'[n, t]``, ``[N, T]``, ``[1, T]`` or with K in front.
+            rest: the derivatives of parts of the loss that have no positions, ``[N]``, ``[1]`` or with K in front.
+                Every position takes the whole of them. None: there are none.
+            symmetric: whether some sites with positions are not causal.
+        """
+        both = discounted(each, discount, both=True) if symmetric else None
+        found = Credit(batch, discount, discounted(each, discount), both)
+        return found if rest is None else found.map(lambda d: d + rest[..., None])
+
+    def of(self, site: Site) -> Tensor | None:
+        """The site's ``D[n, t]``; None for a site without positions, which takes ``D_n``."""
+        if site.position_dim is None:
+            return None
+        return self.causal if site.causal else self.symmetric
+
+    def of_others(self, each: Tensor) -> Credit:
+        """The credit of other derivatives ``each``, ``[N, T]``, with this discount."""
+        return Credit.by(each, None, self.discount, batch=self.batch, symmetric=self.symmetric is not None)
+
+    def map(self, f: Callable[..., Tensor], *others: Credit) -> Credit:
+        """The results of ``f`` for each tensor, and the others' tensors beside it."""
+        symmetric = None if self.symmetric is None else f(self.symmetric, *(other.symmetric for other in others))
+        return Credit(self.batch, self.discount, f(self.causal, *(other.causal for other in others)), symmetric)
+
+    @staticmethod
+    def stack(credits: Sequence[Credit | None]) -> Credit | None:
+        """The credits of K runs with one guess each, as those of one run with K guesses."""
+        found = [credit for credit in credits if credit is not None]
+        if not found:
+            return None
+        symmetric = [credit.symmetric for credit in found if credit.symmetric is not None]
+        causal = torch.stack([credit.causal for credit in found])
+        return replace(found[0], causal=causal, symmetric=torch.stack(symmetric) if symmetric else None)
+
+
+def rate(site: Site, d: Tensor, credit: Credit | None) -> Tensor:
+    """The factor on a site's guess, shaped to broadcast against the site's output: ``D[n, t]``, or ``D_n``.
+
+    Args:
+        d: ``D_n``, ``[N]`` or ``[1]``.
+    """
+    each = None if credit is None else credit.of(site)
+    if each is None or credit is None:
+        return site.layout.spread(d, site.shape)
+    assert site.position_dim is not None
+    return site.layout.spread_positions(each, site.shape, credit.batch, site.position_dim)
+
+
+def discounted(each: Tensor, discount: float, both: bool = False) -> Tensor:
+    """``D[t] = sum_{t' >= t} gamma^(t' - t) each[t']`` along the last dimension.
+
+    Args:
+        both: sum over earlier positions too, ``gamma^abs(t' - t)``.
+
+    >>> discounted(torch.tensor([1.0, 2.0, 4.0]), 0.5)
+    tensor([3., 4., 4.])
+    >>> discounted(torch.tensor([1.0, 2.0, 4.0]), 0.5, both=True)
+    tensor([3.0000, 4.5000, 5.2500])
+    """
+    if discount == 0:
+        return each
+    if both:
+        later = discounted(each, discount)
+        return later + discounted(each.flip(-1), discount).flip(-1) - each
+    if discount == 1:
+        return each.flip(-1).cumsum(-1).flip(-1)
+    found, after = torch.empty_like(each), None
+    for start in reversed(range(0, each.shape[-1], BLOCK)):
+        part = each[..., start : start + BLOCK]
+        weights = _weights(part.shape[-1], discount, each.dtype, each.device)
+        sums = part @ weights
+        if after is not None:  # the first sum of the block behind, gamma^1, gamma^2, ... away
+            sums = sums + after[..., None] * weights[-1] * discount
+        found[..., start : start + BLOCK], after = sums, sums[..., 0]
+    return found
+
+
+@lru_cache(maxsize=8)
+def _weights(count: int, discount: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[t', t]``: ``gamma^(t' - t)`` for ``t' >= t``, else 0."""
+    t = torch.arange(count, device=device, dtype=dtype)
+    return torch.where(t[:, None] >= t, discount ** (t[:, None] - t).clamp(min=0), 0.0)
