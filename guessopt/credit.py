@@ -4,11 +4,14 @@ The loss of a language model is a sum over positions t. The exact error ``e[n, t
 its derivative for free, ``l'[n, t] = <e[n, t], v'[n, t]>``. In a causal network a guess at position t moves the losses
 at ``t' >= t`` alone. Earlier losses only add noise to ``D_n``. With a discount gamma:
 
-| sites | ``D[n, t]`` |
+| position t of a site influences | ``D[n, t]`` |
 |---|---|
-| causal | ``sum_{t' >= t} gamma^(t' - t) l'[n, t']`` |
-| others with positions | ``sum_{t'} gamma^abs(t' - t) l'[n, t']`` |
-| without positions | ``D_n = sum_t l'[n, t]`` |
+| position t alone (last layers) | ``l'[n, t]`` |
+| positions ``t' >= t`` (causal networks) | ``sum_{t' >= t} gamma^(t' - t) l'[n, t']`` |
+| all positions | ``sum_{t'} gamma^abs(t' - t) l'[n, t']`` |
+| the site has no positions | ``D_n = sum_t l'[n, t]`` |
+
+The first row adds no bias. The second adds none with gamma 1.
 
 The idea is that of reward to go (gamma 1) and of generalised advantage estimation (Schulman et al. 2016, eq. 16).
 """
@@ -22,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from guessopt.sites import Site
+from guessopt.sites import Influence, Site
 
 #: Positions that one product discounts. Its matrix has this many rows and columns.
 BLOCK = 256
@@ -35,14 +38,12 @@ class Credit:
     Attributes:
         batch: N.
         discount: gamma.
-        causal: for causal sites.
-        symmetric: for the other sites with positions; None if there are none.
+        by_influence: ``D[n, t]`` for the sites of each ``Influence``.
     """
 
     batch: int
     discount: float
-    causal: Tensor
-    symmetric: Tensor | None
+    by_influence: dict[Influence, Tensor]
 
     @staticmethod
     def by(each: Tensor, rest: Tensor | None, discount: float, *, batch: int, symmetric: bool) -> Credit:
@@ -52,36 +53,35 @@ class Credit:
             each: ``l'[n, t]``, ``[N, T]``, ``[1, T]`` or with K in front.
             rest: the derivatives of parts of the loss that have no positions, ``[N]``, ``[1]`` or with K in front.
                 Every position takes the whole of them. None: there are none.
-            symmetric: whether some sites with positions are not causal.
+            symmetric: whether some sites' positions influence all positions.
         """
-        both = discounted(each, discount, both=True) if symmetric else None
-        found = Credit(batch, discount, discounted(each, discount), both)
+        sums = {Influence.OWN: each, Influence.LATER: discounted(each, discount)}
+        if symmetric:
+            sums[Influence.ALL] = discounted(each, discount, both=True)
+        found = Credit(batch, discount, sums)
         return found if rest is None else found.map(lambda d: d + rest[..., None])
 
     def of(self, site: Site) -> Tensor | None:
         """The site's ``D[n, t]``; None for a site without positions, which takes ``D_n``."""
-        if site.position_dim is None:
-            return None
-        return self.causal if site.causal else self.symmetric
+        return None if site.position_dim is None else self.by_influence[site.influence]
 
     def of_others(self, each: Tensor) -> Credit:
         """The credit of other derivatives ``each``, ``[N, T]``, with this discount."""
-        return Credit.by(each, None, self.discount, batch=self.batch, symmetric=self.symmetric is not None)
+        symmetric = Influence.ALL in self.by_influence
+        return Credit.by(each, None, self.discount, batch=self.batch, symmetric=symmetric)
 
     def map(self, f: Callable[..., Tensor], *others: Credit) -> Credit:
         """The results of ``f`` for each tensor, and the others' tensors beside it."""
-        symmetric = None if self.symmetric is None else f(self.symmetric, *(other.symmetric for other in others))
-        return Credit(self.batch, self.discount, f(self.causal, *(other.causal for other in others)), symmetric)
+        found = {key: f(d, *(other.by_influence[key] for other in others)) for key, d in self.by_influence.items()}
+        return replace(self, by_influence=found)
 
     @staticmethod
     def stack(credits: Sequence[Credit | None]) -> Credit | None:
         """The credits of K runs with one guess each, as those of one run with K guesses."""
-        found = [credit for credit in credits if credit is not None]
-        if not found:
+        first, *others = credits
+        if first is None:
             return None
-        symmetric = [credit.symmetric for credit in found if credit.symmetric is not None]
-        causal = torch.stack([credit.causal for credit in found])
-        return replace(found[0], causal=causal, symmetric=torch.stack(symmetric) if symmetric else None)
+        return first.map(lambda *each: torch.stack(each), *(credit for credit in others if credit is not None))
 
 
 def rate(site: Site, d: Tensor, credit: Credit | None) -> Tensor:

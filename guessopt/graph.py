@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 from weakref import ref
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from guessopt.chains import ResidualChain
 from guessopt.layout import Layout, Shape
-from guessopt.sites import Call, ParallelSites, Site, Value
+from guessopt.sites import Call, Influence, ParallelSites, Site, Value
 
 T = TypeVar("T")
 
@@ -45,13 +45,17 @@ class Positions:
         count: T.
         ends: the dimension of a row that holds the positions, by the value of a cut.
         dims: the same by the value of a site.
-        causal: values of sites at which position t moves no part of the loss before t.
+        influence: by the value of a site, the positions of the loss that one of its positions moves.
     """
 
     count: int
     ends: dict[int, int]
     dims: dict[int, int]
-    causal: frozenset[int]
+    influence: dict[int, Influence]
+
+    def only(self, values: Iterable[int]) -> Positions:
+        """The same with some of the sites."""
+        return replace(self, dims={v: self.dims[v] for v in values})
 
 
 @dataclass(frozen=True)
@@ -250,8 +254,8 @@ class SiteGraph:
 
     @cached_property
     def has_uncausal_sites(self) -> bool:
-        """Whether some site has positions and is not causal."""
-        return any(site.position_dim is not None and not site.causal for site in self.sites)
+        """Whether some site's positions influence all positions."""
+        return any(site.position_dim is not None and site.influence is Influence.ALL for site in self.sites)
 
     @cached_property
     def is_by_position(self) -> bool:

@@ -31,7 +31,8 @@ from guessopt.step.trace import trace
 @dataclass(frozen=True)
 class SiteReport:
     """One site: the parameters it reads, the operation, its output's shape, where the examples lie, the next matrix
-    site(s) with the path there, and the guess it will get."""
+    site(s) with the path there, the guess it will get, and with a ``discount`` where its positions lie and which
+    positions of the loss one of them moves."""
 
     parameters: tuple[str, ...]
     operation: str
@@ -40,6 +41,7 @@ class SiteReport:
     next: str
     path: str
     guess: str
+    positions: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Preflight:
         feedback: bytes of the learned states (feedback matrices).
         reversed: the largest number of matrix sites on one path of a reverse graph. 1 or less: reverse mode carries no
             error from one layer to another.
+        positions: number of positions T of the loss; 0 without a ``discount``, or if the loss has no positions.
+        discount: see ``GuessGradOptimizer``.
     """
 
     sites: tuple[SiteReport, ...]
@@ -69,13 +73,26 @@ class Preflight:
     memory: int
     feedback: int
     reversed: int
+    positions: int = 0
+    discount: float | None = None
 
     def __str__(self) -> str:
-        header = ("parameters", "operation", "output", "examples", "next matrix site", "by way of", "guess")
-        rows = [
+        header: tuple[str, ...] = (
+            "parameters",
+            "operation",
+            "output",
+            "examples",
+            "next matrix site",
+            "by way of",
+            "guess",
+        )
+        rows: list[tuple[str, ...]] = [
             (", ".join(s.parameters), s.operation, str(list(s.shape)), s.batch, s.next, s.path, s.guess)
             for s in self.sites
         ]
+        if self.positions:
+            header = (*header, "credit")
+            rows = [(*row, s.positions or "the whole example") for row, s in zip(rows, self.sites, strict=True)]
         widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -85,6 +102,7 @@ class Preflight:
             *table,
             "",
             f"examples: {self.batch}",
+            *([] if self.discount is None else [self._credit()]),
             f"cost: {self.cost:.1f} forward passes (backpropagation: 3)",
             f"kept until the derivatives are known: {self.memory / 2**20:.1f} MiB",
             *([f"feedback matrices: {self.feedback / 2**10:.1f} KiB"] if self.feedback else []),
@@ -98,6 +116,15 @@ class Preflight:
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+    def _credit(self) -> str:
+        if not self.positions:
+            return f"positions: none found, so discount {self.discount} has no effect"
+        return f"positions: {self.positions}, discount {self.discount}"
+
+
+def _positions(site: Site) -> str:
+    return "" if site.position_dim is None else f"dim {site.position_dim}: {site.influence.value}"
 
 
 def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
@@ -167,6 +194,8 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         memory=sum(site.kept for site in graph.sites),
         feedback=sum(size for _, size in forms.values()),
         reversed=max((estimator.reversed_matrices(graph) for estimator, _, _ in guesses.values()), default=0),
+        positions=graph.positions,
+        discount=est.discount,
     )
 
 
@@ -198,6 +227,7 @@ def _report(
         next="the loss" if segment is None else " | ".join(_next(est, m) for m in segment.matrices),
         path=path,
         guess=guess,
+        positions=_positions(site),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -235,6 +236,14 @@ class Segment:
         return " | ".join(matrix.key for matrix in self.matrices)
 
 
+class Influence(enum.Enum):
+    """Which positions of the loss position t of a site moves."""
+
+    OWN = "position t"
+    LATER = "positions from t on"
+    ALL = "all positions"
+
+
 @dataclass(frozen=True)
 class OutputSpan:
     """The part of an output that parameters reach: spans along one dimension (a prompt joined to the tokens).
@@ -276,7 +285,7 @@ class Site:
         direction_shapes: shapes ``[N, *shape]`` of such guesses, one for each parameter.
         position_dim: the dimension of a row (``Layout.row_shape``) that holds the loss's T positions; None if no
             dimension does, or if positions were not searched for.
-        causal: whether position t moves no part of the loss before t.
+        influence: the positions of the loss that one position of the output moves.
     """
 
     index: int
@@ -297,7 +306,7 @@ class Site:
     reach: OutputSpan | None = None
     direction_shapes: tuple[Shape, ...] = ()
     position_dim: int | None = None
-    causal: bool = False
+    influence: Influence = Influence.ALL
 
     @property
     def op(self) -> str:

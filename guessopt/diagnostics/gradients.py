@@ -97,7 +97,8 @@ def true_cotangents(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tens
 def expected_gradient(opt: GuessGradOptimizer, closure: Closure) -> dict[str, Tensor]:
     """``E g^`` by parameter name. Each site's true cotangent is multiplied by its estimator's declared second moment
     (Singhal eq. 14); the sites' rules turn the products into gradients. Uniform noise has a mean ``mu_i``, which
-    couples the sites: ``E g^_i = Cov(y_i) g_i + mu_i sum_j <mu_j, g_j>``.
+    couples the sites: ``E g^_i = Cov(y_i) g_i + mu_i sum_j <mu_j, g_j>``. With a ``discount``, ``g_i`` is the sum of
+    the discounted cotangents of the positions' losses.
 
     Raises:
         ValueError: an estimator declares no second moment.
@@ -138,7 +139,7 @@ def expected_cotangents(truth: Truth) -> dict[int, Tensor | None]:
         if site.index in found:
             continue
         estimator = opt.estimation.estimator_of(site)
-        g = truth.g[site.index]
+        g = truth.credited[site.index]
         if opt.estimation.is_served(graph, site):
             assert site.shares is not None
             found[site.index] = found[site.shares]
@@ -172,7 +173,7 @@ def _joint_cotangents(truth: Truth) -> dict[int, Tensor | None]:
         estimator, ctx = opt.estimation.estimator_of(first), truth.joint_local(joint)
         with torch.no_grad(), unfused():
             state = opt.estimation.prepared(first, estimator, ctx)
-            moments: Any = estimator.second_moment(state, ctx, tuple(truth.g[k] for k in joint.sites))  # type: ignore[arg-type]
+            moments: Any = estimator.second_moment(state, ctx, tuple(truth.credited[k] for k in joint.sites))  # type: ignore[arg-type]
         if moments is not None and estimator.noise == "uniform":
             means = (truth.means[0][k] for k in joint.sites)
             moments = [m * NOISES["uniform"][1] + mean for m, mean in zip(moments, means, strict=True)]

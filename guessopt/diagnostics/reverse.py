@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,7 @@ from guessopt.graph import SiteGraph
 from guessopt.hooks import lifted
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.record import ForwardRecord
-from guessopt.sites import ParallelSites, Site
+from guessopt.sites import Influence, ParallelSites, Site
 from guessopt.step.guessing import lasting
 from guessopt.step.learning import learned_cotangents
 from guessopt.step.runs import forward
@@ -125,6 +125,8 @@ class Truth:
         graph: the graph that the pass followed.
         contexts: by site index, the ``SiteContext`` for the site's estimator.
         g: by site index, the true cotangent ``dL/ds_i``, in the shape of ``s_i``.
+        credited: by site index, the cotangent that position credit estimates: position t takes
+            ``sum_{t'} gamma^(t' - t) dl_{t'}/ds_i``; ``g`` without a discount, and at sites without positions.
         gradient: the true gradients of the parameters, by position.
         names: by site index, the names of the sites that have their own cotangent.
         record: the record of the pass, with the inputs of the sites' calls.
@@ -140,10 +142,12 @@ class Truth:
             # Before buffers are put back: their new values may be part of the graph.
             sites, params = list(run.outputs), list(opt.estimation.by_position)
             through = run.gradients([*run.outputs.values(), *opt.estimation.by_position.values()], self.record)
+            credited = _credited(run, self.record, opt.discount)
         self.graph, self.contexts = run.graph, run.contexts
         like = [*(ctx.s for ctx in run.contexts.values()), *opt.estimation.by_position.values()]
         filled = [torch.zeros_like(s) if g is None else g.detach() for s, g in zip(like, through, strict=True)]
         self.g: dict[int, Tensor] = dict(zip(sites, filled, strict=False))
+        self.credited = self.g | credited
         self.gradient: dict[int, Tensor] = dict(zip(params, filled[len(sites) :], strict=True))
         self.names = site_names(opt, self.graph)
         self.joints = tuple(opt.estimation.plans[0].joints.values())
@@ -188,6 +192,48 @@ class Truth:
             estimator = self.opt.estimation.estimator_of(site)
             if estimator.space == "activations" and not (site.by_parameter and estimator.per_example_parameters):
                 yield name, site, ctx
+
+
+def _credited(run: ReversePass, record: ForwardRecord, discount: float | None) -> dict[int, Tensor]:
+    """The cotangents that position credit estimates, at the sites with positions: one reverse pass for each position,
+    and one for the parts of the loss that have none."""
+    graph = run.graph
+    sites = [s for s in graph.sites if s.position_dim is not None and s.index in run.outputs]
+    if discount is None or not sites:
+        return {}
+    found: dict[int, Tensor] = {}
+
+    def add(errors: list[Tensor], weight: Callable[[Site], Tensor]) -> None:
+        through = run.gradients(
+            [run.outputs[site.index] for site in sites], replace(record, errors=errors), whole=False
+        )
+        for site, g in zip(sites, through, strict=True):
+            if g is not None:
+                dim, assigned = site.position_dim, weight(site).to(g)
+                assert dim is not None
+                part = g * site.layout.spread_positions(assigned[None], site.shape, graph.batch, dim)
+                found[site.index] = found[site.index] + part if site.index in found else part
+
+    t, ends = torch.arange(graph.positions), list(zip(graph.cuts, record.errors, strict=True))
+    for later in range(graph.positions):
+        here = (t == later).double()[None]
+
+        def weight(site: Site, later: int = later) -> Tensor:
+            if site.influence is Influence.OWN:
+                return (t == later).double()
+            fading = discount ** (t - later).abs().double()
+            return torch.where(t <= later, fading, 0.0) if site.influence is Influence.LATER else fading
+
+        errors = [
+            torch.zeros_like(e) if cut.position_dim is None
+            else e * cut.layout.spread_positions(here.to(e), cut.shape, graph.batch, cut.position_dim)
+            for cut, e in ends
+        ]  # fmt: skip
+        add(errors, weight)
+    if not graph.is_by_position:
+        rest = [e if cut.position_dim is None else torch.zeros_like(e) for cut, e in ends]
+        add(rest, lambda site: torch.ones(graph.positions))
+    return found
 
 
 def site_names(opt: GuessGradOptimizer, graph: SiteGraph) -> dict[int, str]:
@@ -274,9 +320,11 @@ class ReversePass(ForwardRun):
         with torch.autograd._unsafe_preserve_version_counter(s):  # type: ignore[attr-defined]
             return s.add_(zero)
 
-    def gradients(self, variables: Sequence[Tensor], record: ForwardRecord) -> tuple[Tensor | None, ...]:
-        """Gradients of the loss for ``variables``, through the whole network."""
+    def gradients(
+        self, variables: Sequence[Tensor], record: ForwardRecord, whole: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the loss for ``variables``, through the whole network. ``whole``: the loss's own calls too."""
         ends = self.reverse.ends
-        starts = [self.total, *ends.values()] if self.total.requires_grad else list(ends.values())
+        starts = [self.total, *ends.values()] if whole and self.total.requires_grad else list(ends.values())
         weights = [torch.ones_like(self.total)] * (len(starts) - len(ends)) + [record.errors[k] for k in ends]
         return torch.autograd.grad(starts, list(variables), weights, allow_unused=True, retain_graph=True)

@@ -1,15 +1,17 @@
-"""Finds by trials which dimension of each tensor holds the positions of the loss, and which sites are causal.
+"""Finds by trials which dimension of each tensor holds the positions of the loss, and which positions a site moves.
 
-The loss of a language model is a sum over T positions. A trial moves a site at the positions from ``start`` on. If no
-part of the network's output before ``start`` moves, the chosen dimension is the right one, and the site is causal. A
-site that fails may still have positions (attention without a mask). Then a trial moves a random half of the positions:
-the output must move there much more than elsewhere. A site that fails this trial as well has no positions.
+The loss of a language model is a sum over T positions. A trial moves sites at the positions from a border on. If no
+part of the network's output before the border moves, the chosen dimension is the right one, and position t of the site
+influences the positions ``t' >= t`` alone: the site is causal. If also nothing moves from a border on when the sites
+move before it, position t influences position t alone (the last layers of a transformer).
+
+A site that is not causal may still have positions (attention without a mask). Then trials move one position each: the
+output must move there much more than elsewhere. A site that fails these trials as well has no positions.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,10 +21,13 @@ from torch import Tensor
 from guessopt.engine.probe import MAX_LANES, Found, Push, Tangents, rounding_of
 from guessopt.graph import Cut, Positions
 from guessopt.layout import Layout
-from guessopt.sites import Site
+from guessopt.sites import Influence, Site
 
-#: Without causality, the output's movement at a site's own positions over the movement elsewhere, at least.
-MIN_OWN_MOVEMENT = 1.5
+#: Without causality: the square of the output's movement at the position that moves, over that elsewhere, at least.
+MIN_OWN_MOVEMENT = 3.0
+
+#: The most positions that are moved one by one.
+MAX_POSITIONS = 8
 
 #: The most trials for sites that fail together and are tried one by one.
 MAX_SINGLE_TRIALS = 64
@@ -31,24 +36,27 @@ MAX_SINGLE_TRIALS = 64
 def find_positions(
     sites: Sequence[Site], cuts: Sequence[Cut], found: Found, push: Push, seed: int = 0, known: Positions | None = None
 ) -> Positions | None:
-    """Search for T, the dimensions that hold the positions, and the causal sites. None if the loss has no positions.
+    """Search for T, the dimensions that hold the positions, and the influence of each site's positions. None if the
+    loss has no positions.
 
     Args:
         found: where the examples lie.
         push: runs the closure.
         seed: of the choice of positions. A search with another seed may see a leak that this one misses.
-        known: an earlier result. One run confirms it, or the search begins anew.
+        known: an earlier result. A trial or two confirm it, or the search begins anew.
     """
     search = _Search(sites, cuts, found, push, seed)
-    if known is not None and known.dims.keys() == known.causal and search.are_causal([known])[0]:
+    if known is not None and search.holds(known):
         return known
     hypotheses = search.hypotheses()
     for hypothesis in hypotheses:
-        if search.are_causal([hypothesis])[0]:
-            return replace(hypothesis, causal=frozenset(hypothesis.dims))
-    checked = [search.checked(hypothesis) for hypothesis in hypotheses]
-    best = max(checked, key=lambda p: (len(p.causal), len(p.dims)), default=None)
-    return best if best is not None and best.dims else None
+        if search.are_still([hypothesis])[0]:
+            return search.with_own(replace(hypothesis, influence=dict.fromkeys(hypothesis.dims, Influence.LATER)))
+    checked = [p for hypothesis in hypotheses if search.has_features(p := search.checked(hypothesis))]
+    best = max(
+        checked, key=lambda p: (len(p.dims), sum(i is Influence.LATER for i in p.influence.values())), default=None
+    )
+    return best and search.with_own(best)
 
 
 class _Search:
@@ -61,45 +69,46 @@ class _Search:
 
     def hypotheses(self) -> list[Positions]:
         """Likely answers, likeliest first: the first or the last dimension of length T throughout. T is the length of a
-        dimension of the output that most sites have as well; a feature map's channels come last."""
+        dimension of the output that most sites have as well."""
         found: list[Positions] = []
         for cut in self.cuts:
-            row = self._row(cut, self.found.ends)
-            for dim, count in enumerate(row):
-                for last in (False, True):
-                    if count < 2 or (last and row.count(count) > 1 and dim == row.index(count)):
-                        continue
+            for dim, count in enumerate(self._row(cut, self.found.ends)):
+                for last in (False, True) if count > 1 else ():
                     hypothesis = self._throughout(count, last, {cut.value: dim})
-                    if hypothesis.dims and hypothesis not in found:
+                    if self.has_features(hypothesis) and hypothesis not in found:
                         found.append(hypothesis)
-        served = Counter({k: len(p.dims) for k, p in enumerate(found)})
-        return [found[k] for k in sorted(served, key=lambda k: (-served[k], min(found[k].ends.values()), k))]
+        return sorted(found, key=lambda p: (-len(p.dims), min(p.ends.values())))
 
     def _throughout(self, count: int, last: bool, ends: dict[int, int]) -> Positions:
-        """The first (or the last) dimension of length T everywhere. A site holds features at its positions: a row of
-        one dimension is no site's row with positions, unless the network's output has no features either."""
+        """The first (or the last) dimension of length T everywhere."""
 
-        def dims(
-            things: Sequence[Site | Cut], layouts: Mapping[int, Layout], features: bool
-        ) -> Iterator[tuple[int, int]]:
-            for thing in things:
-                row = self._row(thing, layouts)
-                if count in row and (len(row) > 1 or not features):
-                    yield thing.value, len(row) - 1 - row[::-1].index(count) if last else row.index(count)
+        def dims(things: Sequence[Site | Cut], layouts: Mapping[int, Layout]) -> dict[int, int]:
+            rows = {thing.value: self._row(thing, layouts) for thing in things}
+            return {
+                value: len(row) - 1 - row[::-1].index(count) if last else row.index(count)
+                for value, row in rows.items()
+                if count in row
+            }
 
-        others = [cut for cut in self.cuts if cut.value not in ends]
-        ends = ends | dict(dims(others, self.found.ends, False))
-        features = any(len(self._row(cut, self.found.ends)) > 1 for cut in self.cuts if cut.value in ends)
-        on_cuts = {cut.value for cut in self.cuts if cut.value in ends}
-        own = [site for site in self.sites if site.value not in on_cuts]
-        found = dict(dims(own, self.found.layouts, True))
-        if not features:
-            found = {v: k for v, k in found.items() if v not in on_cuts}
-        found |= {site.value: ends[site.value] for site in self.sites if site.value in on_cuts and found}
-        return Positions(count, ends, found, frozenset())
+        ends = dims(self.cuts, self.found.ends) | ends
+        found = dims(self.sites, self.found.layouts)
+        found |= {site.value: ends[site.value] for site in self.sites if site.value in ends}
+        return Positions(count, ends, found, {})
 
     def _row(self, thing: Site | Cut, layouts: Mapping[int, Layout]) -> tuple[int, ...]:
         return layouts[thing.value].row_shape(thing.shape, self.found.batch)
+
+    def has_features(self, found: Positions) -> bool:
+        """Whether some site before the output has features at its positions. If none has, the positions are the
+        classes of a head."""
+        before = [s for s in self.sites if s.value in found.dims and s.value not in found.ends]
+        return any(len(self._row(site, self.found.layouts)) > 1 for site in before)
+
+    def holds(self, known: Positions) -> bool:
+        """Whether an earlier result passes the trials of a causal network, with other positions."""
+        later = known.only(v for v, influence in known.influence.items() if influence is not Influence.ALL)
+        own = known.only(v for v, influence in known.influence.items() if influence is Influence.OWN)
+        return self.are_still([later])[0] and self.are_still([own], earlier=True)[0]
 
     def checked(self, hypothesis: Positions) -> Positions:
         """The hypothesis without the sites that fail. Sites of one shape are tried together; those that fail together
@@ -108,51 +117,63 @@ class _Search:
         for site in self.sites:
             if site.value in hypothesis.dims:
                 groups.setdefault((site.shape, hypothesis.dims[site.value]), []).append(site.value)
-        pending, causal, rest, budget = list(groups.values()), set[int](), list[int](), MAX_SINGLE_TRIALS
+        pending, influence, rest, budget = list(groups.values()), dict[int, Influence](), list[int](), MAX_SINGLE_TRIALS
         while pending:
-            trials = [replace(hypothesis, dims={v: hypothesis.dims[v] for v in group}) for group in pending]
             following: list[list[int]] = []
-            for group, passes in zip(pending, self.are_causal(trials, 2), strict=True):
+            trials = [hypothesis.only(group) for group in pending]
+            for group, passes in zip(pending, self.are_still(trials, most=2), strict=True):
                 if passes:
-                    causal.update(group)
+                    influence |= dict.fromkeys(group, Influence.LATER)
                 elif len(group) == 1 or budget < 0:
                     rest += group
                 else:
                     following += [group[: len(group) // 2], group[len(group) // 2 :]]
             pending, budget = following, budget - len(following)
-        alone = [replace(hypothesis, dims={v: hypothesis.dims[v]}) for v in rest]
-        kept = causal | {v for v, own in zip(rest, self.are_local(alone), strict=True) if own}
-        dims = {v: k for v, k in hypothesis.dims.items() if v in kept}
-        return replace(hypothesis, dims=dims, causal=frozenset(causal))
+        local = self.are_local([hypothesis.only([v]) for v in rest])
+        influence |= {v: Influence.ALL for v, passes in zip(rest, local, strict=True) if passes}
+        return replace(hypothesis.only(influence), influence=influence)
+
+    def with_own(self, found: Positions) -> Positions:
+        """The sites near the loss whose positions influence no other position. The network's first site of this kind is
+        found by bisection."""
+        later = [site.value for site in self.sites if found.influence.get(site.value) is Influence.LATER]
+        low, high = 0, len(later)
+        while low < high:
+            middle = (low + high) // 2
+            if self.are_still([found.only(later[middle:])], earlier=True)[0]:
+                high = middle
+            else:
+                low = middle + 1
+        return replace(found, influence=found.influence | dict.fromkeys(later[low:], Influence.OWN))
 
     # --- which positions move -----------------------------------------------------------------------------------------
 
-    def starts(self, count: int, most: int) -> list[int]:
-        """Positions from which on a site is moved: the last, the middle, and random ones."""
+    def borders(self, count: int, most: int) -> list[int]:
+        """Positions at which a trial divides the others: the last, the middle, the first, and a random one."""
         chosen = [count - 1, max(count // 2, 1), 1, self.pick.randrange(1, count)]
         return list(dict.fromkeys(chosen))[:most]
 
-    def are_causal(self, trials: Sequence[Positions], most: int = 3) -> list[bool]:
-        """Whether, in each trial, nothing before ``start`` moves when the sites move from ``start`` on."""
-        lanes = [(k, start) for k, trial in enumerate(trials) for start in self.starts(trial.count, most)]
-        rows = [(torch.arange(trials[k].count) >= start).float() for k, start in lanes]
+    def are_still(self, trials: Sequence[Positions], *, most: int = 3, earlier: bool = False) -> list[bool]:
+        """Whether, in each trial, nothing before a border moves when the sites move from the border on. ``earlier``:
+        nothing from the border on moves when the sites move before it."""
+        lanes = [(k, at) for k, trial in enumerate(trials) if trial.dims for at in self.borders(trial.count, most)]
+        rows = [((torch.arange(trials[k].count) < at) == earlier).float() for k, at in lanes]
         clean = [True] * len(trials)
-        for (k, start), moved in zip(lanes, self._moved([trials[k] for k, _ in lanes], rows), strict=True):
-            clean[k] = clean[k] and all(_is_still(size[:, :start], size, t) for size, t in moved)
+        for (k, at), moved in zip(lanes, self._moved([trials[k] for k, _ in lanes], rows), strict=True):
+            for size, t in moved:
+                clean[k] = clean[k] and _is_still(size[:, at:] if earlier else size[:, :at], size, t)
         return clean
 
     def are_local(self, trials: Sequence[Positions]) -> list[bool]:
-        """Whether, in each trial, the output moves much more at a site's own positions than elsewhere."""
-        rows = []
-        for trial in trials:
-            order = torch.tensor(self.pick.sample(range(trial.count), trial.count))
-            rows.append((order < trial.count // 2).float())
-        found = []
-        for row, moved in zip(rows, self._moved(trials, rows), strict=True):
-            own = sum(float(size.square().sum(0)[row == 1].mean()) for size, _ in moved)
-            other = sum(float(size.square().sum(0)[row == 0].mean()) for size, _ in moved)
-            found.append(own > MIN_OWN_MOVEMENT * other)
-        return found
+        """Whether, in each trial, the output moves much more at the position that moves than elsewhere."""
+        chosen = [self.pick.sample(range(trial.count), min(trial.count, MAX_POSITIONS)) for trial in trials]
+        lanes = [(k, position) for k, positions in enumerate(chosen) for position in positions]
+        rows = [(torch.arange(trials[k].count) == position).float() for k, position in lanes]
+        energy: list[list[Tensor]] = [[] for _ in trials]
+        for (k, _), moved in zip(lanes, self._moved([trials[k] for k, _ in lanes], rows), strict=True):
+            squares = [size.square().sum(0)[chosen[k]] for size, _ in moved]
+            energy[k].append(torch.stack(squares).sum(0) if squares else torch.zeros(len(chosen[k])))
+        return [_is_diagonal(torch.stack(each)) for each in energy]
 
     def _moved(self, trials: Sequence[Positions], rows: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """For each trial, whose sites move at the positions of ``rows``: of each cut with positions, the size of the
@@ -172,7 +193,7 @@ class _Search:
     def _tangents(self, lanes: Sequence[tuple[Positions, Tensor]]) -> dict[int, Tangents]:
         """The tangents of one run. A site's are drawn from a seed of their own; see ``probe``."""
         self.runs += 1
-        seed = hash((self.seed, self.runs, "positions"))
+        seed = hash((self.seed, self.runs, 1))
         batch, layouts = self.found.batch, self.found.layouts
 
         def tangents(site: Site) -> Tangents:
@@ -209,3 +230,13 @@ def _is_still(before: Tensor, size: Tensor, tangent: Tensor) -> bool:
     entries = tangent.numel() / size.shape[1]
     most: float = rounding_of(tangent) * float(tangent.abs().max().double()) * entries**0.5
     return float(before.sum()) <= most
+
+
+def _is_diagonal(energy: Tensor) -> bool:
+    """Whether a matrix ``[moving position, position]`` of squared movements has a large diagonal. Positions that move
+    more, or that are moved more, than others in general do not count: rows and columns are scaled."""
+    scale = energy.sum(1, keepdim=True) * energy.sum(0, keepdim=True)
+    scaled = torch.where(scale > 0, energy / scale, 0.0)
+    own = scaled.diagonal()
+    other = (scaled.sum() - own.sum()) / (scaled.numel() - len(own))
+    return float(own.mean()) > MIN_OWN_MOVEMENT * float(other)

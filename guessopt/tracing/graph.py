@@ -25,7 +25,7 @@ from torch import Tensor
 from guessopt.chains import ResidualChain
 from guessopt.graph import Cut, Kind, Outside, Positions, SiteGraph, Watched
 from guessopt.layout import Layout, Shape
-from guessopt.sites import Call, ParallelSites, Segment, Site, values_needed
+from guessopt.sites import Call, Influence, ParallelSites, Segment, Site, values_needed
 from guessopt.tracing.analysis import Analysis
 from guessopt.tracing.match import is_complex, matrix_call
 from guessopt.tracing.residual import Network
@@ -61,7 +61,11 @@ def site_graph(
     if positions is not None:
         cuts = tuple(replace(cut, position_dim=positions.ends.get(cut.value)) for cut in cuts)
         final = tuple(
-            replace(site, position_dim=positions.dims.get(site.value), causal=site.value in positions.causal)
+            replace(
+                site,
+                position_dim=positions.dims.get(site.value),
+                influence=positions.influence.get(site.value, Influence.ALL),
+            )
             for site in final
         )
     found = _residual_chain(analysis, final, batch) if chain and batch > 1 else None

@@ -1,0 +1,487 @@
+"""Position credit: where the positions lie, which sites are causal, and what the estimate then expects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp, preflight
+from guessopt.credit import discounted
+from guessopt.diagnostics import estimated_gradient, expected_gradient, true_gradient
+from guessopt.layout import Layout
+from guessopt.sites import Influence
+
+from .problems import Problem
+from .test_exactness import Summing
+
+pytestmark = pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
+
+N, T, C, V = 3, 4, 2, 5
+
+
+class Block(nn.Module):
+    """Attention and an MLP on a residual stream, ``[N, T, C]``. ``own``: keys and values of other positions are
+    detached, so that no derivative crosses positions."""
+
+    def __init__(self, width: int = C, causal: bool = True, own: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.out, self.mlp = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, width)
+        self.causal, self.own = causal, own
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.own:
+            x = x + self.out(_own_attention(q, k, v))
+        else:
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal))
+        return x + torch.tanh(self.mlp(x))
+
+
+def _own_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention. Each position reads the keys and values of the others as constants."""
+    eye, t = torch.eye(q.shape[1], dtype=q.dtype), q.shape[1]
+    scores = q @ k.detach().mT * (1 - eye) + (q * k).sum(-1, keepdim=True) * eye
+    scores = scores / q.shape[-1] ** 0.5
+    p = scores.masked_fill(torch.ones(t, t).triu(1).bool(), -torch.inf).softmax(-1)
+    return (p * (1 - eye)) @ v.detach() + p.diagonal(dim1=1, dim2=2)[..., None] * v
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, *blocks: nn.Module, width: int = C, vocabulary: int = V, length: int = T) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(width, vocabulary)
+
+    def features(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+        result: Tensor = self.blocks(x)
+        return result
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(ids))
+        return logits
+
+
+def language_model(*blocks: nn.Module, **sizes: int) -> tuple[LanguageModel, Tensor, Tensor]:
+    shape = sizes.pop("batch", N), sizes.get("length", T)
+    model = LanguageModel(*(blocks or (Block(),)), **sizes).double()
+    vocabulary = sizes.get("vocabulary", V)
+    return model, torch.randint(vocabulary, shape), torch.randint(vocabulary, shape)
+
+
+def of(model: nn.Module, loss: Callable[[], Tensor], batch: int = N) -> Problem:
+    return Problem(list(model.named_parameters()), loss, batch)
+
+
+def plain(*blocks: nn.Module) -> Problem:
+    model, x, y = language_model(*blocks)
+    return of(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten()))
+
+
+def transposed_logits() -> Problem:
+    model, x, y = language_model()
+    return of(model, lambda: F.cross_entropy(model(x).transpose(1, 2), y))
+
+
+def ignored_positions() -> Problem:
+    model, x, y = language_model()
+    y[:, 1] = -100
+    return of(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100))
+
+
+def shifted_targets() -> Problem:
+    """As language models of the hub do: the last logits have no target."""
+    model, x, _ = language_model()
+    return of(model, lambda: F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
+
+
+def time_first() -> Problem:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.block, self.head = nn.Linear(3, C), Block(), nn.Linear(C, V)
+
+        def forward(self, x: Tensor) -> Tensor:  # [T, N, 3]
+            h = self.block(torch.tanh(self.inner(x)).transpose(0, 1)).transpose(0, 1)
+            out: Tensor = self.head(h)
+            return out
+
+    model, x, y = Model().double(), torch.randn(T, N, 3).double(), torch.randint(V, (T, N))
+    return of(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten()))
+
+
+def merged() -> Problem:
+    """Linear layers on ``[N * T, C]``."""
+    first, block, last = nn.Linear(3, C).double(), Block().double(), nn.Linear(C, V).double()
+    x, y = torch.randn(N, T, 3).double(), torch.randint(V, (N * T,))
+    model = nn.ModuleList([first, block, last])
+
+    def loss() -> Tensor:
+        h = torch.tanh(first(x.flatten(0, 1))).view(N, T, C)
+        return F.cross_entropy(last(block(h).flatten(0, 1)), y)
+
+    return of(model, loss)
+
+
+def causal_convolutions() -> Problem:
+    """``[N, C, T]``: the positions come last."""
+    a, b = nn.Conv1d(3, C, 2).double(), nn.Conv1d(C, V, 2).double()
+    x, y = torch.randn(N, 3, T).double(), torch.randint(V, (N, T))
+    model = nn.ModuleList([a, b])
+    return of(model, lambda: F.cross_entropy(b(F.pad(torch.tanh(a(F.pad(x, (1, 0)))), (1, 0))), y))
+
+
+def recurrent() -> Problem:
+    cell, head = nn.LSTM(3, C, batch_first=True).double(), nn.Linear(C, V).double()
+    x, y = torch.randn(N, T, 3).double(), torch.randint(V, (N, T))
+    model = nn.ModuleList([cell, head])
+    return of(model, lambda: F.cross_entropy(head(cell(x)[0]).transpose(1, 2), y))
+
+
+def without_mask() -> Problem:
+    return plain(Block(causal=False))
+
+
+def dense_prediction() -> Problem:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, V, 3, padding=1)).double()
+    x, y = torch.randn(N, 2, 16, 2).double(), torch.randint(V, (N, 16, 2))
+    return of(net, lambda: F.cross_entropy(net(x), y))
+
+
+def one_example() -> Problem:
+    model, x, y = language_model(batch=1)
+    return of(model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten()), 1)
+
+
+def equal_sizes() -> Problem:
+    """Examples, positions, features and classes are all three."""
+    model, x, y = language_model(Block(3), width=3, vocabulary=3, length=3)
+    return of(model, lambda: F.cross_entropy(model(x).transpose(1, 2), y))
+
+
+def an_average_beside() -> Problem:
+    """A part of the loss has no positions."""
+    model, x, y = language_model()
+
+    def loss() -> Tensor:
+        h = model.features(x)
+        return F.cross_entropy(model.head(h).flatten(0, 1), y.flatten()) + h.mean(1).square().mean()
+
+    return of(model, loss)
+
+
+def two_losses() -> Problem:
+    model, x, y = language_model()
+    other = nn.Linear(C, 2).double()
+
+    def loss() -> Tensor:
+        h = model.features(x)
+        return F.cross_entropy(model.head(h).flatten(0, 1), y.flatten()) + other(h).square().mean()
+
+    return of(nn.ModuleList([model, other]), loss)
+
+
+def regression() -> Problem:
+    """One number for each position."""
+    net = nn.Sequential(nn.Linear(3, C), nn.Tanh(), Block(), nn.Linear(C, 1)).double()
+    x, y = torch.randn(N, T, 3).double(), torch.randn(N, T).double()
+    return of(net, lambda: (net(x)[..., 0] - y).square().mean())
+
+
+def encoder_and_decoder() -> Problem:
+    """As many positions in the encoder as in the decoder. Each of the encoder's moves all of the decoder's."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.block = nn.Linear(3, C), Block()
+            self.q, self.kv, self.head = nn.Linear(C, C), nn.Linear(C, 2 * C), nn.Linear(C, V)
+
+        def forward(self, source: Tensor, x: Tensor) -> Tensor:
+            h, memory = self.block(x), torch.tanh(self.encoder(source))
+            k, v = self.kv(memory.roll(1, 1)).chunk(2, -1)
+            out: Tensor = self.head(h + F.scaled_dot_product_attention(self.q(h), k, v))
+            return out
+
+    model = Model().double()
+    source, x, y = torch.randn(N, T, 3).double(), torch.randn(N, T, C).double(), torch.randint(V, (N, T))
+    return of(model, lambda: F.cross_entropy(model(source, x).transpose(1, 2), y))
+
+
+#: By name: the problem, T, and whether all sites are causal, or some.
+WITH_POSITIONS: dict[str, tuple[Callable[[], Problem], int, str]] = {
+    "language model": (plain, T, "all"),
+    "two blocks": (lambda: plain(Block(), Block()), T, "all"),
+    "transposed logits": (transposed_logits, T, "all"),
+    "ignored positions": (ignored_positions, T, "all"),
+    "shifted targets": (shifted_targets, T, "all"),
+    "time first": (time_first, T, "all"),
+    "merged": (merged, T, "all"),
+    "causal convolutions": (causal_convolutions, T, "all"),
+    "recurrent": (recurrent, T, "all"),
+    "one example": (one_example, T, "all"),
+    "equal sizes": (equal_sizes, 3, "all"),
+    "an average beside": (an_average_beside, T, "all"),
+    "two losses": (two_losses, T, "all"),
+    "regression": (regression, T, "all"),
+    "without a mask": (without_mask, T, "some"),
+    "dense prediction": (dense_prediction, 16, "some"),
+    "encoder and decoder": (encoder_and_decoder, T, "some"),
+}
+
+
+def classifier(width: int) -> Problem:
+    net = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, V)).double()
+    x, y = torch.randn(6, 4).double(), torch.arange(6) % V
+    return of(net, lambda: F.cross_entropy(net(x), y), 6)
+
+
+def pooled() -> Problem:
+    net = nn.Sequential(nn.Linear(3, C), Block()).double()
+    head = nn.Linear(C, T).double()  # as many classes as positions
+    x, y = torch.randn(N, T, 3).double(), torch.arange(N) % T
+    return of(nn.ModuleList([net, head]), lambda: F.cross_entropy(head(net(x).mean(1)), y))
+
+
+def image_classifier() -> Problem:
+    net = nn.Sequential(
+        nn.Conv2d(2, V, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(V, V)
+    ).double()
+    x, y = torch.randn(N, 2, V, V).double(), torch.arange(N) % V
+    return of(net, lambda: F.cross_entropy(net(x), y))
+
+
+WITHOUT_POSITIONS: dict[str, Callable[[], Problem]] = {
+    "classifier": lambda: classifier(7),
+    "as many features as classes": lambda: classifier(V),
+    "pooled": pooled,
+    "image classifier": image_classifier,
+}
+
+
+def build(name: str) -> Problem:
+    torch.manual_seed(0)
+    return (WITHOUT_POSITIONS[name] if name in WITHOUT_POSITIONS else WITH_POSITIONS[name][0])()
+
+
+def sgd(problem: Problem, estimator: Any = "activation_perturbation", **options: Any) -> GuessGradOptimizer:
+    return GuessGradOptimizer(problem.named, torch.optim.SGD, estimator, lr=0.1, seed=0, **options)
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, g in expected.items():
+        torch.testing.assert_close(found[name], g, rtol=tolerance, atol=tolerance * largest, msg=name)
+
+
+# --- where the positions lie ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["store", "stream"])
+@pytest.mark.parametrize("name", WITH_POSITIONS)
+def test_positions_are_found(name: str, memory: str) -> None:
+    problem, (_, count, causal) = build(name), WITH_POSITIONS[name]
+    opt = sgd(problem, discount=0.5, memory=memory)
+    for _ in range(3):  # probes come before the first, the second and the third step
+        opt.estimate(problem.closure)
+    graph = opt.estimation.plans[0].graph
+    assert graph.positions == count and graph.batch == problem.batch
+    causal_sites = [s.influence is not Influence.ALL for s in graph.sites if s.shares is None]
+    assert any(causal_sites) and all(causal_sites) == (causal == "all")
+    if name in ("without a mask", "dense prediction"):
+        assert graph.has_uncausal_sites
+
+
+@pytest.mark.parametrize("name", WITHOUT_POSITIONS)
+def test_no_positions_where_there_are_none(name: str) -> None:
+    problem = build(name)
+    found = []
+    for discount in (None, 0.5):
+        opt = sgd(problem, discount=discount)
+        found.append(estimated_gradient(opt, problem.closure))
+        assert opt.estimation.plans[0].graph.positions == 0
+    for key, g in found[0].items():
+        assert torch.equal(g, found[1][key])
+
+
+def test_the_encoder_keeps_one_derivative_for_each_example() -> None:
+    problem = build("encoder and decoder")
+    opt = sgd(problem, discount=0.5)
+    opt.estimate(problem.closure)
+    names = {opt.estimation.names[s.params[0]]: s.position_dim for s in opt.estimation.plans[0].graph.sites}
+    assert names["encoder.weight"] is None and names["block.qkv.weight"] == 0
+
+
+def test_last_layers_answer_for_their_own_position() -> None:
+    problem = build("two blocks")
+    opt = sgd(problem, discount=1.0)
+    opt.estimate(problem.closure)
+    own = {opt.estimation.names[s.params[0]]: s.influence is Influence.OWN for s in opt.estimation.plans[0].graph.sites}
+    assert [name for name, alone in own.items() if alone] == [
+        "blocks.1.out.weight",
+        "blocks.1.mlp.weight",
+        "head.weight",
+    ]
+
+
+@pytest.mark.parametrize("layout", [x for x in Layout if x is not Layout.COUPLED])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_spreading_undoes_summing(layout: Layout, dim: int) -> None:
+    row = (T, 5) if dim == 0 else (5, T)
+    shape = {"[N, ...]": (N, *row), "[T, N, ...]": (row[0], N, *row[1:])}.get(layout.value, (N * row[0], *row[1:]))
+    d = torch.randn(N, T).double()
+    spread = layout.spread_positions(d, shape, N, dim).expand(shape)
+    torch.testing.assert_close(layout.sum_positions(spread, N, dim), 5 * d)
+
+
+# --- what the estimate expects ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", WITH_POSITIONS)
+def test_the_sum_over_one_hot_guesses_is_the_discounted_gradient(name: str, discount: float) -> None:
+    """The reference takes one reverse pass for each position."""
+    problem = build(name)
+    summing = Summing(problem, discount=discount)
+    found = summing.gradient()
+    reference = sgd(problem, discount=discount)
+    assert_close(found, expected_gradient(reference, problem.closure))
+    if discount == 1:
+        assert_close(found, true_gradient(reference, problem.closure))
+
+
+def test_without_discount_keys_and_values_of_other_positions_are_constants() -> None:
+    """``discount=0`` against autograd through a network whose keys and values of other positions are detached."""
+    torch.manual_seed(0)
+    model, x, y = language_model(Block(), Block())
+    detached, *_ = language_model(Block(own=True), Block(own=True))
+    detached.load_state_dict(model.state_dict())
+
+    def loss(network: nn.Module) -> Tensor:
+        return F.cross_entropy(network(x).flatten(0, 1), y.flatten())
+
+    problem = of(model, lambda: loss(model))
+    own = dict(
+        zip(
+            dict(detached.named_parameters()),
+            torch.autograd.grad(loss(detached), [*detached.parameters()]),
+            strict=True,
+        )
+    )
+    assert_close(Summing(problem, discount=0.0).gradient(), own)
+    assert_close(expected_gradient(sgd(problem, discount=0.0), problem.closure), own)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "draws"),
+    [("activation_perturbation", 300), (WPerp(k=1), 300), ("w_transpose", 300), ("downstream", 300),
+     (LearnedFeedback(gamma=1, residual=False), 600), (LearnedFeedback(gamma=1), 600)],
+    ids=["activation_perturbation", "w_perp", "w_transpose", "downstream", "feedback", "feedback, chain"],
+)  # fmt: skip
+@pytest.mark.parametrize("discount", [0.5, 1.0])
+def test_the_mean_is_the_declared_one(estimator: Any, draws: int, discount: float) -> None:
+    """Along the declared expectation, within five standard errors."""
+    problem = build("two blocks")
+    opt = sgd(problem, estimator, discount=discount, guesses=1 if isinstance(estimator, LearnedFeedback) else 4)
+    for _ in range(4 if isinstance(estimator, LearnedFeedback) else 0):
+        opt.estimate(problem.closure)
+    expected = expected_gradient(opt, problem.closure)
+    estimates = [estimated_gradient(opt, problem.closure) for _ in range(draws)]
+    for name, e in expected.items():
+        each = torch.stack([(one[name] * e).sum() for one in estimates]) / e.square().sum()
+        assert abs(float(each.mean()) - 1) <= 5 * float(each.std()) / draws**0.5, name
+
+
+def test_credit_lowers_the_noise() -> None:
+    problem = build("two blocks")
+    noise = {}
+    for discount in (None, 1.0, 0.5):
+        opt = sgd(problem, discount=discount)
+        draws = [estimated_gradient(opt, problem.closure) for _ in range(200)]
+        noise[discount] = sum(float(torch.stack([d[k] for d in draws]).var(0).sum()) for k in draws[0])
+    assert noise[0.5] < 0.9 * noise[1.0] and noise[1.0] < 0.8 * noise[None]
+
+
+# --- engines, memory modes, K guesses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WITH_POSITIONS)
+def test_engines_modes_and_guesses_agree(name: str) -> None:
+    problem = build(name)
+    for estimator, guesses in (("w_perp", 1), ("w_perp", 3), ("directional_descent", 1)):
+        options = {"discount": 0.7, "guesses": guesses}
+        expected = estimated_gradient(sgd(problem, estimator, **options), problem.closure)
+        for other in ({"engine": "dual"}, {"engine": "func"}, {"memory": "replay"}, {"memory": "stream"},
+                      {"stack_guesses": False}):  # fmt: skip
+            assert_close(
+                estimated_gradient(sgd(problem, estimator, **options, **other), problem.closure), expected, 1e-8
+            )
+
+
+@pytest.mark.parametrize("gamma", [1.0, "auto"])
+@pytest.mark.parametrize("options", [{"residual": False}, {}], ids=["sitewise", "chain"])
+def test_learned_feedback_agrees_in_every_mode(options: dict[str, Any], gamma: Any) -> None:
+    found = []
+    for memory in ("store", "replay") if not options else ("store", "replay", "stream"):
+        problem = build("two blocks")
+        opt = sgd(problem, LearnedFeedback(gamma=gamma, **options), discount=0.7, memory=memory)
+        for _ in range(4):
+            opt.step(problem.closure)
+        found.append({name: p.detach().clone() for name, p in problem.named})
+    for other in found[1:]:
+        assert_close(other, found[0], 1e-8)
+
+
+def test_three_times_the_loss_gives_three_times_the_estimate() -> None:
+    problem = build("language model")
+    one = estimated_gradient(sgd(problem, "w_perp", discount=0.3), problem.closure)
+    three = estimated_gradient(sgd(problem, "w_perp", discount=0.3), lambda: 3 * problem.closure())
+    assert_close(three, {k: 3 * g for k, g in one.items()})
+
+
+# --- the option -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"discount": 1.5}, "discount: 1.5"), ({"discount": "much"}, "discount: 'much'"),
+    ({"discount": 0.5, "guesses": 2, "orthogonal": True}, "discount: orthogonal"),
+])  # fmt: skip
+def test_what_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        sgd(build("classifier"), **options)
+
+
+def test_the_discount_may_be_set_between_steps() -> None:
+    problem = build("language model")
+    opt = sgd(problem)
+    opt.estimate(problem.closure)
+    assert opt.discount is None and opt.estimation.plans[0].graph.positions == 0
+    opt.discount = 0.5
+    opt.zero_grad()
+    opt.estimate(problem.closure)
+    assert opt.estimation.plans[0].graph.positions == T
+
+
+def test_preflight_shows_the_positions() -> None:
+    problem = build("language model")
+    report = preflight(sgd(problem, discount=0.5), problem.closure)
+    assert report.positions == T and {site.positions for site in report.sites} == {
+        "dim 0: positions from t on",
+        "dim 0: position t",
+    }
+    assert f"positions: {T}, discount 0.5" in str(report)
+    assert preflight(sgd(problem), problem.closure).positions == 0
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("both", [False, True])
+def test_long_sequences_are_discounted_block_by_block(discount: float, both: bool) -> None:
+    each, t = torch.randn(2, 3, 600).double(), torch.arange(600)
+    distance = t[:, None] - t  # [t', t]
+    weights = torch.where((distance >= 0) | both, discount ** distance.abs().double(), 0.0)
+    torch.testing.assert_close(discounted(each, discount, both), each @ weights, rtol=1e-9, atol=1e-9)
