@@ -29,6 +29,7 @@ from guessopt.engine.operation import differentiate
 from guessopt.engine.replacements import Replacements, put
 from guessopt.engine.transaction import Transaction
 from guessopt.graph import Kind, SiteGraph
+from guessopt.layout import is_differentiable
 from guessopt.ops.base import moves_statistics
 from guessopt.ops.cached import CachedCall
 from guessopt.record import ForwardRecord, Guess, SavedCall
@@ -225,10 +226,14 @@ class ForwardRun(FollowingRun):
 
     def _expression(self, op: OpCall) -> Any:
         state = RandomState.before(op.args, op.kwargs, op.fn) if self.duals and draws(op.fn) else None
-        # A transform refuses some operations on parameters alone.
-        apart = self.engine.wraps and all(self.plain(t) is t for t in op.tensors) and not self._is_written(op)
+        # A transform refuses some operations on parameters alone, and wraps the indices that the closure makes.
+        bare = (self.plain(t) is t or not is_differentiable(t) for t in op.tensors)
+        apart = self.engine.wraps and all(bare) and not self._is_written(op)
+        args, kwargs = (
+            op.arguments(lambda t: t if is_differentiable(t) else self.plain(t)) if apart else (op.args, op.kwargs)
+        )
         with self.engine.outside() if apart else AS_IT_IS:
-            out = self.engine.without_tangent(op.fn, op.args, op.kwargs)
+            out = self.engine.without_tangent(op.fn, args, kwargs)
         results = results_of(out, op.tensors)
         self.express(results, [op.tensors[k] for k in self.graph.mine[op.index]])
         if self.duals and any(self.plain(t).requires_grad for t in results):

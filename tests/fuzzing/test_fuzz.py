@@ -65,6 +65,19 @@ def test_no_value_between_network_and_loss() -> None:
     assert not wrong(network, "engines")
 
 
+def test_indices_that_the_closure_makes() -> None:
+    """A table is looked up by indices alone. ``torch.func.jvp`` wraps indices that the closure makes itself."""
+    network = Network(
+        ops=(Op("embedding_bag", "offsets", 4), Op("gated_unit", "glu", 4)),
+        losses=("cross_entropy_head_free",),
+        batch=1,
+        width=1,
+        reduction="sum",
+        seed=182,
+    )
+    assert not wrong(network, "engines")
+
+
 # --- the fuzzer itself -----------------------------------------------------------------------------------------------
 
 
