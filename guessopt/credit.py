@@ -18,9 +18,11 @@ The idea is that of reward to go (gamma 1) and of generalised advantage estimati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -82,6 +84,41 @@ class Credit:
         if first is None:
             return None
         return first.map(lambda *each: torch.stack(each), *(credit for credit in others if credit is not None))
+
+
+@dataclass(frozen=True)
+class DiscountChoice:
+    """The choice of ``discount="auto"``, from running means of what ``step.discount`` measures.
+
+    Attributes:
+        signal, noise: ``A`` and ``B`` by discount, in the order of ``GRID``.
+        measured_at: the step of the last measurement; -1 before the first.
+    """
+
+    GRID: ClassVar[tuple[float, ...]] = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+    SHARE: ClassVar[float] = 0.5
+    """The weight of a new measurement in the running means."""
+
+    signal: tuple[float, ...] = ()
+    noise: tuple[float, ...] = ()
+    measured_at: int = -1
+
+    @property
+    def discount(self) -> float:
+        """The discount with the largest ``A / sqrt(B)``; 1 before the first measurement, and where nothing moves."""
+        quality = [a / b**0.5 if b > 0 else 0.0 for a, b in zip(self.signal, self.noise, strict=True)]
+        best = max(range(len(quality)), key=quality.__getitem__, default=None)
+        return 1.0 if best is None or not quality[best] > 0 else self.GRID[best]
+
+    def after(self, signal: Sequence[float], noise: Sequence[float], step: int) -> DiscountChoice:
+        """The choice with another measurement."""
+
+        def mean(old: tuple[float, ...], new: Sequence[float]) -> tuple[float, ...]:
+            if not all(map(math.isfinite, new)):
+                return old
+            return tuple(new) if not old else tuple(a + self.SHARE * (b - a) for a, b in zip(old, new, strict=True))
+
+        return DiscountChoice(mean(self.signal, signal), mean(self.noise, noise), step)
 
 
 def rate(site: Site, d: Tensor, credit: Credit | None) -> Tensor:

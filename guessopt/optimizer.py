@@ -17,6 +17,7 @@ from guessopt.memory_plan import bytes_of, choose
 from guessopt.options import (
     Base,
     BatchNorm,
+    Discount,
     Engine,
     EstimatorChoice,
     ForeignGradients,
@@ -52,7 +53,7 @@ class GuessGradOptimizer(Optimizer):
             guesses at all sites. Unbiased for isotropic normal guesses.
         discount: position credit. None: one derivative for each example, as in both papers. A number gamma in [0, 1]:
             if the loss is a sum over positions (a language model's), position t takes the sum of the derivatives at
-            ``t' >= t``, weighted by ``gamma^(t' - t)``. 1 adds no bias to causal networks; less means less noise.
+            ``t' >= t``, weighted by ``gamma^(t' - t)``. 1 adds no bias, less has less noise, ``"auto"`` measures both.
         exact_last: whether sites that the loss reads take their exact error. None: the estimator decides.
         memory: the memory mode (table below). ``"auto"``: the first step takes the fastest mode within ``budget``, and
             sets the attribute ``memory`` to its name.
@@ -83,9 +84,8 @@ class GuessGradOptimizer(Optimizer):
 
     A failed step restores everything: parameters, base state, buffers, ``.grad``, random states. For this, the first 8
     updates copy gradients, parameters and base state, if the copies take at most 64 MiB (``"stream"``: of one parameter
-    at a time). Later updates make no copies. If the base fails in a later update before it writes anything, everything
-    is restored; if it has written, ``PartialUpdateError`` names the parameters. Ctrl-C takes effect in the closure or
-    after the step, never in an update.
+    at a time). Later updates make no copies. If the base fails then and has written nothing, everything is restored; if
+    it has written, ``PartialUpdateError`` names the parameters. Ctrl-C takes effect in the closure or after the step.
 
     Hooks on parameters (``register_hook``, ``register_post_accumulate_grad_hook``) act on estimated gradients as
     they would on gradients of ``backward()``. Steps of several threads take turns.
@@ -121,7 +121,7 @@ class GuessGradOptimizer(Optimizer):
     guesses = Option[int]()
     stack_guesses = Option["bool | None"]()
     orthogonal = Option[bool]()
-    discount = Option["float | None"]()
+    discount = Option[Discount]()
     exact_last = Option["bool | None"]()
     memory = Option[str]()
     engine = Option[str]()
@@ -139,7 +139,7 @@ class GuessGradOptimizer(Optimizer):
         guesses: int = 1,
         stack_guesses: bool | None = None,
         orthogonal: bool = False,
-        discount: float | None = None,
+        discount: Discount = None,
         exact_last: bool | None = None,
         memory: Memory = "store",
         budget: int | str | None = None,

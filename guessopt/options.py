@@ -15,6 +15,7 @@ from guessopt.step.mode import MODES
 Memory: TypeAlias = Literal["store", "replay", "stream", "auto"]
 Engine: TypeAlias = Literal["fast", "dual", "func"]
 BatchNorm: TypeAlias = Literal["exact", "frozen_statistics"]
+Discount: TypeAlias = "float | Literal['auto'] | None"
 ForeignGradients: TypeAlias = Literal["refuse", "allow"]
 
 #: Parameters, named parameters, or groups.
@@ -74,8 +75,8 @@ def check_options(
         raise ValueError(f"orthogonal: takes at least 2 guesses to project on, got guesses={guesses}")
     if orthogonal and memory != "auto" and not MODES[memory].keeps:
         raise ValueError(f"orthogonal: takes all guesses at once, which memory={memory!r} does not keep; use 'store'")
-    if discount is not None and not (isinstance(discount, (int, float)) and 0 <= discount <= 1):
-        raise ValueError(f"discount: {discount!r} is not None and no number from 0 to 1")
+    if discount not in (None, "auto") and not (isinstance(discount, (int, float)) and 0 <= discount <= 1):
+        raise ValueError(f"discount: {discount!r} is not None, 'auto' or a number from 0 to 1")
     if discount is not None and orthogonal:
         raise ValueError("discount: orthogonal guesses have one derivative for each example; set orthogonal=False")
     if batch_norm not in ("exact", "frozen_statistics"):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from guessopt.credit import DiscountChoice
 from guessopt.engine.jvp.gaps import is_foreign
 from guessopt.engine.transaction import Transaction
 from guessopt.errors import GuessWarning
@@ -24,6 +25,7 @@ from guessopt.ops.base import op_of
 from guessopt.optimizer import GuessGradOptimizer
 from guessopt.sites import Matrix, Site
 from guessopt.step.checks import check_plan, unread
+from guessopt.step.discount import measure
 from guessopt.step.estimation import Estimation
 from guessopt.step.trace import trace
 
@@ -61,7 +63,8 @@ class Preflight:
         reversed: the largest number of matrix sites on one path of a reverse graph. 1 or less: reverse mode carries no
             error from one layer to another.
         positions: number of positions T of the loss; 0 without a ``discount``, or if the loss has no positions.
-        discount: see ``GuessGradOptimizer``.
+        discount: the discount of the next step; None without position credit.
+        measured: what ``discount="auto"`` has measured; None for a discount that is set.
     """
 
     sites: tuple[SiteReport, ...]
@@ -75,6 +78,7 @@ class Preflight:
     reversed: int
     positions: int = 0
     discount: float | None = None
+    measured: DiscountChoice | None = None
 
     def __str__(self) -> str:
         header: tuple[str, ...] = (
@@ -120,7 +124,7 @@ class Preflight:
     def _credit(self) -> str:
         if not self.positions:
             return f"positions: none found, so discount {self.discount} has no effect"
-        return f"positions: {self.positions}, discount {self.discount}"
+        return f"positions: {self.positions}, discount {self.discount}" + (" (measured)" if self.measured else "")
 
 
 def _positions(site: Site) -> str:
@@ -151,7 +155,7 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
     est = opt.estimation
     est.refresh()
     transaction = Transaction(est.devices)
-    warned = set(est.warned)
+    warned, before = set(est.warned), est.choice
     try:
         with (
             exclusive("preflight()"),
@@ -162,9 +166,12 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
             est.warned = set()
             plan = trace(est, closure, transaction, finite=est.check_finite)
             check_plan(est, plan)
+            if est.discount == "auto" and plan.graph.positions:
+                measure(est, plan, closure, transaction)
+        choice = est.choice if est.discount == "auto" else None
     finally:
         transaction.rewind()
-        est.warned = warned
+        est.warned, est.choice = warned, before
     graph = plan.graph
     guesses = est.assignments(plan)
     left = [site for site in graph.sites if site.index in guesses and est.choice_of(site) != est.estimator_of(site)]
@@ -195,7 +202,8 @@ def preflight(opt_or_params: Any, closure: Callable[[], Any]) -> Preflight:
         feedback=sum(size for _, size in forms.values()),
         reversed=max((estimator.reversed_matrices(graph) for estimator, _, _ in guesses.values()), default=0),
         positions=graph.positions,
-        discount=est.discount,
+        discount=est.gamma if choice is None else choice.discount,
+        measured=choice,
     )
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from guessopt.cache import SiteCache
+from guessopt.credit import DiscountChoice
 from guessopt.groups import names_of
 from guessopt.registry import estimators_for, plain
 from guessopt.rng import NoiseSource, is_here
@@ -72,6 +73,10 @@ def check(state: Any, base: Optimizer) -> None:
 def packed(est: Estimation) -> dict[str, Any]:
     """The base's ``state_dict``, with the entry ``"guessopt"``."""
     own = {"steps": est.steps, "noise": est.noise.state(), "cache": est.cache.state_dict()}
+    if est.choice.measured_at >= 0:
+        own["discount"] = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in vars(est.choice).items()
+        }
     return {**est.base.state_dict(), "guessopt": {**described(est.base), **own}}
 
 
@@ -90,7 +95,7 @@ def loaded(est: Estimation, state: dict[str, Any]) -> Iterator[None]:
     before, attributes = Before(est.base), dict(vars(est))
     try:
         load_base(est.base, state)
-        est.steps, est.noise, est.cache = own["steps"], noise, cache
+        est.steps, est.noise, est.cache, est.choice = own["steps"], noise, cache, _choice(own.get("discount"))
         est.forget_parameters()
         est.refresh()
         yield
@@ -104,6 +109,16 @@ def loaded(est: Estimation, state: dict[str, Any]) -> Iterator[None]:
             f"the guesses were drawn on {', '.join(left)}, whose generator cannot go on here: guesses start again "
             "from their seed, so that training continues, but not bit for bit"
         )
+
+
+def _choice(saved: Any) -> DiscountChoice:
+    """What ``discount="auto"`` had measured; nothing if it was not in use."""
+    if saved is None:
+        return DiscountChoice()
+    _check_entries("state_dict['guessopt']['discount']", saved, {"signal": list, "noise": list, "measured_at": int})
+    if not len(saved["signal"]) == len(saved["noise"]) == len(DiscountChoice.GRID):
+        raise ValueError("state_dict['guessopt']['discount']: not one figure for each discount: it is damaged")
+    return DiscountChoice(tuple(saved["signal"]), tuple(saved["noise"]), saved["measured_at"])
 
 
 def _check_version(own: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp, preflight
-from guessopt.credit import discounted
+from guessopt.credit import DiscountChoice, discounted
 from guessopt.diagnostics import estimated_gradient, expected_gradient, true_gradient
 from guessopt.layout import Layout
 from guessopt.sites import Influence
@@ -485,3 +486,91 @@ def test_long_sequences_are_discounted_block_by_block(discount: float, both: boo
     distance = t[:, None] - t  # [t', t]
     weights = torch.where((distance >= 0) | both, discount ** distance.abs().double(), 0.0)
     torch.testing.assert_close(discounted(each, discount, both), each @ weights, rtol=1e-9, atol=1e-9)
+
+
+# --- discount="auto" --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["activation_perturbation", "w_perp"])
+def test_auto_measures_what_each_discount_is_worth(estimator: str) -> None:
+    """The measured quality orders three discounts as the mean cosine of 200 estimates does; the best is taken."""
+    problem = build("two blocks")
+    opt = sgd(problem, estimator, discount="auto")
+    for _ in range(17):
+        opt.estimate(problem.closure)
+    choice, grid = opt.estimation.choice, list(DiscountChoice.GRID)
+    assert choice.measured_at == 16
+    true = torch.cat([g.flatten() for g in true_gradient(opt, problem.closure).values()])
+    measured, found = [], []
+    for discount in (0.0, 0.7, 1.0):
+        k = grid.index(discount)
+        measured.append(choice.signal[k] / choice.noise[k] ** 0.5)
+        other = sgd(problem, estimator, discount=discount)
+        draws = [estimated_gradient(other, problem.closure) for _ in range(200)]
+        each = torch.stack([torch.cat([g.flatten() for g in draw.values()]) for draw in draws])
+        found.append(F.cosine_similarity(each, true[None]))
+    order = sorted(range(3), key=measured.__getitem__)
+    for worse, better in itertools.pairwise(order):
+        difference = found[better] - found[worse]
+        assert float(difference.mean()) > -3 * float(difference.std()) / 200**0.5
+    quality = [a / b**0.5 for a, b in zip(choice.signal, choice.noise, strict=True)]
+    assert opt.estimation.gamma == grid[quality.index(max(quality))]
+
+
+@pytest.mark.parametrize("memory", ["store", "replay", "stream"])
+def test_auto_resumes_bit_for_bit_and_survives_a_failed_step(memory: str) -> None:
+    def start() -> tuple[Problem, GuessGradOptimizer]:
+        problem = build("language model")
+        return problem, sgd(problem, "w_perp", discount="auto", memory=memory)
+
+    problem, opt = start()
+    for _ in range(3):
+        opt.step(problem.closure)
+    model = [p.detach().clone() for p in problem.parameters()]
+    saved, choice = opt.state_dict(), opt.estimation.choice
+
+    def failing() -> Tensor:
+        problem.closure()
+        raise KeyError("the batch")
+
+    with pytest.raises(KeyError):
+        opt.step(failing)
+    assert opt.estimation.choice == choice
+    for _ in range(3):
+        opt.step(problem.closure)
+    other, resumed = start()
+    with torch.no_grad():
+        for p, value in zip(other.parameters(), model, strict=True):
+            p.copy_(value)
+    resumed.load_state_dict(saved)
+    assert resumed.estimation.choice == choice
+    for _ in range(3):
+        resumed.step(other.closure)
+    for p, q in zip(problem.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_damaged_choice_is_refused() -> None:
+    problem = build("language model")
+    opt = sgd(problem, discount="auto")
+    opt.step(problem.closure)
+    state = opt.state_dict()
+    state["guessopt"]["discount"]["signal"] = [1.0]
+    with pytest.raises(ValueError, match="not one figure for each discount"):
+        opt.load_state_dict(state)
+
+
+def test_auto_has_no_effect_without_positions() -> None:
+    problem = build("classifier")
+    opt = sgd(problem, discount="auto")
+    opt.estimate(problem.closure)
+    assert opt.estimation.choice == DiscountChoice()
+    assert "none found" in str(preflight(opt, problem.closure))
+
+
+def test_preflight_shows_the_measured_discount() -> None:
+    problem = build("language model")
+    opt = sgd(problem, discount="auto")
+    report = preflight(opt, problem.closure)
+    assert report.measured is not None and report.discount == report.measured.discount
+    assert "(measured)" in str(report) and opt.estimation.choice == DiscountChoice()

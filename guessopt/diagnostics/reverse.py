@@ -38,15 +38,16 @@ def measuring(opt: GuessGradOptimizer) -> Iterator[Transaction]:
     """Code inside the block leaves no trace: the closure's side effects and random states are undone, learned states
     are restored, and prepared states do not age."""
     with exclusive("a measurement"), lifted(opt.estimation.params, opt.estimation.hooks):
-        steps, learned = opt.estimation.steps, opt.estimation.cache.learned()
+        est = opt.estimation
+        steps, learned, choice = est.steps, est.cache.learned(), est.choice
         transaction = Transaction(opt.estimation.devices)
         transaction.watch(None, opt.estimation.plans)
         try:
             yield transaction
         finally:
             transaction.rewind()
-            opt.estimation.steps = steps
-            opt.estimation.cache.relearn(learned)
+            est.steps, est.choice = steps, choice
+            est.cache.relearn(learned)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class Truth:
             # Before buffers are put back: their new values may be part of the graph.
             sites, params = list(run.outputs), list(opt.estimation.by_position)
             through = run.gradients([*run.outputs.values(), *opt.estimation.by_position.values()], self.record)
-            credited = _credited(run, self.record, opt.discount)
+            credited = _credited(run, self.record, opt.estimation.gamma)
         self.graph, self.contexts = run.graph, run.contexts
         like = [*(ctx.s for ctx in run.contexts.values()), *opt.estimation.by_position.values()]
         filled = [torch.zeros_like(s) if g is None else g.detach() for s, g in zip(like, through, strict=True)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from guessopt.cache import SiteCache
+from guessopt.credit import DiscountChoice
 from guessopt.engine.audit import AuditReport
 from guessopt.engine.jvp import make_engine
 from guessopt.engine.jvp.base import JvpEngine
@@ -56,6 +57,7 @@ class Estimation:
         cache: prepared and learned states, by site.
         steps: number of steps made.
         plans: the plans in use, the last used first.
+        choice: what ``discount="auto"`` has measured and chosen.
         asked: the list that takes the reports for ``guessopt.audit``; None if no audit was asked for.
         updates: makes the base's updates, whole or not at all.
     """
@@ -67,7 +69,7 @@ class Estimation:
         guesses: int,
         stack_guesses: bool | None,
         orthogonal: bool,
-        discount: float | None,
+        discount: float | str | None,
         exact_last: bool | None,
         memory: str,
         engine: str,
@@ -79,7 +81,7 @@ class Estimation:
     ) -> None:
         self.base = base
         self.guesses, self.stack_guesses, self.orthogonal = guesses, stack_guesses, orthogonal
-        self._discount = discount
+        self._discount, self.choice = discount, DiscountChoice()
         self.exact_last, self.memory, self.engine = exact_last, memory, engine
         self.batch_norm, self.check_finite, self.audit = batch_norm, check_finite, audit
         self.foreign_gradients = foreign_gradients
@@ -160,13 +162,18 @@ class Estimation:
         return None
 
     @property
-    def discount(self) -> float | None:
+    def gamma(self) -> float | None:
+        """The discount of this step."""
+        return self.choice.discount if isinstance(self.discount, str) else self.discount
+
+    @property
+    def discount(self) -> float | str | None:
         """See ``GuessGradOptimizer``. A plan made without a discount does not know where the positions lie: a change
         from or to None drops the plans."""
         return self._discount
 
     @discount.setter
-    def discount(self, value: float | None) -> None:
+    def discount(self, value: float | str | None) -> None:
         if (value is None) is not (self._discount is None):
             self.plans = []
         self._discount = value
@@ -190,7 +197,7 @@ class Estimation:
 
     @contextmanager
     def _undone_on_error(self, closure: Callable[[], Any], started: Transaction | None) -> Iterator[Transaction]:
-        noise, cached, steps = self.noise.snapshot(), self.cache.copy(), self.steps
+        noise, cached, steps, choice = self.noise.snapshot(), self.cache.copy(), self.steps, self.choice
         grads, plans = [p.grad for p in self.params], list(self.plans)
         before = [(plan.uses, plan.stacks, plan.failures) for plan in plans]
         self.noise.follow()
@@ -205,7 +212,7 @@ class Estimation:
             if not isinstance(error, PartialUpdateError) or error.journal is None:
                 self.noise.restore(noise)
                 self.cache.restore(cached)
-                self.steps, self.plans = steps, plans
+                self.steps, self.plans, self.choice = steps, plans, choice
                 for plan, counts in zip(plans, before, strict=True):
                     plan.uses, plan.stacks, plan.failures = counts
                     plan.ways.clear()  # the next run finds out again which operations go one by one

@@ -21,6 +21,7 @@ from guessopt.estimator import Estimator
 from guessopt.learning import LearningStep
 from guessopt.record import ForwardRecord
 from guessopt.rng import RandomState
+from guessopt.step import discount
 from guessopt.step.auditing import audit_run, is_audited
 from guessopt.step.checks import check_plan, check_repeats, unstable
 from guessopt.step.estimation import Estimation
@@ -99,6 +100,8 @@ def _run_by(
         probe_again(est, plan, closure, transaction)
     if plan.volatile > 1 or plan.graph.constants.keys() != plan.graph.constant_values:
         look(est, plan, closure, transaction)
+    if plan.graph.positions and discount.is_due(est):
+        discount.measure(est, plan, closure, transaction)
     noise, cached = est.noise.snapshot(), est.cache.copy()
     for _ in range(3):
         record = _run_shared(est, plan, closure, transaction, guesses, keeps)
@@ -291,11 +294,11 @@ def _executed(est: Estimation, plan: Plan, run: ForwardRun, closure: Closure) ->
 def _give_credit(est: Estimation, plan: Plan, record: ForwardRecord) -> None:
     """Sum the positions' derivatives into ``record.credit``; see ``guessopt.credit``."""
     each, record.each = record.each, None
-    if each is None or est.discount is None:
+    if each is None or est.gamma is None:
         return
     graph = plan.graph
     rest = None if graph.is_by_position else record.d - each.sum(-1)
-    record.credit = Credit.by(each, rest, est.discount, batch=graph.batch, symmetric=graph.has_uncausal_sites)
+    record.credit = Credit.by(each, rest, est.gamma, batch=graph.batch, symmetric=graph.has_uncausal_sites)
 
 
 def _let_go(est: Estimation, plan: Plan, record: ForwardRecord) -> None:

@@ -319,6 +319,26 @@ def scaling(network: Network) -> None:
 
 
 @oracle
+def credit(network: Network) -> None:
+    """With ``discount=1`` the sum of the estimates over all one-hot guesses is the gradient, in every network. With
+    less, engines and memory modes agree."""
+    built = build(network)
+    expected = true_gradients(built)
+    opt = optimizer(built, discount=1.0)
+    compare(expectation(opt, built), expected, TOLERANCE[built.dtype], "sum over one-hot guesses with discount=1")
+    estimator = estimator_for(network, 4)
+    fast = estimated(built, estimator, discount=0.6)
+    for options in ({"memory": "replay"}, {"engine": "dual"}):
+        try:
+            other = estimated(built, estimator, discount=0.6, **options)
+        except ValueError as error:
+            if "does not go with memory" in str(error):
+                continue
+            raise
+        compare(other, fast, 1e-7, f"discount=0.6 with {options}", estimator)
+
+
+@oracle
 def plain(network: Network) -> None:
     """Loss, buffers and random states after a step are a plain forward pass's."""
     memory = ("store", "replay", "stream")[network.seed % 3]

@@ -125,6 +125,7 @@ def off_by_a_little(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:
         ("modes", lambda est: est.memory == "replay"),
         ("stacked", lambda est: est.stack_guesses is False),
         ("changes", lambda est: est.steps > 1),
+        ("credit", lambda est: est.memory == "replay"),
         ("past", lambda est: len(est.plans) > 0),
     ],
 )
