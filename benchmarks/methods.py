@@ -96,6 +96,9 @@ METHODS: dict[str, Method] = {
     "mezo": Method("MeZO", mezo, lr=1e-6),
     "directional_descent": guessing("forward gradient (directional descent)", DirectionalDescent),
     "activation_perturbation": guessing("activation perturbation", ActivationPerturbation),
+    # Position credit: the best discount is measured.
+    "activation_credit": guessing("activation perturbation, credit", ActivationPerturbation).variant(discount="auto"),
+    "w_perp_credit": guessing("W-perp, credit", partial(WPerp, k=10)).variant(discount="auto"),
     "activation_mixing": guessing("activation mixing", ActivationMixing),
     "downstream": guessing("downstream", Downstream),
     "self_sharpening": guessing("self-sharpening", SelfSharpening),

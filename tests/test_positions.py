@@ -380,8 +380,8 @@ def test_without_discount_keys_and_values_of_other_positions_are_constants() -> 
 
 @pytest.mark.parametrize(
     ("estimator", "draws"),
-    [("activation_perturbation", 300), (WPerp(k=1), 300), ("w_transpose", 300), ("downstream", 300),
-     (LearnedFeedback(gamma=1, residual=False), 600), (LearnedFeedback(gamma=1), 600)],
+    [("activation_perturbation", 100), (WPerp(k=1), 100), ("w_transpose", 100), ("downstream", 100),
+     (LearnedFeedback(gamma=1, residual=False), 250), (LearnedFeedback(gamma=1), 250)],
     ids=["activation_perturbation", "w_perp", "w_transpose", "downstream", "feedback", "feedback, chain"],
 )  # fmt: skip
 @pytest.mark.parametrize("discount", [0.5, 1.0])
@@ -403,7 +403,7 @@ def test_credit_lowers_the_noise() -> None:
     noise = {}
     for discount in (None, 1.0, 0.5):
         opt = sgd(problem, discount=discount)
-        draws = [estimated_gradient(opt, problem.closure) for _ in range(200)]
+        draws = [estimated_gradient(opt, problem.closure) for _ in range(80)]
         noise[discount] = sum(float(torch.stack([d[k] for d in draws]).var(0).sum()) for k in draws[0])
     assert noise[0.5] < 0.9 * noise[1.0] and noise[1.0] < 0.8 * noise[None]
 
@@ -493,7 +493,7 @@ def test_long_sequences_are_discounted_block_by_block(discount: float, both: boo
 
 @pytest.mark.parametrize("estimator", ["activation_perturbation", "w_perp"])
 def test_auto_measures_what_each_discount_is_worth(estimator: str) -> None:
-    """The measured quality orders three discounts as the mean cosine of 200 estimates does; the best is taken."""
+    """The measured quality orders three discounts as the mean cosine of 80 estimates does; the best is taken."""
     problem = build("two blocks")
     opt = sgd(problem, estimator, discount="auto")
     for _ in range(17):
@@ -506,13 +506,13 @@ def test_auto_measures_what_each_discount_is_worth(estimator: str) -> None:
         k = grid.index(discount)
         measured.append(choice.signal[k] / choice.noise[k] ** 0.5)
         other = sgd(problem, estimator, discount=discount)
-        draws = [estimated_gradient(other, problem.closure) for _ in range(200)]
+        draws = [estimated_gradient(other, problem.closure) for _ in range(80)]
         each = torch.stack([torch.cat([g.flatten() for g in draw.values()]) for draw in draws])
         found.append(F.cosine_similarity(each, true[None]))
     order = sorted(range(3), key=measured.__getitem__)
     for worse, better in itertools.pairwise(order):
         difference = found[better] - found[worse]
-        assert float(difference.mean()) > -3 * float(difference.std()) / 200**0.5
+        assert float(difference.mean()) > -3 * float(difference.std()) / 80**0.5
     quality = [a / b**0.5 for a, b in zip(choice.signal, choice.noise, strict=True)]
     assert opt.estimation.gamma == grid[quality.index(max(quality))]
 
