@@ -23,7 +23,7 @@ METHODS: dict[str, Method] = {
         name: TABLE[name]
         for name in (
             "random_feedback", "fixed_feedback", "w_perp", "w_transpose", "activation_perturbation",
-            # For losses that are sums over positions, and parts of learned feedback: run only if --methods names them.
+            # For losses with positions; parts of learned feedback. They run only if --methods names them.
             "activation_credit", "w_perp_credit", "learned_feedback_near", "learned_feedback_skips",
             "learned_feedback_sites", "learned_feedback_position", "learned_feedback_shared", "learned_feedback_guesses",
             "learned_feedback_weights", "learned_feedback_zero", "learned_feedback_auto",
