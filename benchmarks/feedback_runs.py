@@ -25,7 +25,8 @@ METHODS: dict[str, Method] = {
             "random_feedback", "fixed_feedback", "w_perp", "w_transpose", "activation_perturbation",
             # For losses with positions; parts of learned feedback. They run only if --methods names them.
             "activation_credit", "w_perp_credit", "learned_feedback_near", "learned_feedback_skips",
-            "learned_feedback_sites", "learned_feedback_position", "learned_feedback_shared", "learned_feedback_guesses",
+            "learned_feedback_sites", "learned_feedback_position", "learned_feedback_shared",
+            "learned_feedback_guesses",
             "learned_feedback_weights", "learned_feedback_zero", "learned_feedback_auto",
         )
     },

@@ -77,10 +77,11 @@ class Subgraph:
         return Subgraph({v: graphs.goals.pop(v) for v in block.goals}, inputs)
 
     def pull_back(self, goals: tuple[int, ...], us: list[Tensor], variables: list[int]) -> list[Tensor]:
-        """``J^T u``: from the goals to each of the variables, zeros where nothing leads there."""
+        """``J^T u``: from the goals to each of the variables, zeros where nothing leads there. Goals that the calls
+        neither make nor read (a table of parameters that the loss reads itself) depend on nothing here."""
         inputs = [self.inputs[v] for v in variables]
-        pairs = [(self.values[goal], u) for goal, u in zip(goals, us, strict=True)]
-        pairs = [(out, u.to(out.dtype)) for out, u in pairs if out.requires_grad]  # others depend on nothing here
+        pairs = [(self.values[goal], u) for goal, u in zip(goals, us, strict=True) if goal in self.values]
+        pairs = [(out, u.to(out.dtype)) for out, u in pairs if out.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if pairs:
             outs, given = zip(*pairs, strict=True)

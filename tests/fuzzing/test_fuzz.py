@@ -78,6 +78,24 @@ def test_indices_that_the_closure_makes() -> None:
     assert not wrong(network, "engines")
 
 
+def test_the_loss_reads_a_table_beside_a_chain_of_blocks() -> None:
+    """A cut that is no value of the chain's head: a table of parameters, looked up by indices alone."""
+    network = Network(
+        ops=(
+            Op("shared", "twice", 2),
+            Op("multihead", "encoder_layer", 1),
+            Op("custom_function", "cube", 1),
+            Op("embedding", "lookup_padded", 1),
+        ),
+        losses=("square",),
+        inputs="tokens",
+        tokens=1,
+        width=2,
+        seed=586,
+    )
+    assert not wrong(network, "scaling", "modes")
+
+
 # --- the fuzzer itself -----------------------------------------------------------------------------------------------
 
 
