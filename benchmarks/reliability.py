@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
 import time
 from collections import Counter
@@ -74,6 +75,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="repeat the tasks that an earlier call has finished")
 
 
+STARTS_PROCESSES = ("resume",)
+"""Tasks that start a process of their own."""
+
+
 def tasks_of(args: argparse.Namespace, settings: Settings, parts: Iterable[str]) -> dict[str, Task]:
     """Tasks by name. The name says all that the result depends on."""
     found: dict[str, Task] = {}
@@ -116,17 +121,19 @@ def _work(job: tuple[str, Task]) -> tuple[str, Figures]:
 
 
 def results_of(tasks: Mapping[str, Task], path: Path, workers: int, fresh: bool) -> dict[str, Figures]:
-    """Result by task. Workers make them, each replaced after 20 tasks; ``path`` is written after every result."""
+    """Result by task. Workers make them, each replaced after 20 tasks; ``path`` is written after every result. A task
+    that starts a process itself cannot run in a worker, and runs here."""
     done: dict[str, Figures] = json.loads(path.read_text()) if path.is_file() and not fresh else {}
     missing = [(name, task) for name, task in tasks.items() if name not in done]
     if len(missing) < len(tasks):
         print(f"{len(tasks) - len(missing)} finished tasks taken from {path} (--fresh tries them again)")
     path.parent.mkdir(parents=True, exist_ok=True)
     if missing:
+        here = [job for job in missing if job[0] in STARTS_PROCESSES]
+        there = [job for job in missing if job[0] not in STARTS_PROCESSES]
         with get_context("spawn").Pool(min(workers, len(missing)), maxtasksperchild=20) as pool:
-            for name, result in tqdm(
-                pool.imap_unordered(_work, missing), total=len(missing), unit="task", disable=None
-            ):
+            results = itertools.chain(pool.imap_unordered(_work, there), map(_work, here))
+            for name, result in tqdm(results, total=len(missing), unit="task", disable=None):
                 done[name] = result
                 if "error" not in result:
                     kept = {name: result for name, result in done.items() if "error" not in result}

@@ -83,6 +83,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert results_of(tasks, path, 1, fresh=False) == {"audit 1": {"ratio": 1.5}}
 
 
+def test_a_task_that_starts_a_process_runs_outside_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = reliability_resume.cases()[0]
+    monkeypatch.setattr(reliability_resume, "cases", lambda: [case])
+    tasks = {"resume": reliability_tasks.resume, "audit 1": partial(reliability_tasks.audit, 1)}
+    found = results_of(tasks, tmp_path / "progress.json", 2, fresh=False)
+    assert found["resume"] == {"mismatches": 0, "examples": []} and found["audit 1"]["ratio"] > 0
+
+
 def test_the_page_says_what_was_found_and_what_was_not_run() -> None:
     kind = {"oracle": "exact", "kind": "wrong", "message": "off by 1e-1", "where": "", "count": 2, "seed": 1}
     networks = {"cases": 20, "counts": {"right": 100, "wrong": 2}, "kinds": {"a": {**kind, "network": "Network()"}}}
