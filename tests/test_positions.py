@@ -52,6 +52,21 @@ def _own_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (p * (1 - eye)) @ v.detach() + p.diagonal(dim1=1, dim2=2)[..., None] * v
 
 
+class Mixing(nn.Module):
+    """A residual block whose input is mixed across positions by ``mix``."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.mix = nn.Linear(C, C), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(self.mix(x)))
+
+
+def masked(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
 class LanguageModel(nn.Module):
     def __init__(self, *blocks: nn.Module, width: int = C, vocabulary: int = V, length: int = T) -> None:
         super().__init__()
@@ -214,6 +229,54 @@ def encoder_and_decoder() -> Problem:
     return of(model, lambda: F.cross_entropy(model(source, x).transpose(1, 2), y))
 
 
+def gru_cell() -> Problem:
+    """The closure calls the cell once for each position: no site has positions."""
+    cell, head = nn.GRUCell(3, C).double(), nn.Linear(C, V).double()
+    x, y = torch.randn(N, T, 3).double(), torch.randint(V, (N, T))
+
+    def loss() -> Tensor:
+        state, states = torch.zeros(N, C).double(), []
+        for t in range(T):
+            state = cell(x[:, t], state)
+            states.append(state)
+        return F.cross_entropy(head(torch.stack(states, 1)).transpose(1, 2), y)
+
+    return of(nn.ModuleList([cell, head]), loss)
+
+
+def judged(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Problem]:
+    """A language model with another loss of its logits."""
+
+    def make() -> Problem:
+        model, x, y = language_model()
+        return of(model, lambda: loss(model(x), y))
+
+    return make
+
+
+_t = torch.arange(T)
+_causal = _t[:, None] >= _t
+#: Influences on earlier positions, and losses that mix positions: nothing is added to the bias.
+UNUSUAL: dict[str, Callable[[], Problem]] = {
+    "a window": lambda: plain(Mixing(masked(_causal & (_t[:, None] - _t < 2)))),
+    "a prefix": lambda: plain(Mixing(masked(_causal | (_t < 2))), Mixing(masked(_causal | (_t < 2)))),
+    "the first two mix": lambda: plain(Mixing(masked(_causal | ((_t[:, None] < 2) & (_t < 2))))),
+    "two in the middle mix": lambda: plain(Mixing(masked(_causal | ((_t[:, None] == 1) & (_t == 2))))),
+    "reversed": lambda: plain(Mixing(masked(_causal.T))),
+    "one ahead": lambda: plain(Mixing(lambda x: x.roll(-1, 1))),
+    "one behind": lambda: plain(Mixing(lambda x: x.roll(1, 1))),
+    "a running sum": lambda: plain(Mixing(lambda x: x.cumsum(1))),
+    "norm over time": lambda: plain(Mixing(lambda x: F.layer_norm(x.mT, (T,)).mT)),
+    "batch norm": lambda: plain(Mixing(lambda x: F.batch_norm(x.flatten(0, 1), None, None, training=True).view_as(x))),
+    "recurrent cells": gru_cell,
+    "the mean of the logits": judged(lambda logits, y: F.cross_entropy(logits.mean(1), y[:, 0])),
+    "sums of the logits": judged(lambda logits, y: F.cross_entropy(logits.cumsum(1).transpose(1, 2), y)),
+    "the last logits": judged(lambda logits, y: F.cross_entropy(logits[:, -1], y[:, 0])),
+    "differences of logits": judged(lambda logits, y: (logits[:, 1:] - logits[:, :-1]).square().mean()),
+    "softmax over time": judged(lambda logits, y: -(logits[..., 0].softmax(1) * y).sum(1).mean()),
+}
+
+
 #: By name: the problem, T, and whether all sites are causal, or some.
 WITH_POSITIONS: dict[str, tuple[Callable[[], Problem], int, str]] = {
     "language model": (plain, T, "all"),
@@ -267,7 +330,7 @@ WITHOUT_POSITIONS: dict[str, Callable[[], Problem]] = {
 
 def build(name: str) -> Problem:
     torch.manual_seed(0)
-    return (WITHOUT_POSITIONS[name] if name in WITHOUT_POSITIONS else WITH_POSITIONS[name][0])()
+    return ({**UNUSUAL, **WITHOUT_POSITIONS}.get(name) or WITH_POSITIONS[name][0])()
 
 
 def sgd(problem: Problem, estimator: Any = "activation_perturbation", **options: Any) -> GuessGradOptimizer:
@@ -354,6 +417,13 @@ def test_the_sum_over_one_hot_guesses_is_the_discounted_gradient(name: str, disc
     assert_close(found, expected_gradient(reference, problem.closure))
     if discount == 1:
         assert_close(found, true_gradient(reference, problem.closure))
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_no_bias_where_positions_act_in_unusual_ways(name: str) -> None:
+    problem = build(name)
+    found = Summing(problem, discount=1.0).gradient()
+    assert_close(found, true_gradient(sgd(problem), problem.closure))
 
 
 def test_without_discount_keys_and_values_of_other_positions_are_constants() -> None:

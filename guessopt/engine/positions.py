@@ -26,6 +26,9 @@ from guessopt.sites import Influence, Site
 #: Without causality: the square of the output's movement at the position that moves, over that elsewhere, at least.
 MIN_OWN_MOVEMENT = 3.0
 
+#: Borders of trials at random positions, beside the first, the middle and the last.
+RANDOM_BORDERS = 3
+
 #: The most positions that are moved one by one.
 MAX_POSITIONS = 8
 
@@ -64,6 +67,7 @@ class _Search:
         self.sites, self.cuts, self.found, self.push, self.seed = sites, cuts, found, push, seed
         self.pick = random.Random(seed)
         self.runs = 0
+        self._borders: dict[int, list[int]] = {}
 
     # --- what to try --------------------------------------------------------------------------------------------------
 
@@ -121,7 +125,7 @@ class _Search:
         while pending:
             following: list[list[int]] = []
             trials = [hypothesis.only(group) for group in pending]
-            for group, passes in zip(pending, self.are_still(trials, most=2), strict=True):
+            for group, passes in zip(pending, self.are_still(trials), strict=True):
                 if passes:
                     influence |= dict.fromkeys(group, Influence.LATER)
                 elif len(group) == 1 or budget < 0:
@@ -148,15 +152,18 @@ class _Search:
 
     # --- which positions move -----------------------------------------------------------------------------------------
 
-    def borders(self, count: int, most: int) -> list[int]:
-        """Positions at which a trial divides the others: the last, the middle, the first, and a random one."""
-        chosen = [count - 1, max(count // 2, 1), 1, self.pick.randrange(1, count)]
-        return list(dict.fromkeys(chosen))[:most]
+    def borders(self, count: int) -> list[int]:
+        """Positions at which trials divide the others: the last, the middle, the first, and random ones. An influence
+        on earlier positions is seen if a border lies between cause and effect."""
+        if count not in self._borders:
+            chosen = [count - 1, max(count // 2, 1), 1, *(self.pick.randrange(1, count) for _ in range(RANDOM_BORDERS))]
+            self._borders[count] = list(dict.fromkeys(chosen))
+        return self._borders[count]
 
-    def are_still(self, trials: Sequence[Positions], *, most: int = 3, earlier: bool = False) -> list[bool]:
+    def are_still(self, trials: Sequence[Positions], *, earlier: bool = False) -> list[bool]:
         """Whether, in each trial, nothing before a border moves when the sites move from the border on. ``earlier``:
         nothing from the border on moves when the sites move before it."""
-        lanes = [(k, at) for k, trial in enumerate(trials) if trial.dims for at in self.borders(trial.count, most)]
+        lanes = [(k, at) for k, trial in enumerate(trials) if trial.dims for at in self.borders(trial.count)]
         rows = [((torch.arange(trials[k].count) < at) == earlier).float() for k, at in lanes]
         clean = [True] * len(trials)
         for (k, at), moved in zip(lanes, self._moved([trials[k] for k, _ in lanes], rows), strict=True):
