@@ -35,9 +35,10 @@ class Bench(Runs):
     def missing(self, problem: str, methods: tuple[str, ...], seeds: int) -> Iterator[Key]:
         """The runs still to be made: seed 0 at all rates, and after them the other seeds at the best rate."""
         for method in methods:
-            for lr in self.grid(problem):
-                if (problem, method, lr, 0) not in self.cells:
-                    yield problem, method, lr, 0
+            asked = {lr for name, each, lr, seed in self.cells if (name, each, seed) == (problem, method, 0)}
+            while new := [lr for lr in self.grid(problem, method) if lr not in asked]:
+                asked.add(new[0])  # the grid may grow with its result
+                yield problem, method, new[0], 0
         for seed in range(1, seeds):
             for method in methods:
                 key = (problem, method, self.best(problem, method), seed)
@@ -94,7 +95,7 @@ class Bench(Runs):
         for name in problems:
             steps = PROBLEMS[name].settings(self.quick)["steps"]
             for method in methods:
-                wanted = len(self.grid(name)) + seeds[name] - 1
+                wanted = len(self.grid(name, method)) + seeds[name] - 1
                 left = wanted - sum(key[:2] == (name, method) for key in self.cells)
                 if left <= 0:
                     continue

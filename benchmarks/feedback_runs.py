@@ -24,7 +24,8 @@ METHODS: dict[str, Method] = {
         for name in (
             "random_feedback", "fixed_feedback", "w_perp", "w_transpose", "activation_perturbation",
             # For losses with positions; parts of learned feedback. They run only if --methods names them.
-            "activation_credit", "w_perp_credit", "learned_feedback_near", "learned_feedback_skips",
+            "activation_credit", "w_perp_credit", "activation_credit_exact", "w_perp_credit_exact",
+            "learned_feedback_near", "learned_feedback_skips",
             "learned_feedback_sites", "learned_feedback_position", "learned_feedback_shared",
             "learned_feedback_guesses",
             "learned_feedback_weights", "learned_feedback_zero", "learned_feedback_auto",
@@ -36,6 +37,8 @@ LABELS = {name: method.label for name, method in METHODS.items()}
 DEFAULT = tuple(METHODS)[:7]
 """The methods that are run unless ``--methods`` names others."""
 LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+WIDER = (1e-2, 3e-2)
+WIDENED = ("activation_credit", "w_perp_credit", "activation_credit_exact", "w_perp_credit_exact")
 
 
 @dataclass(frozen=True)
@@ -221,17 +224,29 @@ class Runs:
         """``pace``; None: not known."""
         return 1.0 if method == "backprop" else self.pace.get(problem, {}).get(method)
 
-    def grid(self, problem: str) -> tuple[float, ...]:
-        return tuple(lr for lr in self.lrs if lr >= PROBLEMS[problem].lowest)
+    def grid(self, problem: str, method: str) -> tuple[float, ...]:
+        """The learning rates of seed 0. For ``WIDENED`` methods, ``WIDER`` rates follow while the best is the last."""
+        found = [lr for lr in self.lrs if lr >= PROBLEMS[problem].lowest]
+        for lr in WIDER if method in WIDENED else ():
+            scores = [self.score(problem, method, each) for each in found]
+            if None in scores or max(scores, key=lambda score: score or 0.0) != scores[-1]:
+                break
+            found.append(lr)
+        return tuple(found)
+
+    def score(self, problem: str, method: str, lr: float) -> float | None:
+        """The figure of the run with seed 0; None: not run yet."""
+        cell = self.cells.get((problem, method, lr, 0))
+        return None if cell is None else cell.figure(PROBLEMS[problem].judge)
 
     def best(self, problem: str, method: str) -> float:
         """The learning rate whose run with seed 0 ended best."""
-        judge = PROBLEMS[problem].judge
-        return max(self.grid(problem), key=lambda lr: self.cells[problem, method, lr, 0].figure(judge))
+        scores = {lr: self.score(problem, method, lr) for lr in self.grid(problem, method)}
+        return max(scores, key=lambda lr: -math.inf if scores[lr] is None else float(scores[lr] or 0.0))
 
     def chosen(self, problem: str, method: str) -> list[Cell]:
         """All runs at the best rate, by seed; none where the grid is not complete."""
-        if any((problem, method, lr, 0) not in self.cells for lr in self.grid(problem)):
+        if any((problem, method, lr, 0) not in self.cells for lr in self.grid(problem, method)):
             return []
         at = problem, method, self.best(problem, method)
         return [self.cells[key] for key in sorted(self.cells) if key[:3] == at]

@@ -99,6 +99,15 @@ METHODS: dict[str, Method] = {
     # Position credit: the best discount is measured.
     "activation_credit": guessing("activation perturbation, credit", ActivationPerturbation).variant(discount="auto"),
     "w_perp_credit": guessing("W-perp, credit", partial(WPerp, k=10)).variant(discount="auto"),
+    **{
+        f"{name}_credit_exact": guessing(f"{label}, credit, exact head", estimator).variant(
+            discount="auto", exact_last=True
+        )
+        for name, label, estimator in (
+            ("activation", "activation perturbation", ActivationPerturbation),
+            ("w_perp", "W-perp", partial(WPerp, k=10)),
+        )
+    },
     "activation_mixing": guessing("activation mixing", ActivationMixing),
     "downstream": guessing("downstream", Downstream),
     "self_sharpening": guessing("self-sharpening", SelfSharpening),
