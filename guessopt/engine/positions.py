@@ -29,6 +29,9 @@ MIN_OWN_MOVEMENT = 3.0
 #: Borders of trials at random positions, beside the first, the middle and the last.
 RANDOM_BORDERS = 3
 
+#: Borders of the trials that confirm an earlier result.
+KNOWN_BORDERS = 2
+
 #: The most positions that are moved one by one.
 MAX_POSITIONS = 8
 
@@ -37,7 +40,13 @@ MAX_SINGLE_TRIALS = 64
 
 
 def find_positions(
-    sites: Sequence[Site], cuts: Sequence[Cut], found: Found, push: Push, seed: int = 0, known: Positions | None = None
+    sites: Sequence[Site],
+    cuts: Sequence[Cut],
+    found: Found,
+    push: Push,
+    seed: int = 0,
+    known: Positions | None = None,
+    lanes: int = MAX_LANES,
 ) -> Positions | None:
     """Search for T, the dimensions that hold the positions, and the influence of each site's positions. None if the
     loss has no positions.
@@ -47,8 +56,9 @@ def find_positions(
         push: runs the closure.
         seed: of the choice of positions. A search with another seed may see a leak that this one misses.
         known: an earlier result. A trial or two confirm it, or the search begins anew.
+        lanes: the most lanes of one run; the tangents of the output take memory.
     """
-    search = _Search(sites, cuts, found, push, seed)
+    search = _Search(sites, cuts, found, push, seed, lanes)
     if known is not None and search.holds(known):
         return known
     hypotheses = search.hypotheses()
@@ -63,8 +73,11 @@ def find_positions(
 
 
 class _Search:
-    def __init__(self, sites: Sequence[Site], cuts: Sequence[Cut], found: Found, push: Push, seed: int) -> None:
+    def __init__(
+        self, sites: Sequence[Site], cuts: Sequence[Cut], found: Found, push: Push, seed: int, lanes: int
+    ) -> None:
         self.sites, self.cuts, self.found, self.push, self.seed = sites, cuts, found, push, seed
+        self.lanes = lanes
         self.pick = random.Random(seed)
         self.runs = 0
         self._borders: dict[int, list[int]] = {}
@@ -109,10 +122,13 @@ class _Search:
         return any(len(self._row(site, self.found.layouts)) > 1 for site in before)
 
     def holds(self, known: Positions) -> bool:
-        """Whether an earlier result passes the trials of a causal network, with other positions."""
+        """Whether an earlier result passes a trial at other, random borders."""
+        self._borders[known.count] = [self.pick.randrange(1, known.count) for _ in range(KNOWN_BORDERS)]
         later = known.only(v for v, influence in known.influence.items() if influence is not Influence.ALL)
         own = known.only(v for v, influence in known.influence.items() if influence is Influence.OWN)
-        return self.are_still([later])[0] and self.are_still([own], earlier=True)[0]
+        held = self.are_still([later])[0] and self.are_still([own], earlier=True)[0]
+        del self._borders[known.count]
+        return held
 
     def checked(self, hypothesis: Positions) -> Positions:
         """The hypothesis without the sites that fail. Sites of one shape are tried together; those that fail together
@@ -185,8 +201,8 @@ class _Search:
     def _moved(self, trials: Sequence[Positions], rows: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """For each trial, whose sites move at the positions of ``rows``: of each cut with positions, the size of the
         movement, ``[N, T]``, and the movement itself."""
-        for start in range(0, len(trials), MAX_LANES):
-            part = list(zip(trials[start : start + MAX_LANES], rows[start : start + MAX_LANES], strict=True))
+        for start in range(0, len(trials), self.lanes):
+            part = list(zip(trials[start : start + self.lanes], rows[start : start + self.lanes], strict=True))
             tangents = self.push(self._tangents(part), len(part))
             for k, (trial, _) in enumerate(part):
                 moved = []

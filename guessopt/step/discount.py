@@ -28,7 +28,7 @@ from guessopt.step.guessing import DrawContext, again, forgetting, guesses_of
 from guessopt.step.plan import Plan
 
 #: Runs with one moving position in each example, in a measurement.
-RUNS = 6
+RUNS = 4
 
 
 def is_due(est: Estimation) -> bool:

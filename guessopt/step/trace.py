@@ -15,7 +15,7 @@ from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.engine.positions import find_positions
-from guessopt.engine.probe import Found, Push, Tangents, find_layouts
+from guessopt.engine.probe import MAX_LANES, Found, Push, Tangents, find_layouts
 from guessopt.engine.transaction import Transaction
 from guessopt.engine.witness import Mixing, WatchedRun, Witness
 from guessopt.errors import ClosureError
@@ -213,7 +213,11 @@ def layouts_of(
             seed=seed,
             known=known,
         )
-        positions = None if est.discount is None else positions_of(found, graph, push, seed, known)
+        positions = (
+            None
+            if est.discount is None
+            else positions_of(found, graph, push, seed, known, lanes=MAX_LANES if together else 1)
+        )
     except _Carried as carried:
         raise carried.error from None
     asleep = witness.asleep if known is None else witness.asleep & known.asleep
@@ -227,10 +231,12 @@ def layouts_of(
     )
 
 
-def positions_of(found: Found, graph: SiteGraph, push: Push, seed: int, known: Found | None) -> Positions | None:
+def positions_of(
+    found: Found, graph: SiteGraph, push: Push, seed: int, known: Found | None, lanes: int
+) -> Positions | None:
     """Search for the positions of the loss. Every site counts, coupled or not."""
     earlier = known.positions if known is not None and known.layouts == found.layouts else None
-    return find_positions(graph.sites, graph.cuts, found, push, seed, earlier)
+    return find_positions(graph.sites, graph.cuts, found, push, seed, earlier, lanes)
 
 
 class _Carried(Exception):
