@@ -1,12 +1,16 @@
 """Finds by trials which dimension of each tensor holds the positions of the loss, and which positions a site moves.
 
-The loss of a language model is a sum over T positions. A trial moves sites at the positions from a border on. If no
-part of the network's output before the border moves, the chosen dimension is the right one, and position t of the site
-influences the positions ``t' >= t`` alone: the site is causal. If also nothing moves from a border on when the sites
-move before it, position t influences position t alone (the last layers of a transformer).
+The loss of a language model is a sum over T positions. A trial moves the sites at some positions, and looks at others:
 
-A site that is not causal may still have positions (attention without a mask). Then trials move one position each: the
-output must move there much more than elsewhere. A site that fails these trials as well has no positions.
+| trial | sites move | must be still | what it shows |
+|---|---|---|---|
+| later | from a border on | the output before the border | position t influences positions from t on (causal) |
+| own | at half of the positions | the output at the other half | position t influences position t alone (last layers) |
+| local | at one position | nothing | the output moves much more there than elsewhere |
+
+Each example has a border, or a half, of its own. So one run tests many. A trial in which nothing moves shows nothing.
+A site that is not causal keeps its positions if it is local (attention without a mask), else it has none. An influence
+that spans few positions, or comes with few batches, may be missed at first: later searches look elsewhere.
 """
 
 from __future__ import annotations
@@ -14,23 +18,27 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from guessopt.engine.probe import MAX_LANES, Found, Push, Tangents, rounding_of
+from guessopt.engine.probe import MAX_LANES, Found, Push, Tangents, rounding_of, size_of
 from guessopt.graph import Cut, Positions
 from guessopt.layout import Layout
 from guessopt.sites import Influence, Site
 
+#: Borders, and halves, that the trials of a search test: at least, if ``MAX_LANES`` runs are enough for as many.
+TESTED = 24
+
+#: Lanes of the trials that confirm an earlier result.
+KNOWN_LANES = 2
+
 #: Without causality: the square of the output's movement at the position that moves, over that elsewhere, at least.
 MIN_OWN_MOVEMENT = 3.0
 
-#: Borders of trials at random positions, beside the first, the middle and the last.
-RANDOM_BORDERS = 3
-
-#: Borders of the trials that confirm an earlier result.
-KNOWN_BORDERS = 2
+#: The fewest positions at which a site can be local.
+MIN_LOCAL = 4
 
 #: The most positions that are moved one by one.
 MAX_POSITIONS = 8
@@ -40,13 +48,7 @@ MAX_SINGLE_TRIALS = 64
 
 
 def find_positions(
-    sites: Sequence[Site],
-    cuts: Sequence[Cut],
-    found: Found,
-    push: Push,
-    seed: int = 0,
-    known: Positions | None = None,
-    lanes: int = MAX_LANES,
+    sites: Sequence[Site], cuts: Sequence[Cut], found: Found, push: Push, seed: int = 0, known: Positions | None = None
 ) -> Positions | None:
     """Search for T, the dimensions that hold the positions, and the influence of each site's positions. None if the
     loss has no positions.
@@ -54,33 +56,57 @@ def find_positions(
     Args:
         found: where the examples lie.
         push: runs the closure.
-        seed: of the choice of positions. A search with another seed may see a leak that this one misses.
-        known: an earlier result. A trial or two confirm it, or the search begins anew.
-        lanes: the most lanes of one run; the tangents of the output take memory.
+        seed: of the choice of positions. A search with another seed may see an influence that this one misses.
+        known: an earlier result. A trial or two confirm it. If they fail, the search begins anew, and adds the
+            influences that it finds to the known ones.
     """
-    search = _Search(sites, cuts, found, push, seed, lanes)
+    search = _Search(sites, cuts, found, push, seed)
     if known is not None and search.holds(known):
         return known
-    hypotheses = search.hypotheses()
-    for hypothesis in hypotheses:
-        if search.are_still([hypothesis])[0]:
-            return search.with_own(replace(hypothesis, influence=dict.fromkeys(hypothesis.dims, Influence.LATER)))
-    checked = [p for hypothesis in hypotheses if search.has_features(p := search.checked(hypothesis))]
-    best = max(
-        checked, key=lambda p: (len(p.dims), sum(i is Influence.LATER for i in p.influence.values())), default=None
-    )
-    return best and search.with_own(best)
+    result = search.result()
+    return result if known is None or result is None else _joined(known, result)
+
+
+def _joined(known: Positions, new: Positions) -> Positions:
+    """The larger influence of both: one that came with an earlier batch may come again. A site without positions in one
+    of them has none."""
+    if known.count != new.count or known.ends != new.ends:
+        return new
+    both = [v for v, dim in new.dims.items() if known.dims.get(v) == dim]
+    order = list(Influence)
+    larger = {v: max(known.influence[v], new.influence[v], key=order.index) for v in both}
+    return replace(new.only(both), influence=larger)
+
+
+def _worth(found: Positions) -> tuple[int, int]:
+    return len(found.dims), list(found.influence.values()).count(Influence.LATER)
+
+
+class _Lane(NamedTuple):
+    """The sites of ``trial`` move where ``moving`` ``[N, T]`` is 1."""
+
+    trial: Positions
+    moving: Tensor
 
 
 class _Search:
-    def __init__(
-        self, sites: Sequence[Site], cuts: Sequence[Cut], found: Found, push: Push, seed: int, lanes: int
-    ) -> None:
+    def __init__(self, sites: Sequence[Site], cuts: Sequence[Cut], found: Found, push: Push, seed: int) -> None:
         self.sites, self.cuts, self.found, self.push, self.seed = sites, cuts, found, push, seed
-        self.lanes = lanes
         self.pick = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.lanes = min(max(-(-TESTED // found.batch), KNOWN_LANES), MAX_LANES)
         self.runs = 0
-        self._borders: dict[int, list[int]] = {}
+
+    def result(self) -> Positions | None:
+        hypotheses = self.hypotheses()
+        for hypothesis in hypotheses:
+            if self.are_later([hypothesis])[0]:
+                return self.with_own(replace(hypothesis, influence=dict.fromkeys(hypothesis.dims, Influence.LATER)))
+        checked = [p for hypothesis in hypotheses if self.has_features(p := self.checked(hypothesis))]
+        best = max(
+            checked, key=lambda p: (len(p.dims), list(p.influence.values()).count(Influence.LATER)), default=None
+        )
+        return best and self.with_own(best)
 
     # --- what to try --------------------------------------------------------------------------------------------------
 
@@ -122,12 +148,12 @@ class _Search:
         return any(len(self._row(site, self.found.layouts)) > 1 for site in before)
 
     def holds(self, known: Positions) -> bool:
-        """Whether an earlier result passes a trial at other, random borders."""
-        self._borders[known.count] = [self.pick.randrange(1, known.count) for _ in range(KNOWN_BORDERS)]
+        """Whether an earlier result passes trials with other borders and halves."""
+        self.lanes, lanes = KNOWN_LANES, self.lanes
         later = known.only(v for v, influence in known.influence.items() if influence is not Influence.ALL)
         own = known.only(v for v, influence in known.influence.items() if influence is Influence.OWN)
-        held = self.are_still([later])[0] and self.are_still([own], earlier=True)[0]
-        del self._borders[known.count]
+        held = (not later.dims or self.are_later([later])[0]) and (not own.dims or self.are_own([own])[0])
+        self.lanes = lanes
         return held
 
     def checked(self, hypothesis: Positions) -> Positions:
@@ -141,7 +167,7 @@ class _Search:
         while pending:
             following: list[list[int]] = []
             trials = [hypothesis.only(group) for group in pending]
-            for group, passes in zip(pending, self.are_still(trials), strict=True):
+            for group, passes in zip(pending, self.are_later(trials), strict=True):
                 if passes:
                     influence |= dict.fromkeys(group, Influence.LATER)
                 elif len(group) == 1 or budget < 0:
@@ -160,64 +186,97 @@ class _Search:
         low, high = 0, len(later)
         while low < high:
             middle = (low + high) // 2
-            if self.are_still([found.only(later[middle:])], earlier=True)[0]:
+            if self.are_own([found.only(later[middle:])])[0]:
                 high = middle
             else:
                 low = middle + 1
         return replace(found, influence=found.influence | dict.fromkeys(later[low:], Influence.OWN))
 
-    # --- which positions move -----------------------------------------------------------------------------------------
+    # --- trials -------------------------------------------------------------------------------------------------------
 
-    def borders(self, count: int) -> list[int]:
-        """Positions at which trials divide the others: the last, the middle, the first, and random ones. An influence
-        on earlier positions is seen if a border lies between cause and effect."""
-        if count not in self._borders:
-            chosen = [count - 1, max(count // 2, 1), 1, *(self.pick.randrange(1, count) for _ in range(RANDOM_BORDERS))]
-            self._borders[count] = list(dict.fromkeys(chosen))
-        return self._borders[count]
+    def are_later(self, trials: Sequence[Positions]) -> list[bool]:
+        """Whether, in each trial, nothing before an example's border moves when the sites move from the border on."""
+        t = torch.arange(trials[0].count)
+        return self._are_still(trials, [t >= b[:, None] for b in self._borders(trials[0])])
 
-    def are_still(self, trials: Sequence[Positions], *, earlier: bool = False) -> list[bool]:
-        """Whether, in each trial, nothing before a border moves when the sites move from the border on. ``earlier``:
-        nothing from the border on moves when the sites move before it."""
-        lanes = [(k, at) for k, trial in enumerate(trials) if trial.dims for at in self.borders(trial.count)]
-        rows = [((torch.arange(trials[k].count) < at) == earlier).float() for k, at in lanes]
-        clean = [True] * len(trials)
-        for (k, at), moved in zip(lanes, self._moved([trials[k] for k, _ in lanes], rows), strict=True):
-            for size, t in moved:
-                clean[k] = clean[k] and _is_still(size[:, at:] if earlier else size[:, :at], size, t)
+    def are_own(self, trials: Sequence[Positions]) -> list[bool]:
+        """Whether, in each trial, nothing moves at one half of an example's positions when the sites move at the
+        other half."""
+        halves = torch.rand(self.lanes, self.found.batch, trials[0].count, generator=self.generator)
+        halves = halves.argsort(-1) < trials[0].count / 2
+        return self._are_still(
+            trials, [half[:1].expand_as(half) if self._shared(trials[0]) else half for half in halves]
+        )
+
+    def _borders(self, trial: Positions) -> Tensor:
+        """``[lanes, N]``: each border as often as any other. The first and the last are among them."""
+        wanted = self.lanes * (1 if self._shared(trial) else self.found.batch)
+        ends = torch.tensor([1, trial.count - 1])
+        rounds = -(-wanted // (trial.count - 1))
+        rest = torch.cat([torch.randperm(trial.count - 1, generator=self.generator) + 1 for _ in range(rounds)])
+        chosen = torch.cat([ends, rest])[:wanted] if wanted > 1 else rest[:1]
+        return chosen.view(self.lanes, -1).expand(self.lanes, self.found.batch)
+
+    def _shared(self, trial: Positions) -> bool:
+        """Whether all examples of a lane must have one border: some tensor does not hold them apart."""
+        layouts = [self.found.layouts[v] for v in trial.dims] + [self.found.ends[v] for v in trial.ends]
+        return Layout.COUPLED in layouts
+
+    def _are_still(self, trials: Sequence[Positions], masks: Sequence[Tensor]) -> list[bool]:
+        """Whether, in each trial and for each mask, the output moves only where the sites move, and moves at all."""
+        lanes = [_Lane(trial, mask.double()) for trial in trials for mask in masks]
+        sizes, clean = self._sizes(lanes), list[bool]()
+        for _ in trials:
+            still, moves = True, False
+            for mask in masks:
+                for size, rounding in next(sizes):
+                    outside = float((size * ~mask[: len(size)]).sum())
+                    still, moves = still and outside <= rounding, moves or outside < float(size.sum())
+            clean.append(still and moves)
         return clean
 
     def are_local(self, trials: Sequence[Positions]) -> list[bool]:
         """Whether, in each trial, the output moves much more at the position that moves than elsewhere."""
-        chosen = [self.pick.sample(range(trial.count), min(trial.count, MAX_POSITIONS)) for trial in trials]
-        lanes = [(k, position) for k, positions in enumerate(chosen) for position in positions]
-        rows = [(torch.arange(trials[k].count) == position).float() for k, position in lanes]
-        energy: list[list[Tensor]] = [[] for _ in trials]
-        for (k, _), moved in zip(lanes, self._moved([trials[k] for k, _ in lanes], rows), strict=True):
-            squares = [size.square().sum(0)[chosen[k]] for size, _ in moved]
-            energy[k].append(torch.stack(squares).sum(0) if squares else torch.zeros(len(chosen[k])))
-        return [_is_diagonal(torch.stack(each)) for each in energy]
+        count = trials[0].count if trials else 0
+        if count < MIN_LOCAL:
+            return [False] * len(trials)
+        chosen = self.pick.sample(range(count), min(count, MAX_POSITIONS))
+        masks = [(torch.arange(count) == position).double().expand(self.found.batch, -1) for position in chosen]
+        sizes, found = self._sizes([_Lane(trial, mask) for trial in trials for mask in masks]), list[bool]()
+        for _ in trials:
+            energy = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
+            for k in range(len(chosen)):
+                for size, _ in next(sizes):
+                    energy[k] += size.square().sum(0)[chosen]
+            found.append(_is_diagonal(energy))
+        return found
 
-    def _moved(self, trials: Sequence[Positions], rows: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """For each trial, whose sites move at the positions of ``rows``: of each cut with positions, the size of the
-        movement, ``[N, T]``, and the movement itself."""
-        for start in range(0, len(trials), self.lanes):
-            part = list(zip(trials[start : start + self.lanes], rows[start : start + self.lanes], strict=True))
-            tangents = self.push(self._tangents(part), len(part))
-            for k, (trial, _) in enumerate(part):
-                moved = []
-                for cut, t in zip(self.cuts, tangents, strict=True):
-                    if t is not None and cut.value in trial.ends:
-                        layout, dim = self.found.ends[cut.value], trial.ends[cut.value]
-                        size = t[k].abs().double().nan_to_num(0.0, 0.0, 0.0)
-                        moved.append((layout.sum_positions(size, self.found.batch, dim).cpu(), t[k]))
-                yield moved
+    # --- movement -----------------------------------------------------------------------------------------------------
 
-    def _tangents(self, lanes: Sequence[tuple[Positions, Tensor]]) -> dict[int, Tangents]:
+    def _sizes(self, lanes: Sequence[_Lane]) -> Iterator[list[tuple[Tensor, float]]]:
+        """For each lane and each cut with positions: the size of the movement, ``[N, T]``, and of its rounding."""
+        for start in range(0, len(lanes), MAX_LANES):
+            part = lanes[start : start + MAX_LANES]
+            moves = self.push(self._tangents(part), len(part))
+            for lane in part:
+                moved = next(moves)
+                found = [
+                    self._size(cut, t, lane.trial.ends[cut.value])
+                    for cut, t in zip(self.cuts, moved, strict=True)
+                    if t is not None and cut.value in lane.trial.ends and t.numel()
+                ]
+                del moved  # before the next run
+                yield found
+
+    def _size(self, cut: Cut, t: Tensor, dim: int) -> tuple[Tensor, float]:
+        size = size_of(t)
+        largest, each = float(size.max()), self.found.ends[cut.value].sum_positions(size, self.found.batch, dim)
+        return each.double().cpu(), rounding_of(t) * largest * (t.numel() / each.shape[1]) ** 0.5
+
+    def _tangents(self, lanes: Sequence[_Lane]) -> dict[int, Tangents]:
         """The tangents of one run. A site's are drawn from a seed of their own; see ``probe``."""
         self.runs += 1
         seed = hash((self.seed, self.runs, 1))
-        batch, layouts = self.found.batch, self.found.layouts
 
         def tangents(site: Site) -> Tangents:
             def of(s: Tensor, wanted: Sequence[int]) -> Tensor:
@@ -225,34 +284,21 @@ class _Search:
                 generator = torch.Generator().manual_seed(hash((seed, site.index)))
                 noise = torch.randn(s.shape, generator=generator, dtype=dtype).to(s)
                 found = s.new_zeros(len(wanted), *s.shape)
-                for k, lane in enumerate(wanted):
-                    trial, row = lanes[lane]
-                    if site.value in trial.dims:
-                        each = row.to(s).expand(batch, -1)
-                        layout = layouts[site.value]
-                        if layout is Layout.COUPLED:
-                            each = each / batch  # the layout adds up the examples
-                        torch.mul(
-                            noise,
-                            layout.spread_positions(each, tuple(s.shape), batch, trial.dims[site.value]),
-                            out=found[k],
-                        )
+                for k, number in enumerate(wanted):
+                    if site.value in lanes[number].trial.dims:
+                        torch.mul(noise, self._mask(site, lanes[number]).to(s), out=found[k])
                 return found
 
             return of
 
-        moving = {v for trial, _ in lanes for v in trial.dims}
+        moving = {v for lane in lanes for v in lane.trial.dims}
         return {site.index: tangents(site) for site in self.sites if site.value in moving}
 
-
-def _is_still(before: Tensor, size: Tensor, tangent: Tensor) -> bool:
-    """Whether nothing has moved, up to rounding. ``size``: the movement by example and position; ``before``: the part
-    of it that must be still."""
-    if not size.numel():
-        return True
-    entries = tangent.numel() / size.shape[1]
-    most: float = rounding_of(tangent) * float(tangent.abs().max().double()) * entries**0.5
-    return float(before.sum()) <= most
+    def _mask(self, site: Site, lane: _Lane) -> Tensor:
+        layout, moving = self.found.layouts[site.value], lane.moving
+        if layout is Layout.COUPLED:  # which adds up the examples
+            moving = moving[:1]
+        return layout.spread_positions(moving, site.shape, self.found.batch, lane.trial.dims[site.value])
 
 
 def _is_diagonal(energy: Tensor) -> bool:

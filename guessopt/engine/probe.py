@@ -28,9 +28,9 @@ from guessopt.sites import Site
 #: From a site's output and the numbers of some lanes: the site's tangents in these lanes, ``[lanes, *shape]``.
 Tangents = Callable[[Tensor, Sequence[int]], Tensor]
 
-#: Runs the closure with tangents, by the site's index, in so many lanes. Returns the cuts' tangents, each
-#: ``[lanes, *shape]``, or None for a cut that does not move.
-Push = Callable[[Mapping[int, Tangents], int], list["Tensor | None"]]
+#: Runs the closure with tangents, by the site's index, in so many lanes. Yields for each lane the cuts' tangents; None
+#: for a cut that does not move.
+Push = Callable[[Mapping[int, Tangents], int], Iterator[list["Tensor | None"]]]
 
 #: The most lanes of one run.
 MAX_LANES = 8
@@ -335,15 +335,17 @@ class _Search:
         for start in range(0, len(lanes), MAX_LANES):
             carried = [lane for lane in lanes[start : start + MAX_LANES] if any(clean[number] for number in lane[0])]
             which = [(trials[numbers[0]].layouts, row) for numbers, row in carried]
-            moved = self.push(self._tangents(which), len(carried)) if carried else []
-            for k, (numbers, row) in enumerate(carried):
+            moves = self.push(self._tangents(which), len(carried)) if carried else iter(())
+            for numbers, row in carried:
+                moved = next(moves)
                 for number in numbers:
                     ends = trials[number].ends
                     clean[number] = clean[number] and all(
-                        _stays(t[k], row, ends[cut.value])
+                        _stays(t, row, ends[cut.value])
                         for cut, t in zip(self.cuts, moved, strict=True)
                         if t is not None
                     )
+                del moved  # before the next run
         return clean
 
     def _tangents(self, lanes: Sequence[tuple[Layouts, Tensor]]) -> dict[int, Tangents]:
@@ -388,10 +390,15 @@ def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
     zero."""
     if layout is Layout.COUPLED or not tangent.numel():
         return True
-    size = tangent.abs().double().nan_to_num(0.0, 0.0, 0.0)
+    size = size_of(tangent)
     outside = layout.sum_examples(size, len(moving)).cpu()[moving == 0].sum()
     result: bool = float(outside) <= rounding_of(tangent) * float(size.max()) * (size.numel() / len(moving)) ** 0.5
     return result
+
+
+def size_of(tangent: Tensor) -> Tensor:
+    """Absolute values; entries that are not finite count as zero."""
+    return tangent.abs().nan_to_num_(0.0, 0.0, 0.0)
 
 
 def rounding_of(tangent: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from guessopt.engine.jvp.base import JvpEngine
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.jvp.stacked import StackedEngine
 from guessopt.engine.positions import find_positions
-from guessopt.engine.probe import MAX_LANES, Found, Push, Tangents, find_layouts
+from guessopt.engine.probe import Found, Push, Tangents, find_layouts
 from guessopt.engine.transaction import Transaction
 from guessopt.engine.witness import Mixing, WatchedRun, Witness
 from guessopt.errors import ClosureError
@@ -174,22 +174,20 @@ def layouts_of(
     def run(watched: WatchedRun) -> list[Tensor | None]:
         try:
             return watched.execute(closure, est.by_position).tangents
+        except StopIteration as error:  # of the closure: it would end the search's generators
+            raise _Carried(error) from None
         finally:
             transaction.rewind()
 
-    def push(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
-        try:
-            return pushed(tangents, count)
-        except StopIteration as error:  # of the closure: it would end the search's generators
-            raise _Carried(error) from None
-
-    def pushed(tangents: Mapping[int, Tangents], count: int) -> list[Tensor | None]:
+    def push(tangents: Mapping[int, Tangents], count: int) -> Iterator[list[Tensor | None]]:
         """All tangents (lanes) in one run; or each in its own run, if they cannot share a run."""
         nonlocal together
         if together and count > 1:
             watched = prepared(tangents, StackedEngine(count, {}, frozen_statistics=frozen), range(count))
             try:
-                return run(watched)
+                shared = run(watched)
+                yield from ([None if t is None else t[k] for t in shared] for k in range(count))
+                return
             except Exception as error:
                 cause = error.__cause__ or error
                 if transaction.raised or (
@@ -198,8 +196,8 @@ def layouts_of(
                 ):
                     raise
                 together = False
-        runs = [run(prepared(tangents, FastEngine(frozen_statistics=frozen), [lane])) for lane in range(count)]
-        return [_stacked(lanes) for lanes in zip(*runs, strict=True)]
+        for lane in range(count):
+            yield run(prepared(tangents, FastEngine(frozen_statistics=frozen), [lane]))
 
     try:
         found = find_layouts(
@@ -213,11 +211,7 @@ def layouts_of(
             seed=seed,
             known=known,
         )
-        positions = (
-            None
-            if est.discount is None
-            else positions_of(found, graph, push, seed, known, lanes=MAX_LANES if together else 1)
-        )
+        positions = None if est.discount is None else positions_of(found, graph, push, seed, known)
     except _Carried as carried:
         raise carried.error from None
     asleep = witness.asleep if known is None else witness.asleep & known.asleep
@@ -231,23 +225,16 @@ def layouts_of(
     )
 
 
-def positions_of(
-    found: Found, graph: SiteGraph, push: Push, seed: int, known: Found | None, lanes: int
-) -> Positions | None:
+def positions_of(found: Found, graph: SiteGraph, push: Push, seed: int, known: Found | None) -> Positions | None:
     """Search for the positions of the loss. Every site counts, coupled or not."""
     earlier = known.positions if known is not None and known.layouts == found.layouts else None
-    return find_positions(graph.sites, graph.cuts, found, push, seed, earlier, lanes)
+    return find_positions(graph.sites, graph.cuts, found, push, seed, earlier)
 
 
 class _Carried(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
         self.error = error
-
-
-def _stacked(lanes: Sequence[Tensor | None]) -> Tensor | None:
-    like = next((t for t in lanes if t is not None), None)
-    return None if like is None else torch.stack([torch.zeros_like(like) if t is None else t for t in lanes])
 
 
 def mixing_of(
