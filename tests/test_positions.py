@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from guessopt import GuessGradOptimizer, LearnedFeedback, WPerp, preflight
 from guessopt.credit import DiscountChoice, discounted
 from guessopt.diagnostics import estimated_gradient, expected_gradient, true_gradient
+from guessopt.engine.positions import joined
+from guessopt.graph import Positions
 from guessopt.layout import Layout
 from guessopt.sites import Influence
 
@@ -256,12 +258,23 @@ def judged(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Problem]:
 
 _t = torch.arange(T)
 _causal = _t[:, None] >= _t
+
+
+def _blocks(*lengths: int) -> Tensor:
+    """A mask of blocks along the diagonal."""
+    return torch.block_diag(*(torch.ones(length, length) for length in lengths)).bool()
+
+
 #: Influences on earlier positions, and losses that mix positions: nothing is added to the bias.
 UNUSUAL: dict[str, Callable[[], Problem]] = {
     "a window": lambda: plain(Mixing(masked(_causal & (_t[:, None] - _t < 2)))),
     "a prefix": lambda: plain(Mixing(masked(_causal | (_t < 2))), Mixing(masked(_causal | (_t < 2)))),
     "the first two mix": lambda: plain(Mixing(masked(_causal | ((_t[:, None] < 2) & (_t < 2))))),
     "two in the middle mix": lambda: plain(Mixing(masked(_causal | ((_t[:, None] == 1) & (_t == 2))))),
+    "a block in the middle": lambda: plain(Mixing(masked(_blocks(1, 2, 1) | _causal)), Mixing(lambda x: x)),
+    "documents": lambda: plain(Mixing(masked(_blocks(1, 2, 1) & _causal)), Mixing(masked(_blocks(1, 2, 1) & _causal))),
+    "documents without a mask": lambda: plain(Mixing(masked(_blocks(1, 2, 1))), Mixing(masked(_blocks(1, 2, 1)))),
+    "two positions swapped": lambda: plain(Mixing(lambda x: x[:, [0, 2, 1, 3]])),
     "reversed": lambda: plain(Mixing(masked(_causal.T))),
     "one ahead": lambda: plain(Mixing(lambda x: x.roll(-1, 1))),
     "one behind": lambda: plain(Mixing(lambda x: x.roll(1, 1))),
@@ -320,10 +333,18 @@ def image_classifier() -> Problem:
     return of(net, lambda: F.cross_entropy(net(x), y))
 
 
+def class_token() -> Problem:
+    """As many tokens as classes, of which one token is read."""
+    net, head = nn.Sequential(nn.Linear(3, 8), Block(8, causal=False)).double(), nn.Linear(8, T).double()
+    x, y = torch.randn(N, T, 3).double(), torch.arange(N) % T
+    return of(nn.ModuleList([net, head]), lambda: F.cross_entropy(head(net(x)[:, 0]), y))
+
+
 WITHOUT_POSITIONS: dict[str, Callable[[], Problem]] = {
     "classifier": lambda: classifier(7),
     "as many features as classes": lambda: classifier(V),
     "pooled": pooled,
+    "class token": class_token,
     "image classifier": image_classifier,
 }
 
@@ -371,6 +392,14 @@ def test_no_positions_where_there_are_none(name: str) -> None:
         assert opt.estimation.plans[0].graph.positions == 0
     for key, g in found[0].items():
         assert torch.equal(g, found[1][key])
+
+
+def test_an_influence_that_came_with_an_earlier_batch_is_kept() -> None:
+    known = Positions(T, {9: 0}, {1: 0, 2: 0, 3: 0}, {1: Influence.ALL, 2: Influence.OWN, 3: Influence.LATER})
+    new = Positions(T, {9: 0}, {1: 0, 2: 0, 4: 0}, {1: Influence.OWN, 2: Influence.LATER, 4: Influence.OWN})
+    both = joined(known, new)
+    assert both.dims == {1: 0, 2: 0} and both.influence == {1: Influence.ALL, 2: Influence.LATER}
+    assert joined(Positions(T + 1, {9: 0}, {1: 0}, {1: Influence.ALL}), new) == new
 
 
 def test_the_encoder_keeps_one_derivative_for_each_example() -> None:

@@ -116,9 +116,6 @@ METHODS = {
     "w_perp_stream": Priced(
         TABLE["w_perp"].variant("W-perp, stream", exact_last=True, memory="stream"), 3, 1, follows="w_perp"
     ),
-    # Position credit, for losses that are sums over positions.
-    "activation_credit": Priced(TABLE["activation_credit"].variant(exact_last=True, memory="stream"), 3, 1),
-    "w_perp_credit": Priced(TABLE["w_perp_credit"].variant(exact_last=True, memory="stream"), 3, 1),
     "learned_feedback": Priced(TABLE["learned_feedback"].variant(memory="replay"), 4, 1),
 }
 """A pass is one evaluation of the network, or one way of tangents or gradients through it.

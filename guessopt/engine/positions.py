@@ -64,10 +64,10 @@ def find_positions(
     if known is not None and search.holds(known):
         return known
     result = search.result()
-    return result if known is None or result is None else _joined(known, result)
+    return result if known is None or result is None else joined(known, result)
 
 
-def _joined(known: Positions, new: Positions) -> Positions:
+def joined(known: Positions, new: Positions) -> Positions:
     """The larger influence of both: one that came with an earlier batch may come again. A site without positions in one
     of them has none."""
     if known.count != new.count or known.ends != new.ends:
