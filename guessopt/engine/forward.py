@@ -119,6 +119,8 @@ class ForwardRun(FollowingRun):
         tangents = [self.engine.tangents.get(number) for number in range(len(errors))]
         d = self.engine.each(partial(directional_derivatives, self.graph, errors), tangents)
         each = self.engine.each(partial(by_position, self.graph, errors), tangents) if self.graph.positions else None
+        self.loss_calls.release()
+        self.engine.tangents = {}
         return ForwardRecord(
             loss=total.detach(), d=d, each=each, errors=errors, tangents=tangents, guesses=self.guesses,
             saved_calls=self.saved_calls, exact=exact, params=dict(self.directions), values=self.values,

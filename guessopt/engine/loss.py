@@ -70,6 +70,11 @@ class LossCalls:
         errors = [torch.zeros_like(v) if e is None else e for v, e in zip(leaves, found, strict=False)]
         return errors, {p: e for p, e in zip(own, found[len(leaves) :], strict=True) if e is not None}
 
+    def release(self) -> None:
+        """Let go of the tensors, once the gradients are known."""
+        self.leaves.clear()
+        self.standins.clear()
+
     def _cut(self, number: int, t: Tensor, index: int, no_grad: AbstractContextManager[Any]) -> Tensor:
         """End the network at ``t``. Returns the tensor that the loss reads."""
         cut = self.graph.cuts[number]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from guessopt.engine.forward import ForwardRun
 from guessopt.engine.jvp.base import JvpEngine
+from guessopt.record import ForwardRecord
 from guessopt.sites import name_of
 from guessopt.tracing.analysis import Analysis
 from guessopt.tree import results_of, tensors_in
@@ -38,6 +39,13 @@ class WatchedRun(ForwardRun):
     watch: Watch | None = None
     failure: Exception | None = None
     _at: int = -1
+
+    def execute(self, closure: Callable[[], Any], params: Mapping[int, Tensor]) -> ForwardRecord:
+        try:
+            return super().execute(closure, params)
+        finally:  # the engine's methods hold the run, and with it the run's tensors
+            vars(self.engine).pop("call", None)
+            vars(self.engine).pop("cut", None)
 
     def call(self, index: int, *rest: Any) -> Any:
         if self._at < 0:

@@ -232,8 +232,6 @@ def run_once(
         check_real(record.errors)
     plan.observe(run)
     plan.stale = run.stale and any(e.looks_ahead for e in est.estimators)
-    if audited and not plan.stale:  # a stale run is made again
-        audit_run(est, plan, record, before, closure, transaction, light=not keeps)
     record.noise, record.learning_steps = before, learning_steps
     plan.graph.first_pass_tensors.clear()
     if keeps:
@@ -241,6 +239,8 @@ def run_once(
     else:
         _let_go(est, plan, record)
         plan.graph.first_pass_tensors.update(run.met)
+    if audited and not plan.stale:  # a stale run is made again
+        audit_run(est, plan, record, before, closure, transaction, light=not keeps)
     _confirm(est, plan, record, closure, transaction)
     return record
 

@@ -20,6 +20,7 @@ from guessopt.engine.forward import ForwardRun, GuessAt
 from guessopt.engine.jvp.fast import FastEngine
 from guessopt.engine.transaction import Transaction
 from guessopt.graph import SiteGraph
+from guessopt.linalg import wide
 from guessopt.record import ForwardRecord
 from guessopt.sites import Site
 
@@ -71,6 +72,9 @@ class Audit:
 
     def __post_init__(self) -> None:
         self.memo = Memo(light=self.light)
+        if self.light:  # the record is the audit's own: let go of its large tensors
+            _ = self.slack
+            self.record.errors, self.record.tangents = [], []
 
     @cached_property
     def expected(self) -> float:
@@ -83,7 +87,7 @@ class Audit:
         several, bulk = self.record.d.dim() == 2, 0.0
         for e, t in zip(self.record.errors, self.record.tangents, strict=True):
             if t is not None:
-                bulk += float((e.double() * (t[0] if several else t).double()).abs().sum())
+                bulk += float((wide(e) * wide(t[0] if several else t)).abs().sum(dtype=torch.float64))
         return 32 * bulk * max((torch.finfo(site.dtype).eps for site in self.graph.sites), default=0.0)
 
     def report(self, *, calls: bool = False) -> AuditReport:
