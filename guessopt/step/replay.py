@@ -86,6 +86,7 @@ class Replay(ForwardRun):
             GraphMismatch: the closure made other calls.
         """
         self.check_end(self.run(closure))
+        self.loss_calls.release()
         assert not self.waiting
         for record in self.records:
             self.gradients.close(record, self.share)
