@@ -27,7 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     problems = args.problems or (QUICK if args.quick else list(PROBLEMS))
-    methods = tuple(args.methods or DEFAULT)
+    wanted = {name: tuple(args.methods or (*DEFAULT, *PROBLEMS[name].extra)) for name in problems}
+    methods = tuple(dict.fromkeys(method for each in wanted.values() for method in each))
     seeds = {name: args.seeds or (1 if args.quick else PROBLEMS[name].seeds) for name in problems}
     lrs = (1e-3,) if args.quick else LRS
     out = args.out or (SCRATCH if args.quick else COMMITTED)
@@ -45,12 +46,12 @@ def run(args: argparse.Namespace) -> None:
         write_json(path, args, seeds=sorted({key[3] for key in bench.cells}), settings=recorded, figures=figures)
 
     for problem in problems:
-        for key in bench.missing(problem, methods, seeds[problem]):
+        for key in bench.missing(problem, wanted[problem], seeds[problem]):
             print(f"{problem}, {LABELS[key[1]]}, lr {key[2]:g}, seed {key[3]}")
             bench.cells[key] = bench.train(key)
             keep()
-        if bench.measure(problem, methods):
-            keep()
+        bench.measure(problem, wanted[problem])
+    keep()
     for table in tables(bench, problems, methods):
         print_table(*table)
     plot(bench, problems, methods, out / "feedback.png")

@@ -52,6 +52,7 @@ class Problem:
         looks: moments at which a run is judged.
         seeds: runs at the best learning rate.
         lowest: of the learning rates that are tried.
+        extra: methods that are run by default on this network alone.
         decays: the learning rate falls linearly to zero. At a constant rate AdamW sometimes throws a deep network back,
             with any gradient, and then the figure of the last step says little.
     """
@@ -67,6 +68,7 @@ class Problem:
     seeds: int = 2
     lowest: float = 3e-4
     decays: bool = True
+    extra: tuple[str, ...] = ()
 
     def settings(self, quick: bool) -> dict[str, Any]:
         """All that a figure depends on; ``judged``: the number of examples on which it is measured."""
@@ -136,7 +138,14 @@ PROBLEMS = {
         0.95,
     ),
     "charlm": Problem(
-        "tinyshakespeare, causal LM 64x4", partial(causal_lm, 65, 64, 4, 4, hidden=172), _text, 600, 32, "loss", 0.9
+        "tinyshakespeare, causal LM 64x4",
+        partial(causal_lm, 65, 64, 4, 4, hidden=172),
+        _text,
+        600,
+        32,
+        "loss",
+        0.9,
+        extra=("activation_credit", "w_perp_credit", "w_perp_credit_exact"),
     ),
 }
 

@@ -290,3 +290,13 @@ def conjugate_gradients(
         p = torch.where(active, r + new / rr * p, 0.0)
         rr = torch.where(active, new, 0.0)
     return u
+
+
+def size_of(tangent: Tensor) -> Tensor:
+    """Absolute values; entries that are not finite count as zero."""
+    return tangent.abs().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def rounding_of(tangent: Tensor) -> float:
+    """The relative size below which a tangent's entry is rounding."""
+    return min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)

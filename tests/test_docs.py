@@ -92,7 +92,9 @@ def test_figures_are_those_of_the_committed_results(name: str) -> None:
     assert text == results_page.with_figures(name, text, tables), "run: python -m benchmarks results_page"
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/memory.md", "docs/finetuning.md", "docs/learned_feedback.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/memory.md", "docs/finetuning.md", "docs/learned_feedback.md", "docs/position_credit.md"]
+)
 def test_measured_figures_are_on_the_page_of_results(name: str) -> None:
     measured = r"\b\d{1,3}\.\d{3}\b|\b\d+\.\d+(?= MB|x\b)"
     known = set(re.findall(r"\d+\.\d+", (ROOT / "docs" / "results.md").read_text()))

@@ -23,9 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from guessopt.engine.probe import MAX_LANES, Found, Push, Tangents, rounding_of, size_of
+from guessopt.engine.probe import MAX_LANES, Found, Push, Tangents
 from guessopt.graph import Cut, Positions
 from guessopt.layout import Layout
+from guessopt.linalg import rounding_of, size_of
 from guessopt.sites import Influence, Site
 
 #: Borders, and halves, that the trials of a search test: at least, if ``MAX_LANES`` runs are enough for as many.

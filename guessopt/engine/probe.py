@@ -23,6 +23,7 @@ from torch import Tensor
 
 from guessopt.graph import Cut, Positions
 from guessopt.layout import Layout, Shape
+from guessopt.linalg import rounding_of, size_of
 from guessopt.sites import Site
 
 #: From a site's output and the numbers of some lanes: the site's tangents in these lanes, ``[lanes, *shape]``.
@@ -394,13 +395,3 @@ def _stays(tangent: Tensor, moving: Tensor, layout: Layout) -> bool:
     outside = layout.sum_examples(size, len(moving)).cpu()[moving == 0].sum()
     result: bool = float(outside) <= rounding_of(tangent) * float(size.max()) * (size.numel() / len(moving)) ** 0.5
     return result
-
-
-def size_of(tangent: Tensor) -> Tensor:
-    """Absolute values; entries that are not finite count as zero."""
-    return tangent.abs().nan_to_num_(0.0, 0.0, 0.0)
-
-
-def rounding_of(tangent: Tensor) -> float:
-    """The relative size below which a tangent's entry is rounding."""
-    return min(1e-5, 1e3 * torch.finfo(tangent.dtype).eps)
