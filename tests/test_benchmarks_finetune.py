@@ -86,29 +86,16 @@ def result(task: str, root: Path, out: Path, *options: str) -> dict[str, Any]:
     return content
 
 
-#: The methods of the dearest task; with ``-m slow`` it has all, as the other tasks have here.
-SOME = ["backprop", "checkpointed", "head", "mezo", "w_perp", "w_perp_stream", "learned_feedback"]
-
-
 @pytest.mark.filterwarnings("ignore::guessopt.GuessWarning")
-@pytest.mark.parametrize(
-    ("task", "methods"),
-    [
-        *((task, list(METHODS)) for task in ("sentences", "lora", "prompts")),
-        ("corrupted", SOME),
-        pytest.param("corrupted", list(METHODS), marks=pytest.mark.slow),
-    ],
-)
-def test_task(
-    task: str, methods: list[str], data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("task", ["sentences", "lora", "prompts", pytest.param("corrupted", marks=pytest.mark.slow)])
+def test_task(task: str, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if task in ("sentences", "lora"):
         pytest.importorskip("transformers")
         pytest.importorskip("peft")
         llama_weights(data_root)
-    content = result(task, data_root, tmp_path, "--methods", *methods)
+    content = result(task, data_root, tmp_path)
     figures = content["figures"]
-    wanted = set(methods) - ({"head"} if task == "lora" else set())
+    wanted = set(METHODS) - ({"head"} if task == "lora" else set())
     assert set(figures["costs"]) == wanted
     leaders = {m for m in wanted if METHODS[m].follows is None}
     assert set(figures["levels"]) == {run["method"] for run in figures["runs"]} == leaders
