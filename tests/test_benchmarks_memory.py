@@ -138,6 +138,7 @@ def test_peaks_count_what_a_method_keeps() -> None:
     assert hoarding.peak > plain.peak
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--axes", "depth", "parameters", "--methods", "backprop", "w_perp_replay")
     figures = result("scaling", tmp_path, *options)["figures"]

@@ -133,8 +133,8 @@ def test_cosine_by_guesses_saturates_at_the_bias() -> None:
         expected = d.expected_gradient(mlp.opt, mlp.closure)
         flat = [torch.cat([t[key].flatten() for key in mlp.true]) for t in (expected, mlp.true)]
         limit = float(torch.cosine_similarity(*flat, dim=0))
-        found = d.cosine_by_guesses(mlp.opt, mlp.closure, (1, 16, 1500))
-        assert found.guesses == (1, 16, 1500)
+        found = d.cosine_by_guesses(mlp.opt, mlp.closure, (1, 16, 900))
+        assert found.guesses == (1, 16, 900)
         assert abs(found.cosine[-1] - limit) < 0.05
         assert found.cosine[0] < found.cosine[-1]
     with pytest.raises(ValueError, match="at least 1"):
@@ -164,7 +164,7 @@ def test_bias(name: str) -> None:
 def test_bias_without_a_declared_moment_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """W^T without its declared second moment: the sampled bias and variance are near the declared ones."""
     mlp = Mlp(seed=2)
-    declared, spread = d.bias(mlp.opt, mlp.closure), d.variance(mlp.opt, mlp.closure, 500)
+    declared, spread = d.bias(mlp.opt, mlp.closure), d.variance(mlp.opt, mlp.closure, 300)
     monkeypatch.setattr(WTranspose, "second_moment", lambda self, state, local, g: None)
     found = d.bias(mlp.opt, mlp.closure, 1000)
     assert found.draws == 1000 and not any(found.declared.values())

@@ -173,10 +173,12 @@ class Replay(ForwardRun):
 
 def _rates(record: ForwardRecord, share: float) -> list[tuple[Tensor, Credit | None]]:
     """``D_n`` and the credit of each guess of a run, times ``share``."""
-    credit: Credit | None = record.credit if record.credit is None else record.credit.map(lambda d: d * share)
-    if record.d.dim() == 1:
-        return [(record.d * share, credit)]
-    return [(d * share, credit and credit.map(lambda t, k=k: t[k])) for k, d in enumerate(record.d)]
+    d, credit = record.d, record.credit
+    if share != 1:
+        d, credit = d * share, credit and credit.map(lambda each: each * share)
+    if d.dim() == 1:
+        return [(d, credit)]
+    return [(d[k], credit and credit.map(lambda each, k=k: each[k])) for k in range(len(d))]
 
 
 def due(graph: SiteGraph, params: Collection[int]) -> dict[int, list[tuple[int, ...]]]:
